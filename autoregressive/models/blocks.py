@@ -1,0 +1,94 @@
+"""Transformer blocks in Llama's layout: RMSNorm, grouped-query attention with rotary positions, SwiGLU."""
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import StochasticDepth
+
+from autoregressive.models.kv_cache import KVCache
+from autoregressive.models.rope import apply_rope
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight; the statistic in fp32, cast back before the scale."""
+
+    def __init__(self, dim: int, *, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).type_as(x) * self.weight
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: w2(silu(w1 x) * w3 x), then dropout."""
+
+    def __init__(self, dim: int, hidden: int, *, dropout: float) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(dim, hidden, bias=False)
+        self.w3 = nn.Linear(dim, hidden, bias=False)
+        self.w2 = nn.Linear(hidden, dim, bias=False)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)))
+
+
+class Attention(nn.Module):
+    """Self-attention with one packed projection `wqkv`: query rows, then key rows, then value rows."""
+
+    def __init__(self, dim: int, heads: int, kv_heads: int, *, dropout: float, attn_dropout: float) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, dim // heads
+        self.attn_dropout = attn_dropout
+        self.wqkv = nn.Linear(dim, (heads + 2 * kv_heads) * self.head_dim, bias=False)
+        self.wo = nn.Linear(dim, dim, bias=False)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, rope: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
+        """x (B, T, D), rope (T, K/2, 2), mask (B or 1, 1, T, S) bool or None for plain causal → (B, T, D)."""
+        sizes = [n * self.head_dim for n in (self.heads, self.kv_heads, self.kv_heads)]
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.wqkv(x).split(sizes, dim=-1))
+        q, k = apply_rope(q, rope), apply_rope(k, rope)
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (B, heads, T, K)
+        if cache is None:
+            out = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.kv_heads != self.heads,
+                dropout_p=self.attn_dropout if self.training else 0.0)
+        else:
+            out = cached_attention(q, *cache.update(layer, k, v), mask)
+        return self.dropout(self.wo(out.transpose(1, 2).flatten(2)))
+
+
+def cached_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention of the newest T tokens q (B, H, T, K) over all S cached ones, k and v (B, KV heads, S, K).
+
+    mask (B or 1, 1, T, S) bool, True where attended; None attends everywhere (right for T = 1). Written as two matrix
+    products because the fused CPU kernel splits its sum by the number of rows, so that an image would depend, in the
+    last bit, on the batch it was drawn in; these do not (measured, tests/test_sampling.py).
+    """
+    grouped = q.unflatten(1, (k.shape[1], -1))  # (B, KV heads, H / KV heads, T, K)
+    scores = grouped.flatten(2, 3) @ k.transpose(-1, -2) * q.shape[-1] ** -0.5  # (B, KV heads, group*T, S)
+    scores = scores.float().unflatten(2, grouped.shape[2:4])
+    if mask is not None:
+        scores = scores.masked_fill(~mask[:, None], float("-inf"))
+    weights = scores.softmax(-1).type_as(v)
+    return (weights.flatten(2, 3) @ v).unflatten(2, grouped.shape[2:4]).flatten(1, 2)  # (B, H, T, K)
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm residual block: attention, then feed-forward, each with stochastic depth (arXiv 1603.09382)."""
+
+    def __init__(self, dim: int, heads: int, kv_heads: int, hidden: int, *, norm_eps: float, resid_dropout: float,
+                 ffn_dropout: float, attn_dropout: float, drop_path: float) -> None:
+        super().__init__()
+        self.attention = Attention(dim, heads, kv_heads, dropout=resid_dropout, attn_dropout=attn_dropout)
+        self.feed_forward = FeedForward(dim, hidden, dropout=ffn_dropout)
+        self.attention_norm = RMSNorm(dim, eps=norm_eps)
+        self.ffn_norm = RMSNorm(dim, eps=norm_eps)
+        self.drop_path = StochasticDepth(drop_path, mode="row")
+
+    def forward(self, x: Tensor, rope: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
+        x = x + self.drop_path(self.attention(self.attention_norm(x), rope, mask, cache, layer))
+        return x + self.drop_path(self.feed_forward(self.ffn_norm(x)))

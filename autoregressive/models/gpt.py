@@ -1,0 +1,173 @@
+"""The GPT over image tokens: a class or caption prefix, then codes in raster order (LlamaGen, arXiv 2406.06525 §2.2).
+
+`GPT_models` is the registry; state-dict names are those of the released checkpoints.
+"""
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from autoregressive.models.blocks import RMSNorm, TransformerBlock
+from autoregressive.models.conditions import CaptionEmbedder, LabelEmbedder
+from autoregressive.models.kv_cache import KVCache
+from autoregressive.models.rope import rope_table
+
+
+@dataclass
+class ModelArgs:
+    """Everything that shapes a GPT. `grid` (h, w) wins over `block_size`, which means a square grid."""
+
+    dim: int = 768
+    n_layer: int = 12
+    n_head: int = 12
+    n_kv_head: int | None = None
+    multiple_of: int = 256
+    rope_base: float = 10000.0
+    norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+
+    token_dropout_p: float = 0.1
+    attn_dropout_p: float = 0.0
+    resid_dropout_p: float = 0.1
+    ffn_dropout_p: float = 0.1
+    drop_path_rate: float = 0.0
+
+    model_type: Literal["c2i", "t2i"] = "c2i"
+    num_classes: int = 1000
+    caption_dim: int = 2048
+    class_dropout_prob: float = 0.1
+    cls_token_num: int = 1
+
+    vocab_size: int = 16384
+    block_size: int = 256
+    grid: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.dim % self.n_head:
+            raise ValueError(f"width {self.dim} is not divisible by {self.n_head} heads")
+        self.n_kv_head = self.n_kv_head or self.n_head
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"{self.n_head} heads cannot share {self.n_kv_head} KV heads: n_head must be a multiple")
+        if self.model_type not in ("c2i", "t2i"):
+            raise ValueError(f"model_type is {self.model_type!r}, expected c2i or t2i")
+        if self.model_type == "c2i" and self.cls_token_num != 1:
+            raise ValueError(f"a class is one prefix token, got cls_token_num {self.cls_token_num}")
+        if self.grid is None:
+            side = math.isqrt(self.block_size)
+            if side * side != self.block_size:
+                raise ValueError(f"block_size {self.block_size} is no square: give grid=(h, w)")
+            self.grid = (side, side)
+        self.grid = tuple(self.grid)
+        self.block_size = self.grid[0] * self.grid[1]
+
+    @property
+    def hidden(self) -> int:
+        """Feed-forward width: 8/3 of dim, rounded up to a multiple of `multiple_of`."""
+        return self.multiple_of * math.ceil(int(8 * self.dim / 3) / self.multiple_of)
+
+
+class Transformer(nn.Module):
+    """[prefix, x_1 … x_{L-1}] → logits of x_1 … x_L."""
+
+    def __init__(self, config: ModelArgs) -> None:
+        super().__init__()
+        self.config = config
+        if config.model_type == "c2i":
+            self.cls_embedding = LabelEmbedder(config.num_classes, config.dim, dropout_prob=config.class_dropout_prob)
+        else:
+            self.cls_embedding = CaptionEmbedder(config.caption_dim, config.dim, token_num=config.cls_token_num,
+                                                 dropout_prob=config.class_dropout_prob)
+        self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
+        self.tok_dropout = nn.Dropout(config.token_dropout_p)
+        rates = torch.linspace(0, config.drop_path_rate, config.n_layer, device="cpu").tolist()
+        self.layers = nn.ModuleList(
+            TransformerBlock(config.dim, config.n_head, config.n_kv_head, config.hidden, norm_eps=config.norm_eps,
+                             resid_dropout=config.resid_dropout_p, ffn_dropout=config.ffn_dropout_p,
+                             attn_dropout=config.attn_dropout_p, drop_path=rate) for rate in rates)
+        self.norm = RMSNorm(config.dim, eps=config.norm_eps)
+        self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self._rope: dict[torch.device, Tensor] = {}  # no buffer: the table must stay fp32 and out of checkpoints
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """All matrices N(0, 0.02^2); the head zero, so that the first loss is ln V."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=self.config.initializer_range)
+        nn.init.zeros_(self.output.weight)
+
+    def set_grid(self, grid: tuple[int, int]) -> None:
+        """Make the token grid (h, w): no weight depends on it."""
+        self.config.grid, self.config.block_size = tuple(grid), grid[0] * grid[1]
+        self._rope.clear()
+
+    def rope(self, device: torch.device) -> Tensor:
+        """The rotary table on `device`, (prefix + L, K/2, 2) fp32."""
+        if device not in self._rope:
+            config = self.config
+            with torch.device("cpu"):  # the same bits everywhere
+                table = rope_table(config.grid, config.dim // config.n_head, config.cls_token_num,
+                                   base=config.rope_base)
+            self._rope[device] = table.to(device)
+        return self._rope[device]
+
+    def hidden_states(self, x: Tensor, *, mask: Tensor | None, cache: KVCache | None, start: int) -> Tensor:
+        """Run the layers on embeddings x (B, T, D) at sequence positions start … start+T-1 → (B, T, D), normed."""
+        rope = self.rope(x.device)[start:start + x.shape[1]]
+        for i, layer in enumerate(self.layers):
+            x = layer(x, rope, mask, cache, i)
+        return self.norm(x)
+
+    def forward(self, idx: Tensor, cond_idx: Tensor, targets: Tensor | None = None, mask: Tensor | None = None,
+                valid: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Teacher-forced logits and loss.
+
+        idx (B, n) codes x_1 … x_n, n < L; cond_idx (B,) labels or (B, N, caption_dim) features; targets (B, n+1);
+        mask (B, T, T) or (B, 1, T, T) bool, True where attended (default: causal); valid (B,), 0 for samples that
+        carry no loss. Returns logits (B, n+1, V) — from the last prefix position on — and the mean cross-entropy in
+        fp32, or None without targets.
+        """
+        prefix = self.cls_embedding(cond_idx, drop=self.training)  # (B, N, D)
+        x = self.tok_dropout(torch.cat([prefix, self.tok_embeddings(idx).to(prefix.dtype)], dim=1))
+        if mask is not None and mask.ndim == 3:
+            mask = mask[:, None]
+        x = self.hidden_states(x, mask=mask, cache=None, start=0)
+        logits = self.output(x[:, self.config.cls_token_num - 1:])  # (B, n+1, V)
+        if targets is None:
+            return logits, None
+        if valid is None:
+            return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+        per_token = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
+        weight = valid.float()[:, None].expand(targets.shape).flatten()
+        return logits, (per_token * weight).sum() / weight.sum().clamp_min(1)
+
+    def decode(self, tokens: Tensor | None, *, prefix: Tensor | None = None, cache: KVCache,
+               mask: Tensor | None = None) -> Tensor:
+        """One cached step: `prefix` embeddings (B, N, D), or the newest codes `tokens` (B,) → logits (B, V) fp32."""
+        x = prefix if tokens is None else self.tok_embeddings(tokens)[:, None]
+        x = self.hidden_states(x, mask=mask, cache=cache, start=cache.length)
+        cache.advance(x.shape[1])
+        return self.output(x[:, -1]).float()
+
+
+def _build(width: dict[str, int], **options) -> Transformer:
+    return Transformer(ModelArgs(**{**width, **options}))
+
+
+PRESETS: dict[str, dict[str, int]] = {
+    "GPT-S": {"n_layer": 6, "n_head": 4, "dim": 256},  # trains in minutes on a laptop
+    "GPT-B": {"n_layer": 12, "n_head": 12, "dim": 768},  # 111M
+    "GPT-L": {"n_layer": 24, "n_head": 16, "dim": 1024},  # 343M
+    "GPT-XL": {"n_layer": 36, "n_head": 20, "dim": 1280},  # 775M
+    "GPT-XXL": {"n_layer": 48, "n_head": 24, "dim": 1536},  # 1.4B
+    "GPT-XXXL": {"n_layer": 48, "n_head": 40, "dim": 2560},  # 3.9B
+    "GPT-1B": {"n_layer": 22, "n_head": 32, "dim": 2048},  # 1.2B
+    "GPT-3B": {"n_layer": 24, "n_head": 32, "dim": 3200},  # 3.1B
+    "GPT-7B": {"n_layer": 32, "n_head": 32, "dim": 4096},  # 6.6B
+}
+GPT_models: dict[str, Callable[..., Transformer]] = {name: partial(_build, size) for name, size in PRESETS.items()}

@@ -1,0 +1,143 @@
+"""From labels to pictures: the one sampling pipeline, whatever asks for it.
+
+Image (seed, index) comes from its own random stream, so it does not depend on the batch or the process it is made in.
+"""
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from autoregressive.models.generate import generate
+from autoregressive.models.gpt import GPT_models, Transformer
+from autoregressive.models.sampling import check_sampling
+from autoregressive.sample.options import SampleFlags
+from tokenizer.build import ImageTokenizer, check_image_size, decode_images, load_tokenizer
+from utils import checkpoint, dist, images
+from utils.seeding import sample_generator
+
+DEFAULT_IMAGE_SIZE = 384  # of the released models; our own checkpoints know theirs
+LABEL_STREAM = 0x1ABE1  # keeps labels and codes of a seed independent
+
+
+@dataclass
+class Pipeline:
+    """A GPT and a tokenizer that belong together."""
+
+    gpt: Transformer
+    tokenizer: ImageTokenizer
+    classes: list[str] | None
+    settings: dict[str, Any]  # cfg_scale, cfg_interval, temperature, top_k, top_p
+    described: dict[str, Any]  # models, files' hashes and sizes, for config.json
+
+    @property
+    def num_classes(self) -> int:
+        """Classes that can be asked for."""
+        return self.gpt.config.num_classes
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of what comes out, pixels."""
+        h, w = self.gpt.config.grid
+        return h * self.tokenizer.downsample, w * self.tokenizer.downsample
+
+    def __call__(self, labels: list[int], *, seed: int, indices: list[int],
+                 size: tuple[int, int] | None = None) -> np.ndarray:
+        """Labels, and the index of each image in the stream of `seed` → uint8 (B, H, W, 3), resized to `size`."""
+        device = next(self.gpt.parameters()).device
+        codes = generate(self.gpt, torch.tensor(labels, device=device), self.gpt.config.block_size,
+                         generators=[sample_generator(seed, index) for index in indices], **self.settings)
+        pixels = decode_images(self.tokenizer, codes, self.gpt.config.grid)
+        if size not in (None, self.image_size):
+            pixels = F.interpolate(pixels, size=size, mode="bicubic")
+        return images.to_uint8(pixels)
+
+    def class_name(self, label: int) -> str:
+        """What to write under a picture."""
+        return self.classes[label] if self.classes else str(label)
+
+    def parse_classes(self, text: str) -> list[int]:
+        """Comma-separated ids or names → labels. Raises ValueError for what the model does not know."""
+        labels = []
+        for word in filter(None, (part.strip() for part in text.split(","))):
+            if word.lstrip("-").isdigit():
+                label = int(word)
+                if not 0 <= label < self.num_classes:
+                    raise ValueError(f"class {label} is out of range: the model has 0 to {self.num_classes - 1}")
+            elif self.classes and word in self.classes:
+                label = self.classes.index(word)
+            else:
+                known = f"choose from {', '.join(self.classes[:20])}" if self.classes else \
+                    "the checkpoint holds no class names, use numbers"
+                raise ValueError(f"class {word!r} is unknown: {known}")
+            labels.append(label)
+        if not labels:
+            raise ValueError("no class given")
+        return labels
+
+
+def load_pipeline(flags: SampleFlags, *, device: torch.device) -> Pipeline:
+    """Load both models; all that can be wrong with them or the settings is said here, before any sampling."""
+    check_sampling(temperature=flags.temperature, top_k=flags.top_k, top_p=flags.top_p)
+    gpt, saved = load_gpt(flags, device=device)
+    vq_name, tokenizer = load_tokenizer(flags, device=device)
+    config = gpt.config
+    if config.vocab_size != tokenizer.codebook_size:
+        raise ValueError(f"the GPT speaks {config.vocab_size} codes, the tokenizer {tokenizer.codebook_size}: "
+                         "they do not belong together")
+    if flags.downsample_size not in (None, tokenizer.downsample):
+        raise ValueError(f"--downsample-size is {flags.downsample_size}, but {vq_name} has {tokenizer.downsample}")
+    if flags.image_size is None and not saved.get("grid"):
+        config_size = (DEFAULT_IMAGE_SIZE, DEFAULT_IMAGE_SIZE)
+    else:
+        config_size = flags.image_size or tuple(side * tokenizer.downsample for side in saved["grid"])
+    gpt.set_grid(check_image_size(config_size, tokenizer.downsample))
+    if flags.compile:
+        for layer in gpt.layers:  # the parts whose shapes do not change from step to step
+            layer.feed_forward.compile()
+        tokenizer.decoder.compile()
+    settings = {name: getattr(flags, name) for name in ("cfg_scale", "cfg_interval", "temperature", "top_k", "top_p")}
+    described = {"gpt_model": flags.gpt_model or saved.get("gpt_model") or "GPT-B", "vq_model": vq_name,
+                 "gpt_ckpt_sha256": checkpoint.file_hash(flags.gpt_ckpt),
+                 "vq_ckpt_sha256": checkpoint.file_hash(flags.vq_ckpt), "dtype": str(next(gpt.parameters()).dtype),
+                 "weights": saved["weights"], "num_classes": config.num_classes, "image_size": list(config_size), **settings}
+    return Pipeline(gpt, tokenizer, saved.get("classes"), settings, described)
+
+
+def load_gpt(flags: SampleFlags, *, device: torch.device) -> tuple[Transformer, dict[str, Any]]:
+    """The GPT of --gpt-ckpt in eval mode, and the config that its file holds (little for a foreign file)."""
+    if flags.gpt_ckpt is None:
+        raise ValueError("--gpt-ckpt is missing: which GPT checkpoint?")
+    if flags.gpt_type != "c2i":
+        raise ValueError("--gpt-type t2i: this command takes classes")
+    content = checkpoint.read(flags.gpt_ckpt)
+    state = checkpoint.weights(content, flags.gpt_ckpt)
+    if flags.from_fsdp and state.keys() != content.keys():
+        raise ValueError(f"--from-fsdp: {flags.gpt_ckpt} is no bare state dict, its keys are {', '.join(content)}")
+    if "cls_embedding.embedding_table.weight" not in state:
+        hint = " (it looks like a tokenizer: --vq-ckpt?)" if "quantize.embedding.weight" in state else ""
+        raise ValueError(f"{flags.gpt_ckpt} is no class-conditional GPT checkpoint: it has no class table{hint}")
+    saved = dict(content["config"]) if isinstance(content.get("config"), dict) else {}
+    saved["weights"] = "ema" if "ema" in content else "model"
+    found = {"num_classes": len(state["cls_embedding.embedding_table.weight"]) - 1,
+             "vocab_size": len(state["tok_embeddings.weight"])}
+    for key, value in found.items():
+        if getattr(flags, key) not in (None, value):
+            raise ValueError(f"--{key.replace('_', '-')} is {getattr(flags, key)}, but {flags.gpt_ckpt} has {value}")
+    name = flags.gpt_model or saved.get("gpt_model") or "GPT-B"
+    with torch.device("meta"):
+        model = GPT_models[name](cls_token_num=flags.cls_token_num or 1, **found)
+    model.to_empty(device="cpu")
+    checkpoint.load_strict(model, state, flags.gpt_ckpt)
+    dtype = dist.compute_dtype(flags.precision, device)
+    return model.eval().requires_grad_(False).to(device=device, dtype=dtype), saved
+
+
+def labels_for(indices: range | list[int], *, mode: str, num_classes: int, seed: int) -> list[int]:
+    """The label of each image index: balanced (index mod classes) or random, fixed by (seed, index)."""
+    if mode == "balanced":
+        return [index % num_classes for index in indices]
+    return [int(torch.randint(num_classes, (), generator=sample_generator(seed ^ LABEL_STREAM, index)))
+            for index in indices]
+

@@ -1,0 +1,41 @@
+"""Flags of GPT training, and those that it shares with sampling."""
+from dataclasses import dataclass
+from typing import Literal
+
+from autoregressive.models.gpt import GPT_models
+from tokenizer.build import TokenizerFlags
+from utils.cli import REQUIRED, flag
+from utils.options import SizeFlags
+from utils.trainer import TrainFlags
+
+
+@dataclass(kw_only=True)
+class StoreFlags:
+    """Where the codes are."""
+
+    code_path: str = flag(REQUIRED, "store of codes: packed, LlamaGen's or ARPG's; several (comma-separated) are mixed "
+                                    "if they hold other crops of the same images")
+
+
+@dataclass(kw_only=True)
+class GPTFlags(SizeFlags):
+    """Which GPT. What is left out is taken from the checkpoint or the codes."""
+
+    gpt_model: str | None = flag(None, "size; None: what the checkpoint says, else GPT-B", choices=tuple(GPT_models))
+    gpt_ckpt: str | None = flag(None, "GPT checkpoint")
+    gpt_type: Literal["c2i", "t2i"] = flag("c2i", "condition: class or text", choices=("c2i", "t2i"))
+    cls_token_num: int | None = flag(None, "prefix tokens; None: 1 for c2i, 120 for t2i")
+    vocab_size: int | None = flag(None, "number of codes; None: the codes' or checkpoint's, else 16384")
+    num_classes: int | None = flag(None, "classes; None: the codes' or checkpoint's")
+    downsample_size: int | None = flag(None, "pixels per token side; None: the tokenizer's")
+
+
+@dataclass(kw_only=True)
+class GPTTrainFlags(TrainFlags, GPTFlags, TokenizerFlags, StoreFlags):
+    """The GPT's training command. --vq-ckpt is for previews: without it there are none."""
+
+    dataset: str = flag("imagenet_code", "<name>_code: with --image-size, the store <code-path>/<name><size>_codes")
+    dropout_p: float = flag(0.1, "dropout after attention and feed-forward; off with drop path")
+    token_dropout_p: float = flag(0.1, "dropout on the embeddings")
+    drop_path_rate: float = flag(0.0, "stochastic depth, rising linearly with depth to this rate")
+    class_dropout: float = flag(0.1, "how often the condition is dropped, for classifier-free guidance")

@@ -1,0 +1,130 @@
+"""Turn a folder of images into a packed store of codes.
+
+    bash scripts/autoregressive/extract_codes_c2i.sh --data-path /data/imagenet/train --code-path /data/codes \\
+        --vq-ckpt vq_ds16_c2i.pt --ten-crop --crop-range 1.1
+
+The store is <code-path>/<dataset><size>_codes. Run again to continue after an interruption. Labels and class names come
+from the data set; unreadable images are left out, counted and named in the manifest.
+"""
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from dataset import codes as stores
+from dataset.augmentation import code_views
+from dataset.build import DataFlags, ImageDataset, build_dataset
+from dataset.loader import BROKEN_IMAGE, worker_count
+from tokenizer.build import TokenizerFlags, check_image_size, fingerprint, load_tokenizer
+from tokenizer.tokenizer_image.vq_model import VQModel
+from utils import cli, dist, images
+from utils.cli import flag
+from utils.options import BatchFlags, SeedFlags, WorkerFlags
+
+DEBUG_IMAGES = 64
+
+
+@dataclass(kw_only=True)
+class ExtractFlags(DataFlags, TokenizerFlags, BatchFlags, SeedFlags, WorkerFlags):
+    """The extraction command."""
+
+    code_path: str = flag(cli.REQUIRED, "the store is written below it, as <dataset><size>_codes")
+    ten_crop: bool = flag(False, "ten views: corners, centre and their mirror images; else centre and mirror image")
+    crop_range: float | None = flag(None, "crops are cut from a centre crop this many times larger; "
+                                          "None: 1.1 with --ten-crop, else 1")
+    debug: bool = flag(False, f"extract the first {DEBUG_IMAGES} images only, to try a command")
+
+
+class Views(Dataset):
+    """Image i → (i, its views (V, H, W, 3) uint8, or None if it cannot be read)."""
+
+    def __init__(self, data: ImageDataset, indices: range, flags: ExtractFlags, crop_range: float) -> None:
+        self.data, self.indices, self.flags, self.crop_range = data, indices, flags, crop_range
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, place: int) -> tuple[int, np.ndarray | None]:
+        index = self.indices[place]
+        try:
+            image = self.data.image(index)
+        except BROKEN_IMAGE:
+            return index, None
+        return index, code_views(image, self.flags.image_size, ten_crop=self.flags.ten_crop, crop_range=self.crop_range)
+
+
+@torch.inference_mode()
+def encode_shard(tokenizer: VQModel, batches: Iterator[list[tuple[int, np.ndarray | None]]], *, device: torch.device,
+                 bar: tqdm) -> tuple[np.ndarray, list[int], list[int]]:
+    """Encode the views of some images → (codes (n, V, L), indices that were read, indices that could not be)."""
+    parts, read, broken = [], [], []
+    for batch in batches:
+        good = [(index, views) for index, views in batch if views is not None]
+        broken += [index for index, views in batch if views is None]
+        if good:
+            pixels = images.to_float(np.concatenate([views for _, views in good])).to(device)
+            found = tokenizer.encode_codes(pixels.contiguous(memory_format=torch.channels_last))  # (n*V, L)
+            parts.append(found.view(len(good), -1, found.shape[-1]).cpu().numpy())
+            read += [index for index, _ in good]
+        bar.update(len(batch))
+    return (np.concatenate(parts) if parts else np.empty((0, 0, 0))), read, broken
+
+
+def main(flags: ExtractFlags) -> None:
+    """Extract the shards that are not there yet, then write the manifest."""
+    process = dist.setup()
+    crop_range = flags.crop_range if flags.crop_range is not None else (1.1 if flags.ten_crop else 1.0)
+    if crop_range < 1:
+        raise ValueError(f"--crop-range is {crop_range}, expected at least 1")
+    if flags.per_proc_batch_size < 1:
+        raise ValueError(f"--per-proc-batch-size is {flags.per_proc_batch_size}, expected at least 1")
+    outer = tuple(int(side * crop_range) for side in flags.image_size)
+    data = build_dataset(flags.dataset, flags.data_path, size=outer)
+    name, tokenizer = load_tokenizer(flags, device=process.device)
+    grid = check_image_size(flags.image_size, tokenizer.downsample)
+    count = min(DEBUG_IMAGES, len(data)) if flags.debug else len(data)
+    views = 10 if flags.ten_crop else 2
+    size = "x".join(map(str, flags.image_size if flags.image_size[0] != flags.image_size[1] else flags.image_size[:1]))
+    folder = Path(flags.code_path) / f"{flags.dataset}{size}_codes"
+    recipe = {"format": stores.FORMAT, "dataset": flags.dataset, "images": count, "image_size": list(flags.image_size),
+              "grid": list(grid), "views": views, "crop": {"ten_crop": flags.ten_crop, "range": crop_range},
+              "dtype": str(stores.code_dtype(tokenizer.codebook_size)),
+              "classes": data.classes, "tokenizer": {"name": name, "downsample": tokenizer.downsample,
+                                                     "codebook_size": tokenizer.codebook_size,
+                                                     "weights_sha256": fingerprint(tokenizer)}}
+    if process.is_main:
+        stores.begin(folder, recipe)
+    dist.barrier()
+    if (folder / "manifest.json").is_file():
+        print(f"{folder} is complete: nothing to do")
+        return
+
+    shards = [range(first, min(first + stores.SHARD_ROWS, count)) for first in range(0, count, stores.SHARD_ROWS)]
+    mine = [i for i in range(process.rank, len(shards), process.world_size) if not stores.is_done(folder, i)]
+    with tqdm(total=sum(len(shards[i]) for i in mine), desc=f"{name} codes", unit="image", mininterval=1.0,
+              disable=not process.is_main) as bar:
+        for i in mine:
+            batches = DataLoader(Views(data, shards[i], flags, crop_range), batch_size=flags.per_proc_batch_size,
+                                 num_workers=worker_count(flags.num_workers), collate_fn=list)
+            codes, read, broken = encode_shard(tokenizer, batches, device=process.device, bar=bar)
+            codes = codes.astype(recipe["dtype"]).reshape(len(read), views, grid[0] * grid[1])
+            stores.write_shard(folder, i, codes, [int(data.labels[index]) for index in read],
+                               [data.name(index) for index in broken])
+    dist.barrier()
+    if process.is_main:
+        manifest = stores.finish(folder, len(shards))
+        skipped = manifest["skipped"]
+        more = f"; {len(skipped)} unreadable images left out, such as {skipped[0]}" if skipped else ""
+        print(f"{manifest['count']} images x {views} views of {grid[0]}x{grid[1]} codes in {folder}{more}")
+    dist.barrier()
+
+
+if __name__ == "__main__":
+    cli.run(main, ExtractFlags)

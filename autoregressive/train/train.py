@@ -1,0 +1,166 @@
+"""Train a GPT on image codes.
+
+    bash scripts/autoregressive/train_c2i.sh --code-path /data/codes --image-size 256 --gpt-model GPT-B
+
+Number of images and classes, class names, grid and vocabulary come from the store.
+"""
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from autoregressive.models.generate import generate
+from autoregressive.models.gpt import GPT_models, Transformer
+from autoregressive.train.config import GPTTrainFlags
+from dataset.codes import CodeBatches, CodeStore, open_stores
+from dataset.loader import StepSampler, loader
+from tokenizer.build import ImageTokenizer, decode_images, load_tokenizer
+from utils import checkpoint, cli, dist, images, parallel
+from utils.seeding import sample_generator
+from utils.trainer import Backward, Trainer, check_flags, run_folder, total_steps
+
+PREVIEW_IMAGES = 16
+PREVIEW_CFG = 2.0
+DEFAULT_VOCAB = 16384
+
+
+class GPTTask:
+    """What a micro-batch of codes contributes."""
+
+    def __init__(self, model: nn.Module, *, dtype: torch.dtype, classes: list[str] | None,
+                 tokenizer: ImageTokenizer | None, seed: int) -> None:
+        self.modules = {"model": model}
+        self.dtype, self.classes, self.tokenizer, self.seed = dtype, classes, tokenizer, seed
+
+    def micro_step(self, batch: dict[str, Tensor], *, step: int, backward: Backward) -> dict[str, Tensor]:
+        """Mean cross-entropy of the codes (B, L) given their labels (B,)."""
+        codes = batch["codes"]
+        with dist.autocast(codes.device, self.dtype):
+            _, loss = self.modules["model"](codes[:, :-1], batch["labels"], targets=codes)
+        backward("model", loss)
+        return {"loss": loss}
+
+    def report(self) -> dict[str, float]:
+        """Nothing beyond what the steps return."""
+        return {}
+
+    def preview(self, model: Transformer) -> np.ndarray | None:
+        """Samples of evenly spread classes, always from the same random streams."""
+        if self.tokenizer is None:
+            return None
+        config = model.config
+        labels = np.linspace(0, config.num_classes - 1, PREVIEW_IMAGES).round().astype(int)
+        generators = [sample_generator(self.seed, i) for i in range(PREVIEW_IMAGES)]
+        device = next(model.parameters()).device
+        codes = generate(model, torch.from_numpy(labels).to(device), config.block_size, cfg_scale=PREVIEW_CFG,
+                         generators=generators)
+        names = [self.classes[label] if self.classes else str(label) for label in labels]
+        return images.grid(images.to_uint8(decode_images(self.tokenizer, codes, config.grid)), columns=8, labels=names)
+
+
+def open_codes(flags: GPTTrainFlags) -> CodeStore:
+    """The store of --code-path, checked against the flags that describe it."""
+    grid = subfolder = None
+    if flags.image_size is not None:
+        height, width = flags.image_size
+        size = f"{height}x{width}" if height != width else str(height)
+        subfolder = f"{flags.dataset.removesuffix('_code')}{size}_codes"
+        p = flags.downsample_size or 16
+        grid = (height // p, width // p) if height != width else None
+    store = open_stores(flags.code_path, subfolder=subfolder, grid=grid)
+    made = store.manifest
+    if made and flags.image_size is not None and list(flags.image_size) != made["image_size"]:
+        raise ValueError(f"--image-size is {flags.image_size}, but the codes are of {tuple(made['image_size'])} images")
+    if made and flags.downsample_size not in (None, made["tokenizer"]["downsample"]):
+        raise ValueError(f"--downsample-size is {flags.downsample_size}, but the codes were made with "
+                         f"{made['tokenizer']['downsample']}")
+    if not made and flags.image_size is not None:
+        tokens = tuple(side // (flags.downsample_size or 16) for side in flags.image_size)
+        if tokens != store.grid:
+            raise ValueError(f"--image-size and --downsample-size mean {tokens[0]}x{tokens[1]} tokens, the codes are "
+                             f"{store.grid[0]}x{store.grid[1]}")
+    if flags.num_classes is not None and int(store.labels.max()) >= flags.num_classes:
+        raise ValueError(f"--num-classes is {flags.num_classes}, but the store has label {store.labels.max()}")
+    if store.vocab_size is not None and (flags.vocab_size or store.vocab_size) < store.vocab_size:
+        raise ValueError(f"--vocab-size is {flags.vocab_size}, but the codes are of a codebook of {store.vocab_size}")
+    return store
+
+
+def build_model(flags: GPTTrainFlags, store: CodeStore) -> Transformer:
+    """An untrained GPT that fits the store."""
+    dropout = 0.0 if flags.drop_path_rate > 0 else flags.dropout_p
+    return GPT_models[flags.gpt_model or "GPT-B"](
+        grid=store.grid, vocab_size=flags.vocab_size or store.vocab_size or DEFAULT_VOCAB,
+        num_classes=flags.num_classes or store.num_classes, model_type=flags.gpt_type,
+        cls_token_num=flags.cls_token_num or 1, resid_dropout_p=dropout, ffn_dropout_p=dropout,
+        token_dropout_p=flags.token_dropout_p, drop_path_rate=flags.drop_path_rate,
+        class_dropout_prob=flags.class_dropout)
+
+
+def start_from(path: Path, trainer: Trainer) -> None:
+    """Begin from --gpt-ckpt: a training checkpoint with all it holds, any other with its weights."""
+    content = checkpoint.read(path)
+    if "optimizer" in content and "steps" in content:
+        trainer.restore(path)
+        return
+    checkpoint.load_strict(trainer.plain["model"], checkpoint.weights(content, path), path)
+    if trainer.ema is not None:
+        trainer.ema.model.load_state_dict(trainer.plain["model"].state_dict())
+    trainer.say(f"starting from the weights of {path}")
+
+
+def main(flags: GPTTrainFlags) -> None:
+    """Train to the end of --epochs."""
+    process = dist.setup()
+    check_flags(flags, world_size=process.world_size)
+    if flags.gpt_type != "c2i":
+        raise ValueError("--gpt-type t2i: this command trains on classes, the store holds no captions")
+    store = open_codes(flags)
+    tokenizer = None
+    if flags.vq_ckpt is not None:
+        _, tokenizer = load_tokenizer(flags, device=process.device)
+        if store.vocab_size not in (None, tokenizer.codebook_size):
+            raise ValueError(f"{flags.vq_ckpt} has {tokenizer.codebook_size} codes, the store {store.vocab_size}")
+    torch.manual_seed(flags.global_seed)
+    model = build_model(flags, store).to(process.device)
+    config = model.config
+    wrapped = parallel.apply_ddp(parallel.apply_compile(model) if flags.compile else model, process.device)
+    task = GPTTask(wrapped, dtype=dist.compute_dtype(flags.mixed_precision, process.device), classes=store.classes,
+                   tokenizer=tokenizer, seed=flags.global_seed)
+    name = flags.gpt_model or "GPT-B"
+    steps = total_steps(flags, len(store))
+    saved: dict[str, Any] = {"kind": "gpt", "gpt_model": name, "gpt_type": flags.gpt_type, "grid": list(config.grid),
+                             "vocab_size": config.vocab_size, "num_classes": config.num_classes,
+                             "cls_token_num": config.cls_token_num, "classes": store.classes,
+                             "tokenizer": store.manifest.get("tokenizer"),
+                             "image_size": store.manifest.get("image_size")}
+    folder = run_folder(flags, name, process)
+    trainer = Trainer(task, flags, process, folder, steps=steps, saved_config=saved)
+    if flags.gpt_ckpt is not None:
+        start_from(Path(flags.gpt_ckpt), trainer)
+    trainer.resume()
+    if process.is_main:
+        cli.save_config(folder / "config.json", flags, steps=steps, images=len(store), model=saved)
+    trainer.say(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {len(store)} images x "
+                f"{store.views} views, {config.num_classes} classes, {config.grid[0]}x{config.grid[1]} tokens of "
+                f"{config.vocab_size}, {steps} steps on {process.world_size} x {process.device}, {task.dtype}; "
+                f"run folder {folder}")
+
+    def batches(start: int):
+        sampler = StepSampler(len(store), global_batch=flags.global_batch_size, rank=process.rank, end_step=steps,
+                              accumulation=flags.gradient_accumulation_steps, world_size=process.world_size,
+                              seed=flags.global_seed, start_step=start)
+        data = CodeBatches(store, vocab_size=config.vocab_size, seed=flags.global_seed)
+        workers = 0 if store.manifest else flags.num_workers  # a packed batch is one gather: no process is worth it
+        return loader(data, sampler, num_workers=workers, pin_memory=process.device.type == "cuda")
+
+    trainer.fit(batches)
+
+
+if __name__ == "__main__":
+    cli.run(main, GPTTrainFlags)

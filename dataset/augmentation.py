@@ -1,0 +1,63 @@
+"""Crops and flips of PIL images, as uint8 arrays (H, W, 3). Sizes are (height, width) in pixels.
+
+The centre and random crops are those of ADM (arXiv 2105.05233), on which the published numbers rest: halve with a box
+filter while the image is at least twice too large, then bicubic.
+"""
+import math
+
+import numpy as np
+from PIL import Image
+
+MAX_CROP_RATIO = 1.25  # random crop: the smaller side is first drawn between 1x and 1.25x of the crop
+
+
+def resize_cover(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Resize so that the image just covers `size`, keeping its aspect ratio."""
+    height, width = size
+    while image.height >= 2 * height and image.width >= 2 * width:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = max(height / image.height, width / image.width)
+    if scale == 1.0:
+        return image
+    target = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
+    return image.resize(target, Image.Resampling.BICUBIC)
+
+
+def crop(image: Image.Image, size: tuple[int, int], top: int, left: int) -> np.ndarray:
+    """Cut `size` out at (top, left)."""
+    return np.asarray(image)[top:top + size[0], left:left + size[1]]
+
+
+def center_crop(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
+    """ADM's centre crop."""
+    image = resize_cover(image, size)
+    return crop(image, size, (image.height - size[0]) // 2, (image.width - size[1]) // 2)
+
+
+def random_crop(image: Image.Image, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+    """ADM's random crop, with the smaller side up to MAX_CROP_RATIO times the crop."""
+    short = min(size)
+    scale = int(rng.integers(short, math.ceil(short * MAX_CROP_RATIO) + 1)) / short
+    image = resize_cover(image, (round(size[0] * scale), round(size[1] * scale)))
+    top, left = rng.integers(image.height - size[0] + 1), rng.integers(image.width - size[1] + 1)
+    return crop(image, size, int(top), int(left))
+
+
+def train_view(image: Image.Image, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+    """The tokenizer's training view: random crop, then mirrored half of the time."""
+    view = random_crop(image, size, rng)
+    return view[:, ::-1] if rng.random() < 0.5 else view
+
+
+def code_views(image: Image.Image, size: tuple[int, int], *, ten_crop: bool, crop_range: float) -> np.ndarray:
+    """The views to extract codes of, (views, H, W, 3) uint8, cut from a centre crop of floor(size * crop_range).
+
+    ten_crop: four corners and the centre, then the same of the mirrored image; else the centre and its mirror image.
+    """
+    outer = (int(size[0] * crop_range), int(size[1] * crop_range))
+    base = center_crop(image, outer)
+    bottom, right = outer[0] - size[0], outer[1] - size[1]
+    corners = [(0, 0), (0, right), (bottom, 0), (bottom, right)] if ten_crop else []
+    places = [*corners, (round(bottom / 2), round(right / 2))]
+    return np.stack([side[top:top + size[0], left:left + size[1]]
+                     for side in (base, base[:, ::-1]) for top, left in places])

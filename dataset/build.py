@@ -1,0 +1,62 @@
+"""From a name to a data set of images. Every one offers the same: len, labels, classes, image(i), name(i)."""
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+
+from dataset import image_folders
+from utils.cli import flag
+from utils.options import SizeFlags
+
+
+class ImageDataset(Protocol):
+    """Images with labels; `classes` names them in label order, None when there are none (all labels 0)."""
+
+    classes: list[str] | None
+    labels: np.ndarray
+
+    def __len__(self) -> int: ...
+
+    def image(self, index: int) -> Image.Image:
+        """RGB image; raises OSError, SyntaxError or ValueError for a broken file."""
+
+    def name(self, index: int) -> str:
+        """What to call image `index` in a report."""
+
+
+@dataclass(kw_only=True)
+class DataFlags(SizeFlags):
+    """Which images, at which size."""
+
+    data_path: str | None = flag(None, "folder of images (not needed for emoji)")
+    dataset: str = flag("imagenet", "imagenet (a folder per class), coco or pexels (no classes), openimage (JSON "
+                        "list), emoji or emoji_heldout (embedded)")
+    image_size: tuple[int, int] = (256, 256)
+
+
+def build_dataset(name: str, data_path: str | None, *, size: tuple[int, int]) -> ImageDataset:
+    """The data set `name`. Raises ValueError or FileNotFoundError when it cannot be had."""
+    if name in ("emoji", "emoji_heldout"):
+        from dataset.emoji import EmojiDataset
+
+        return EmojiDataset("train" if name == "emoji" else "heldout", size=max(size))
+    if name not in FOLDERS:
+        raise ValueError(f"--dataset {name} is unknown: choose from {', '.join([*FOLDERS, 'emoji', 'emoji_heldout'])}")
+    if data_path is None:
+        raise ValueError(f"--dataset {name} needs --data-path")
+    return FOLDERS[name](data_path)
+
+
+def _openimage(root: str) -> ImageDataset:
+    return image_folders.listed(Path(root).parent / "openimage_json" / "image_paths.json", root)
+
+
+FOLDERS: dict[str, Callable[[str], ImageDataset]] = {
+    "imagenet": image_folders.class_tree,
+    "coco": image_folders.flat_folder,
+    "pexels": image_folders.flat_folder,
+    "openimage": _openimage,
+}

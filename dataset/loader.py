@@ -1,0 +1,94 @@
+"""Batches whose content depends on (seed, epoch, index) only: not on ranks, workers, or where a run was cut."""
+import os
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from dataset.augmentation import train_view
+from dataset.build import ImageDataset
+from utils.seeding import derive_seed
+
+BROKEN_IMAGE = (OSError, SyntaxError, ValueError)  # what Pillow raises for damaged files
+
+Key = tuple[int, int]  # (epoch, index)
+
+
+class Batched(Protocol):
+    """A data set that makes a whole batch (a dict) from its keys."""
+
+    def __getitems__(self, keys: list[Key]) -> dict[str, Any]: ...
+
+
+class StepSampler(Sampler[list[Key]]):
+    """This rank's micro-batches of keys from `start_step` to `end_step`.
+
+    Samples are visited epoch after epoch, each epoch in its own order, without a gap: every sample exactly once per
+    epoch for any number of ranks. Step s takes positions [s * G, (s + 1) * G) of that stream.
+    """
+
+    def __init__(self, count: int, *, global_batch: int, accumulation: int, rank: int, world_size: int, seed: int,
+                 start_step: int, end_step: int) -> None:
+        self.count, self.global_batch, self.accumulation = count, global_batch, accumulation
+        self.rank, self.world_size, self.seed = rank, world_size, seed
+        self.start_step, self.end_step = start_step, end_step
+
+    def __len__(self) -> int:
+        return (self.end_step - self.start_step) * self.accumulation
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        micro = self.global_batch // (self.world_size * self.accumulation)
+        orders: dict[int, np.ndarray] = {}
+        for step in range(self.start_step, self.end_step):
+            for part in range(self.accumulation):
+                first = step * self.global_batch + (part * self.world_size + self.rank) * micro
+                keys = []
+                for position in range(first, first + micro):
+                    epoch, place = divmod(position, self.count)
+                    if epoch not in orders:
+                        orders = {known: order for known, order in orders.items() if known >= epoch - 1}
+                        rng = np.random.default_rng(derive_seed(self.seed, epoch))
+                        orders[epoch] = rng.permutation(self.count)
+                    keys.append((epoch, int(orders[epoch][place])))
+                yield keys
+
+
+class TrainImages(Dataset):
+    """Randomly cropped and flipped images, a batch at a time."""
+
+    def __init__(self, images: ImageDataset, size: tuple[int, int], *, seed: int) -> None:
+        self.images, self.size, self.seed = images, size, seed
+
+    def __getitems__(self, keys: list[Key]) -> dict[str, Any]:
+        """{"images" float (B, 3, H, W) in [-1, 1], "labels" (B,), "broken" names of unreadable files left out}."""
+        views, labels, broken = [], [], []
+        for epoch, index in keys:
+            try:
+                image = self.images.image(index)
+            except BROKEN_IMAGE:
+                broken.append(self.images.name(index))
+                continue
+            views.append(train_view(image, self.size, np.random.default_rng(derive_seed(self.seed, epoch, index))))
+            labels.append(self.images.labels[index])
+        if not views:
+            raise ValueError(f"no image of a whole batch can be read, among them {broken[0]}")
+        pixels = torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2)
+        return {"images": pixels.float() / 127.5 - 1.0, "labels": torch.tensor(np.array(labels)), "broken": broken}
+
+
+def loader(dataset: Batched, sampler: Sampler[list[Key]], *, num_workers: int, pin_memory: bool) -> DataLoader:
+    """A DataLoader over whole batches made by `dataset.__getitems__`."""
+    return DataLoader(dataset, batch_sampler=sampler, collate_fn=_as_is, num_workers=worker_count(num_workers),
+                      pin_memory=pin_memory)
+
+
+def worker_count(asked: int) -> int:
+    """Loading processes: as asked, but none where there is one core, and at most one per core."""
+    cores = os.cpu_count() or 1
+    return 0 if cores == 1 else min(asked, cores)
+
+
+def _as_is(batch: dict[str, Any]) -> dict[str, Any]:
+    return batch

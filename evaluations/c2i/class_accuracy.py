@@ -1,0 +1,245 @@
+"""Are samples recognised as the class that was asked for?
+
+A small convolutional classifier is trained on the real training pictures alone (no tokenizer, no GPT, no pretrained
+weights), checked on real held-out pictures, and then asked to name the samples. It stands in for FID and IS where a
+data set is too small for them; the accuracy on samples is the "classification accuracy score" of arXiv 1905.10887
+turned round (there: train on samples, test on real), and says nothing about diversity.
+
+Images are uint8 (N, H, W, 3) throughout, as in the npz sample sets.
+"""
+
+import itertools
+import math
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+WIDTHS = (24, 48, 96, 192)
+STEPS = 450
+BATCH = 64
+LEARNING_RATE = 2e-3
+WEIGHT_DECAY = 0.05
+LABEL_SMOOTHING = 0.1
+
+
+class LabelledImages(Protocol):
+    """What a data set must have to be scored here: `EmojiDataset` and the image folders do."""
+
+    classes: list[str]
+    labels: np.ndarray
+
+    def __len__(self) -> int: ...
+
+    def image(self, index: int): ...
+
+
+def train_classifier(
+    images: np.ndarray,
+    labels: np.ndarray,
+    *,
+    num_classes: int,
+    steps: int = STEPS,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> nn.Module:
+    """Train a classifier from scratch on uint8 images (N, H, W, 3) and labels (N,); return it in eval mode.
+
+    Each class is drawn equally often whatever its size. About a minute for 64 x 64 pictures on two CPU cores.
+    Raises ValueError when shapes disagree or a class has no picture.
+    """
+    _check(images, labels, num_classes)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = SmallCNN(num_classes).to(device).to(memory_format=torch.channels_last).train()
+    matrices, rest = [p for p in model.parameters() if p.ndim > 1], [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": rest, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.15)
+
+    pictures, targets = to_float(images), torch.as_tensor(labels)  # (N, 3, H, W) in [-1, 1], (N,)
+    weights = torch.bincount(targets, minlength=num_classes).double()[targets] ** -0.5
+    for _ in range(steps):
+        batch = torch.multinomial(weights, BATCH, replacement=True, generator=generator)
+        augmented = augment(pictures[batch], generator=generator).to(device)
+        loss = F.cross_entropy(model(augmented), targets[batch].to(device), label_smoothing=LABEL_SMOOTHING)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return model.eval()
+
+
+@torch.inference_mode()
+def predict(
+    model: nn.Module, images: np.ndarray, *, device: torch.device | str = "cpu", batch: int = 256
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return predicted labels (N,) int64 and probabilities (N, classes) float32 for uint8 images (N, H, W, 3).
+
+    Probabilities are the mean over a picture and its mirror image, as training shows both.
+    """
+    parts = []
+    for start in range(0, len(images), batch):
+        pictures = to_float(images[start : start + batch]).to(device)  # (B, 3, H, W)
+        parts.append((model(pictures).softmax(-1) + model(pictures.flip(-1)).softmax(-1)) / 2)
+    probabilities = torch.cat(parts).cpu().numpy()
+    return probabilities.argmax(-1), probabilities
+
+
+def confusion_matrix(labels: np.ndarray, predicted: np.ndarray, *, num_classes: int) -> np.ndarray:
+    """Count pictures by (true label, predicted label): int64 (classes, classes)."""
+    return np.bincount(labels * num_classes + predicted, minlength=num_classes**2).reshape(num_classes, num_classes)
+
+
+def class_accuracies(confusion: np.ndarray) -> np.ndarray:
+    """Return the share recognised in each class, float64 (classes,); NaN for a class without pictures."""
+    counts = confusion.sum(1)
+    return np.where(counts > 0, confusion.diagonal() / np.maximum(counts, 1), np.nan)
+
+
+def balanced_accuracy(confusion: np.ndarray) -> float:
+    """Return the mean of the class accuracies over classes that have pictures."""
+    return float(np.nanmean(class_accuracies(confusion)))
+
+
+def plain_accuracy(confusion: np.ndarray) -> float:
+    """Return the share of all pictures that were recognised."""
+    return float(confusion.trace() / confusion.sum())
+
+
+def evaluate_samples(
+    samples: np.ndarray,
+    labels: np.ndarray,
+    classes: list[str],
+    train_set: LabelledImages,
+    heldout_set: LabelledImages,
+    *,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    steps: int = STEPS,
+) -> dict:
+    """Train on `train_set`, check on `heldout_set`, score samples uint8 (N, H, W, 3) against requested labels (N,).
+
+    Returns {"heldout_accuracy", "heldout_balanced_accuracy", "sample_accuracy", "sample_balanced_accuracy",
+    "per_class": {name: {"heldout", "samples", "count"}}, "confusion"}. Accuracies are shares in [0, 1], None where a
+    class has nothing to score; "count" is the number of samples of the class; row i of "confusion" says as what the
+    samples requested as class i were recognised.
+    """
+    labels = np.asarray(labels, dtype=np.int64)
+    _check(samples, labels, len(classes), every_class=False)
+    train_images, heldout_images = stack_images(train_set), stack_images(heldout_set)
+    if samples.shape[1:] != train_images.shape[1:]:
+        raise ValueError(f"samples are {samples.shape[1:]}, the training pictures {train_images.shape[1:]}")
+    model = train_classifier(
+        train_images, train_set.labels, num_classes=len(classes), steps=steps, seed=seed, device=device
+    )
+    heldout, drawn = (
+        confusion_matrix(truth, predict(model, images, device=device)[0], num_classes=len(classes))
+        for images, truth in ((heldout_images, heldout_set.labels), (samples, labels))
+    )
+    rows = zip(classes, class_accuracies(heldout), class_accuracies(drawn), drawn.sum(1), strict=True)
+    return {
+        "heldout_accuracy": plain_accuracy(heldout),
+        "heldout_balanced_accuracy": balanced_accuracy(heldout),
+        "sample_accuracy": plain_accuracy(drawn),
+        "sample_balanced_accuracy": balanced_accuracy(drawn),
+        "per_class": {
+            name: {"heldout": _share(real), "samples": _share(sampled), "count": int(count)}
+            for name, real, sampled, count in rows
+        },
+        "confusion": drawn.tolist(),
+    }
+
+
+def format_table(result: dict) -> str:
+    """Lay out what `evaluate_samples` returned as one line per class, with the classes most often seen instead."""
+    names = list(result["per_class"])
+    lines = [f"{'class':<12}{'held-out':>10}{'samples':>10}{'count':>7}   taken for"]
+    for i, (name, row) in enumerate(result["per_class"].items()):
+        wrong = sorted(((n, names[j]) for j, n in enumerate(result["confusion"][i]) if n and j != i), reverse=True)
+        shares = (f"{'-' if row[key] is None else format(row[key], '.1%'):>10}" for key in ("heldout", "samples"))
+        lines.append(f"{name:<12}{''.join(shares)}{row['count']:>7}   {', '.join(f'{n} {c}' for n, c in wrong[:3])}")
+    lines.append(f"{'all':<12}{result['heldout_accuracy']:>10.1%}{result['sample_accuracy']:>10.1%}")
+    return "\n".join(lines)
+
+
+class SmallCNN(nn.Module):
+    """Four levels of residual 3x3 convolutions with BatchNorm, then the mean over positions: any image size."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, WIDTHS[0], 5, stride=2, padding=2, bias=False), nn.BatchNorm2d(WIDTHS[0]))
+        self.levels = nn.Sequential(*(Level(a, b) for a, b in itertools.pairwise(WIDTHS)))
+        self.head = nn.Linear(WIDTHS[-1], num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map images (B, 3, H, W) in [-1, 1] to logits (B, classes)."""
+        features = self.levels(F.relu(self.stem(images)))  # (B, D, H/16, W/16)
+        return self.head(features.mean((2, 3)))
+
+
+class Level(nn.Module):
+    """Halve the picture, change the width, add one residual convolution."""
+
+    def __init__(self, width: int, next_width: int) -> None:
+        super().__init__()
+        self.down = nn.Sequential(
+            nn.Conv2d(width, next_width, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(next_width), nn.ReLU()
+        )
+        self.residual = nn.Sequential(
+            nn.Conv2d(next_width, next_width, 3, padding=1, bias=False), nn.BatchNorm2d(next_width)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.down(x)
+        return F.relu(x + self.residual(x))
+
+
+def to_float(images: np.ndarray) -> Tensor:
+    """Map uint8 (N, H, W, 3) to float32 (N, 3, H, W) in [-1, 1], channels last in memory."""
+    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def stack_images(dataset: LabelledImages) -> np.ndarray:
+    """Return all pictures of a data set as uint8 (N, H, W, 3)."""
+    return np.stack([np.asarray(dataset.image(i)) for i in range(len(dataset))])
+
+
+def augment(images: Tensor, *, generator: torch.Generator) -> Tensor:
+    """Flip, shift, scale, turn, tint and blur images (B, 3, H, W) in [-1, 1], each picture in its own way.
+
+    The blur makes the classifier indifferent to the softness that a tokenizer leaves. New border pixels are white.
+    """
+    b = len(images)
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return low + (high - low) * torch.rand(b, *shape, generator=generator)
+
+    angle, scale, flip = uniform(-0.2, 0.2), uniform(0.85, 1.25), uniform(-1, 1).sign()
+    rows = (scale * flip * angle.cos(), -scale * angle.sin(), uniform(-0.15, 0.15),
+            scale * flip * angle.sin(), scale * angle.cos(), uniform(-0.15, 0.15))  # fmt: skip
+    grid = F.affine_grid(torch.stack(rows, 1).view(b, 2, 3), list(images.shape), align_corners=False)
+    images = F.grid_sample(images - 1, grid, align_corners=False) + 1  # zero padding is white after the shift
+
+    blurred = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    images = torch.lerp(images, blurred, uniform(-0.3, 1, 1, 1, 1).clamp(min=0))
+    grey = images.mean(1, keepdim=True)
+    images = grey + (images - grey) * uniform(0.6, 1.3, 1, 1, 1)  # saturation
+    images = images * uniform(0.8, 1.1, 1, 1, 1) + uniform(-0.1, 0.1, 3, 1, 1)  # contrast and tint
+    return images.clamp(-1, 1).contiguous(memory_format=torch.channels_last)
+
+
+def _check(images: np.ndarray, labels: np.ndarray, num_classes: int, *, every_class: bool = True) -> None:
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or len(images) != len(labels):
+        raise ValueError(f"got {images.dtype} images {images.shape} and {len(labels)} labels; want uint8 (N, H, W, 3), (N,)")
+    if len(labels) == 0 or labels.min() < 0 or labels.max() >= num_classes:
+        raise ValueError(f"labels must be from 0 to {num_classes - 1}, at least one")
+    if every_class and len(np.unique(labels)) < num_classes:
+        raise ValueError(f"{num_classes - len(np.unique(labels))} of {num_classes} classes have no picture to learn from")
+
+
+def _share(value: float) -> float | None:
+    return None if math.isnan(value) else float(value)

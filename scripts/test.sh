@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Run the linter and the test suite: bash scripts/test.sh [pytest arguments]. Makes .venv and installs on first use.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/_venv.sh" dev
+cd "$root"
+"$python" -m ruff check .
+exec "$python" -m pytest "$@"

@@ -1,0 +1,86 @@
+"""Tokenizers by name: what the rest of the program asks of one, and how it is loaded."""
+import hashlib
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from tokenizer.tokenizer_image.layers import to_channels_last
+from tokenizer.tokenizer_image.vq_model import VQ_models, VQModel
+from utils import checkpoint
+from utils.cli import flag
+
+DECODE_CHUNK = 16
+
+
+class ImageTokenizer(Protocol):
+    """Images ↔ codes in raster order."""
+
+    downsample: int
+    codebook_size: int
+
+    def encode_codes(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] → codes (B, h*w)."""
+
+    def decode_code(self, codes: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Codes (B, h*w) with shape (h, w) → images (B, 3, H, W), about [-1, 1]."""
+
+
+@dataclass(kw_only=True)
+class TokenizerFlags:
+    """Which tokenizer. What is left out is taken from the checkpoint, else from the named preset."""
+
+    vq_model: str | None = flag(None, "VQ-16, VQ-8 or VQ-8-S; None: what --vq-ckpt says, else VQ-16",
+                                choices=tuple(VQ_models))
+    vq_ckpt: str | None = flag(None, "tokenizer checkpoint")
+    codebook_size: int | None = flag(None, "number of codes; None: the model's own (VQ-16: 16384)")
+    codebook_embed_dim: int | None = flag(None, "code dimension; None: the model's own (VQ-16: 8)")
+
+
+def new_tokenizer(flags: TokenizerFlags, saved: dict | None = None, **options) -> tuple[str, VQModel]:
+    """An untrained tokenizer (name, model). `saved`: the checkpoint's config, used where the flags are silent."""
+    saved = saved or {}
+    name = flags.vq_model or saved.get("vq_model") or "VQ-16"
+    if name not in VQ_models:
+        raise ValueError(f"tokenizer {name} is unknown: choose from {', '.join(VQ_models)}")
+    sizes = {key: getattr(flags, key) or saved.get(key) for key in ("codebook_size", "codebook_embed_dim")}
+    return name, VQ_models[name](**{key: value for key, value in sizes.items() if value}, **options)
+
+
+def load_tokenizer(flags: TokenizerFlags, *, device: torch.device) -> tuple[str, VQModel]:
+    """The tokenizer of --vq-ckpt, in eval mode on `device`: (name, model). Its EMA weights if it has them."""
+    if flags.vq_ckpt is None:
+        raise ValueError("--vq-ckpt is missing: which tokenizer checkpoint?")
+    content = checkpoint.read(flags.vq_ckpt)
+    saved = content.get("config")
+    state = checkpoint.weights(content, flags.vq_ckpt)
+    if "quantize.embedding.weight" not in state:
+        raise ValueError(f"{flags.vq_ckpt} is no tokenizer checkpoint: it has no quantize.embedding.weight"
+                         f"{' (it looks like a GPT: --gpt-ckpt?)' if 'tok_embeddings.weight' in state else ''}")
+    name, model = new_tokenizer(flags, saved if isinstance(saved, dict) else None)
+    checkpoint.load_strict(model, state, flags.vq_ckpt)
+    return name, to_channels_last(model.eval().requires_grad_(False).to(device))
+
+
+def check_image_size(size: tuple[int, int], downsample: int) -> tuple[int, int]:
+    """The token grid of an image size. Raises ValueError when it does not divide."""
+    if size[0] % downsample or size[1] % downsample:
+        raise ValueError(f"--image-size {size[0]}x{size[1]} is not divisible by {downsample}, the tokenizer's "
+                         "downsample ratio")
+    return size[0] // downsample, size[1] // downsample
+
+
+@torch.inference_mode()
+def decode_images(tokenizer: ImageTokenizer, codes: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Codes (B, h*w) → images (B, 3, H, W) on the CPU, in chunks of bounded memory."""
+    return torch.cat([tokenizer.decode_code(chunk, grid).float().cpu() for chunk in codes.split(DECODE_CHUNK)])
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 over names and values of a model's parameters: which tokenizer made these codes?"""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.named_parameters()):
+        digest.update(name.encode())
+        digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,184 @@
+"""Train an image tokenizer.
+
+    bash scripts/tokenizer/train_vq.sh --data-path /data/imagenet/train --vq-model VQ-16
+
+The same command fine-tunes: --vq-ckpt FILE --finetune starts from a file's weights alone, with fresh counters,
+optimizers and (unless the file has one) discriminator.
+"""
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from dataset.augmentation import center_crop
+from dataset.build import DataFlags, ImageDataset, build_dataset
+from dataset.image_folders import concatenate, flat_folder
+from dataset.loader import BROKEN_IMAGE, StepSampler, TrainImages, loader
+from tokenizer.build import TokenizerFlags, check_image_size, new_tokenizer
+from tokenizer.tokenizer_image.layers import to_channels_last
+from tokenizer.tokenizer_image.vq_loss import LossFlags, VQLoss, build_discriminator, discriminator_loss
+from utils import checkpoint, cli, dist, images, parallel
+from utils.cli import flag
+from utils.trainer import Backward, Trainer, TrainFlags, check_flags, frozen, run_folder, total_steps
+
+PREVIEW_IMAGES = 8
+COLLAPSE_USAGE = 0.05  # below this share of the codebook in use, say so
+
+
+@dataclass(kw_only=True)
+class VQTrainFlags(TrainFlags, DataFlags, TokenizerFlags, LossFlags):
+    """The tokenizer's training command."""
+
+    data_face_path: str | None = flag(None, "second folder of images without classes, joined to --data-path")
+    finetune: bool = flag(False, "take only the weights of --vq-ckpt and start counting at step 0")
+    codebook_l2_norm: bool = flag(True, "L2-normalise features and codes")
+    dropout_p: float = flag(0.0, "dropout in the residual blocks")
+    results_dir: str = "results_tokenizer_image"
+    epochs: int = 40
+    global_batch_size: int = 128
+    num_workers: int = 16
+
+
+class TokenizerTask:
+    """What a micro-batch of images contributes."""
+
+    def __init__(self, model: nn.Module, discriminator: nn.Module | None, loss: VQLoss, *, dtype: torch.dtype,
+                 samples: Tensor) -> None:
+        self.modules = {"model": model} | ({"discriminator": discriminator} if discriminator is not None else {})
+        self.loss, self.dtype, self.samples = loss, dtype, samples
+        self.broken: set[str] = set()
+
+    def micro_step(self, batch: dict[str, Any], *, step: int, backward: Backward) -> dict[str, Tensor]:
+        """Tokenizer first, then the discriminator on the same reconstructions."""
+        self.note_broken(batch["broken"])
+        model, discriminator = self.modules["model"], self.modules.get("discriminator")
+        critic = None if discriminator is None else parallel.unwrap(discriminator)
+        pixels = batch["images"].contiguous(memory_format=torch.channels_last)
+        with dist.autocast(pixels.device, self.dtype):
+            reconstructions, codebook = model(pixels)
+            with frozen(critic) if critic is not None else torch.enable_grad():
+                loss, parts = self.loss(pixels, reconstructions, codebook, step=step, discriminator=critic,
+                                        last_layer=parallel.unwrap(model).decoder.last_layer)
+        backward("model", loss)
+        if self.loss.adversarial(step):
+            with dist.autocast(pixels.device, self.dtype):
+                judged = discriminator_loss(self.loss.flags.disc_loss, discriminator(pixels),
+                                            discriminator(reconstructions.detach()))
+            backward("discriminator", self.loss.flags.disc_weight * judged)
+            parts["discriminator"] = judged
+        return parts
+
+    def note_broken(self, names: list[str]) -> None:
+        """Say once of each unreadable image that it is skipped."""
+        for name in set(names) - self.broken:
+            self.broken.add(name)
+            print(f"skipping unreadable image {name} ({len(self.broken)} so far)", file=sys.stderr, flush=True)
+
+    def report(self) -> dict[str, float]:
+        """Codebook usage and perplexity over the last 65,536 assignments; a warning when few codes are alive."""
+        usage, perplexity = parallel.unwrap(self.modules["model"]).quantize.usage()
+        if usage < COLLAPSE_USAGE:
+            print(f"warning: only {usage:.1%} of the codebook is in use (perplexity {perplexity:.0f}): a lower --lr, a "
+                  "smaller --codebook-size or --entropy-loss-ratio 0.1 may help", file=sys.stderr, flush=True)
+        return {"codebook_usage": usage, "codebook_perplexity": perplexity, "broken_images": float(len(self.broken))}
+
+    @torch.no_grad()
+    def preview(self, model: nn.Module) -> np.ndarray:
+        """Inputs above their reconstructions."""
+        pixels = self.samples.to(next(model.parameters()).device)
+        with dist.autocast(pixels.device, self.dtype):
+            reconstructions, _ = model(pixels)
+        both = np.concatenate([images.to_uint8(pixels), images.to_uint8(reconstructions)])
+        return images.grid(both, columns=len(self.samples))
+
+
+def open_images(flags: VQTrainFlags) -> ImageDataset:
+    """The training images, --data-face-path included."""
+    data = build_dataset(flags.dataset, flags.data_path, size=flags.image_size)
+    if flags.data_face_path is None:
+        return data
+    if data.classes is not None:
+        raise ValueError(f"--data-face-path joins images without classes, but --dataset {flags.dataset} has classes")
+    return concatenate([data, flat_folder(flags.data_face_path)])
+
+
+def preview_samples(data: ImageDataset, size: tuple[int, int]) -> Tensor:
+    """A few readable images, evenly spread over the data set, (N, 3, H, W)."""
+    views = []
+    for index in np.linspace(0, len(data) - 1, min(4 * PREVIEW_IMAGES, len(data))).astype(int):
+        try:
+            views.append(center_crop(data.image(int(index)), size))
+        except BROKEN_IMAGE:
+            continue
+    if not views:
+        raise ValueError(f"none of the images tried can be read, among them {data.name(0)}")
+    return images.to_float(np.stack(views[::max(1, len(views) // PREVIEW_IMAGES)][:PREVIEW_IMAGES]))
+
+
+def warm_start(flags: VQTrainFlags, trainer: Trainer) -> None:
+    """Begin from --vq-ckpt: its weights alone with --finetune, else everything it holds."""
+    if not flags.finetune:
+        trainer.restore(Path(flags.vq_ckpt))
+        return
+    content = checkpoint.read(flags.vq_ckpt)
+    checkpoint.load_strict(trainer.plain["model"], checkpoint.weights(content, flags.vq_ckpt), flags.vq_ckpt)
+    if "discriminator" in content and "discriminator" in trainer.plain:
+        state = checkpoint.weights(content, flags.vq_ckpt, prefer=("discriminator",))
+        checkpoint.load_strict(trainer.plain["discriminator"], state, flags.vq_ckpt)
+    if trainer.ema is not None:
+        trainer.ema.model.load_state_dict(trainer.plain["model"].state_dict())
+    trainer.say(f"fine-tuning from the weights of {flags.vq_ckpt}")
+
+
+def main(flags: VQTrainFlags) -> None:
+    """Train to the end of --epochs."""
+    process = dist.setup()
+    check_flags(flags, world_size=process.world_size)
+    if flags.finetune and flags.vq_ckpt is None:
+        raise ValueError("--finetune needs --vq-ckpt")
+    data = open_images(flags)
+    torch.manual_seed(flags.global_seed)
+    name, model = new_tokenizer(flags, codebook_l2_norm=flags.codebook_l2_norm, dropout_p=flags.dropout_p,
+                                commit_loss_beta=flags.commit_loss_beta, entropy_loss_ratio=flags.entropy_loss_ratio)
+    check_image_size(flags.image_size, model.downsample)
+    samples = preview_samples(data, flags.image_size)
+    loss = VQLoss(flags, device=process.device)
+
+    def place(module: nn.Module) -> nn.Module:
+        module = to_channels_last(module.to(process.device))
+        return parallel.apply_ddp(parallel.apply_compile(module) if flags.compile else module, process.device)
+
+    critic = build_discriminator(flags, image_size=flags.image_size) if flags.disc_weight > 0 else None
+    task = TokenizerTask(place(model), None if critic is None else place(critic), loss, samples=samples,
+                         dtype=dist.compute_dtype(flags.mixed_precision, process.device))
+    steps = total_steps(flags, len(data))
+    saved = {"kind": "tokenizer", "vq_model": name, "codebook_size": model.config.codebook_size,
+             "codebook_embed_dim": model.config.codebook_embed_dim, "image_size": list(flags.image_size)}
+    folder = run_folder(flags, name, process)
+    trainer = Trainer(task, flags, process, folder, steps=steps, saved_config=saved)
+    if flags.vq_ckpt is not None:
+        warm_start(flags, trainer)
+    trainer.resume()
+    if process.is_main:
+        cli.save_config(folder / "config.json", flags, steps=steps, images=len(data))
+    trainer.say(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {len(data)} images, "
+                f"{steps} steps on {process.world_size} x {process.device}, {task.dtype}; run folder {folder}")
+
+    def batches(start: int):
+        sampler = StepSampler(len(data), global_batch=flags.global_batch_size, rank=process.rank, end_step=steps,
+                              accumulation=flags.gradient_accumulation_steps, world_size=process.world_size,
+                              seed=flags.global_seed, start_step=start)
+        return loader(TrainImages(data, flags.image_size, seed=flags.global_seed), sampler,
+                      num_workers=flags.num_workers, pin_memory=process.device.type == "cuda")
+
+    trainer.fit(batches)
+
+
+if __name__ == "__main__":
+    cli.run(main, VQTrainFlags)

@@ -1,0 +1,119 @@
+"""Read every checkpoint container in the wild, strictly and without running its code; write ours atomically.
+
+Containers: {"model": …} (LlamaGen, ours), {"module": …} (DeepSpeed), {"state_dict": …} (ARPG), a bare state dict
+(FSDP's consolidated.pth), and .safetensors. Ours adds "ema", optimizers, "steps" and "config".
+"""
+import argparse
+import contextlib
+import hashlib
+import os
+import pickle
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+WEIGHT_KEYS = ("ema", "model", "module", "state_dict")  # in order of preference
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """The file's content on the CPU. Raises FileNotFoundError, or ValueError for a file that is no safe checkpoint."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+            return load_file(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).split("\n")[0].rstrip(". ")
+        raise ValueError(f"{path} is refused: it is damaged, or it holds objects that would run code when loaded "
+                         f"({reason[:160]})") from None
+    except (RuntimeError, EOFError, KeyError, ValueError, MemoryError, AttributeError) as error:
+        raise ValueError(f"{path} cannot be read as a checkpoint: {str(error).splitlines()[0][:200]}") from None
+    except Exception as error:
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise ValueError(f"{path} cannot be read as safetensors: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, expected a checkpoint")
+    return content
+
+
+def weights(content: dict[str, Any], source: str | Path, *, prefer: tuple[str, ...] = WEIGHT_KEYS) -> dict[str, Tensor]:
+    """The state dict inside a container, wrapper prefixes removed. Raises ValueError when there is none."""
+    inner: Any = next((content[key] for key in prefer if isinstance(content.get(key), dict)), content)
+    state = {name: value for name, value in inner.items() if isinstance(value, Tensor)}
+    if not state or len(state) != len(inner):
+        raise ValueError(f"{source} holds no model weights: its keys are {', '.join(map(str, list(content)[:8]))}")
+    for prefix in ("module.", "_orig_mod."):
+        if all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): value for name, value in state.items()}
+    return state
+
+
+def load_strict(module: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
+    """Copy `state` into `module`; a missing, extra or mis-shaped key is a ValueError that names it."""
+    own = module.state_dict()
+    problems = [f"missing {name}" for name in own if name not in state]
+    problems += [f"unexpected {name}" for name in state if name not in own]
+    problems += [f"{name} is {tuple(state[name].shape)}, expected {tuple(own[name].shape)}"
+                 for name in own if name in state and state[name].shape != own[name].shape]
+    if problems:
+        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise ValueError(f"{source} does not fit {type(module).__name__}: {'; '.join(problems[:4])}{more}")
+    module.load_state_dict(state)
+
+
+def save(content: dict[str, Any], path: Path) -> None:
+    """Write a checkpoint so that the file is either whole or not there, whatever happens meanwhile."""
+    with replacing(path) as temporary:
+        try:
+            torch.save(content, temporary)
+        except RuntimeError as error:  # how torch's zip writer reports a full disk
+            raise OSError(f"could not write {path}: {str(error).splitlines()[0]}: is the disk full? "
+                          "Earlier checkpoints are untouched") from None
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copy a file as `save` writes one."""
+    with replacing(target) as temporary:
+        shutil.copyfile(source, temporary)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place, synced to disk, when the block ends well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def newest(folder: Path) -> Path | None:
+    """The checkpoint with the highest step in a folder, None if there is none. Unfinished files do not count."""
+    found = sorted(path for path in folder.glob("*.pt") if path.stem.isdigit())
+    return found[-1] if found else None
+
+
+def file_hash(path: str | Path) -> str:
+    """SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**22):
+            digest.update(block)
+    return digest.hexdigest()

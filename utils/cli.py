@@ -1,0 +1,126 @@
+"""Command lines from dataclasses: a field is a flag, declared once with its help.
+
+    @dataclass(kw_only=True)
+    class Options:
+        cfg_scale: float = flag(1.0, "classifier-free guidance scale; 1 switches it off")
+
+A subclass changes a default by restating the field with a plain value (`cfg_scale: float = 4.0`); help and choices
+stay those of the declaration. `run` is what an entry calls: parse, execute, turn a user's mistake into one line.
+"""
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import types
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from utils import dist
+
+Config = TypeVar("Config")
+REQUIRED = dataclasses.MISSING
+
+
+def flag(default: Any, help: str, *, choices: tuple | None = None, parse: Callable[[str], Any] | None = None) -> Any:
+    """Declare a flag: a dataclass field with its help. `REQUIRED` as the default makes it mandatory."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "parse": parse})
+
+
+def build_parser(config_class: type) -> argparse.ArgumentParser:
+    """The argparse parser of a dataclass whose fields were declared with `flag`."""
+    doc = sys.modules[config_class.__module__].__doc__ or ""
+    parser = argparse.ArgumentParser(description=doc.strip().split("\n")[0], allow_abbrev=False)
+    hints = typing.get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        meta = declaration(config_class, field.name)
+        required = field.default is dataclasses.MISSING
+        text = meta["help"] + ("" if required or field.default is None else f" (default: {shown(field.default)})")
+        options: dict[str, Any] = {"dest": field.name, "help": text.replace("%", "%%"), "required": required}
+        if not required:
+            options["default"] = field.default
+        kind = scalar(hints[field.name])
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options["type"] = checked(meta["parse"] or kind)
+            options["choices"] = meta["choices"]
+        parser.add_argument("--" + field.name.replace("_", "-"), **options)
+    return parser
+
+
+def declaration(config_class: type, name: str) -> dict[str, Any]:
+    """The metadata of a flag, from the class in the inheritance chain that declared it."""
+    for base in config_class.__mro__:
+        field = getattr(base, "__dataclass_fields__", {}).get(name)
+        if field is not None and field.metadata:
+            return field.metadata
+    raise AssertionError(f"{config_class.__name__}.{name} has no flag(...) declaration in any base")
+
+
+def run(main: Callable[[Config], None], config_class: type[Config], argv: list[str] | None = None) -> None:
+    """Parse the command line and call main(config). A user's mistake prints one line and exits 2, no traceback.
+
+    Set LLAMAGEN_TRACEBACK=1 to see where the line came from.
+    """
+    config = build_parser(config_class).parse_args(argv, namespace=_Bare())
+    try:
+        main(config_class(**vars(config)))
+    except (ValueError, OSError) as error:
+        if os.environ.get("LLAMAGEN_TRACEBACK"):
+            raise
+        if dist.env_rank() == 0:
+            print("error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted: run the same command again to continue", file=sys.stderr)
+        sys.exit(130)
+    finally:
+        dist.shutdown()
+
+
+def as_dict(config: Any) -> dict[str, Any]:
+    """The config as JSON-ready values."""
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in vars(config).items()}
+
+
+def save_config(path: Path, config: Any, **derived: Any) -> None:
+    """Write the resolved config, and what was derived from it, as JSON beside what it produced."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**as_dict(config), **derived}, indent=2, default=str) + "\n")
+
+
+def image_size(text: str) -> tuple[int, int]:
+    """Parse "256" or "256x384" (height x width, pixels)."""
+    parts = [int(part) for part in text.lower().split("x")]
+    if len(parts) > 2 or min(parts) < 1:
+        raise ValueError("expected a size such as 256 or 256x384 (height x width)")
+    return parts[0], parts[-1]
+
+
+class _Bare(argparse.Namespace):
+    """A namespace of flags only."""
+
+
+def scalar(hint: Any) -> type:
+    """The type inside `X | None`; str for Literal."""
+    if isinstance(hint, types.UnionType):
+        hint = next(kind for kind in typing.get_args(hint) if kind is not type(None))
+    return str if typing.get_origin(hint) is typing.Literal else hint
+
+
+def shown(default: Any) -> str:
+    """A default as one would type it."""
+    return "x".join(map(str, default)) if isinstance(default, tuple) else str(default)
+
+
+def checked(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Let argparse show the message of a parser's ValueError."""
+    def convert(text: str) -> Any:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+    return convert

@@ -1,0 +1,110 @@
+"""One process or many under torchrun, alike: rank, device, collectives that are no-ops when alone."""
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Literal
+
+import torch
+import torch.distributed
+
+Precision = Literal["none", "fp16", "bf16"]
+
+
+@dataclass(frozen=True)
+class Process:
+    """This process among its peers."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process speaks and writes for all."""
+        return self.rank == 0
+
+
+def env_rank() -> int:
+    """Rank as torchrun set it, 0 without torchrun."""
+    return int(os.environ.get("RANK", 0))
+
+
+def setup() -> Process:
+    """Join the process group if torchrun started us; choose this process's GPU, or the CPU."""
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+    else:
+        device = torch.device("cpu")
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if world_size > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+    return Process(env_rank(), world_size, device)
+
+
+def shutdown() -> None:
+    """Leave the process group, if in one."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait for every process."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
+def mean(values: torch.Tensor) -> torch.Tensor:
+    """Mean of `values` over all processes."""
+    return total(values) / world_size()
+
+
+def total(values: torch.Tensor) -> torch.Tensor:
+    """Sum of `values` over all processes."""
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(values)
+    return values
+
+
+def broadcast_object(value: object) -> object:
+    """The value that rank 0 holds (what the others pass is ignored)."""
+    if not torch.distributed.is_initialized():
+        return value
+    box = [value]
+    torch.distributed.broadcast_object_list(box)
+    return box[0]
+
+
+def gather_lists(values: list) -> list:
+    """The lists of all processes, joined in rank order."""
+    if not torch.distributed.is_initialized():
+        return values
+    boxes: list[list] = [[] for _ in range(world_size())]
+    torch.distributed.all_gather_object(boxes, values)
+    return [value for box in boxes for value in box]
+
+
+def world_size() -> int:
+    """Number of processes."""
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+def compute_dtype(precision: Precision, device: torch.device) -> torch.dtype:
+    """The autocast type for a precision flag. On a CPU without bf16 instructions, half precision becomes fp32."""
+    if precision == "none":
+        return torch.float32
+    if device.type == "cpu":  # emulated half precision is slower than fp32, and fp16 has no CPU kernels worth using
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return torch.bfloat16 if fast else torch.float32
+    return torch.bfloat16 if precision == "bf16" else torch.float16
+
+
+@contextlib.contextmanager
+def autocast(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """torch.autocast that fp32 switches off."""
+    with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+        yield

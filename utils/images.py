@@ -1,0 +1,84 @@
+"""Images on their way out: 8-bit conversion, grids, PNG files and the npz that ADM's evaluator reads."""
+import zipfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from tqdm import tqdm
+
+from utils.checkpoint import replacing
+
+
+def to_uint8(images: Tensor) -> np.ndarray:
+    """Floats (B, 3, H, W) in [-1, 1] → uint8 (B, H, W, 3): clamp(127.5 x + 128, 0, 255), truncated."""
+    scaled = torch.clamp(127.5 * images.float() + 128.0, 0, 255)
+    return scaled.permute(0, 2, 3, 1).to("cpu", torch.uint8).numpy()
+
+
+def to_float(images: np.ndarray) -> Tensor:
+    """uint8 (B, H, W, 3) → float32 (B, 3, H, W) in [-1, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+
+
+def grid(images: np.ndarray, *, columns: int, labels: Sequence[str] | None = None, gap: int = 2) -> np.ndarray:
+    """Lay uint8 images (N, H, W, 3) out row by row on white, each above its label if given → (H', W', 3) uint8."""
+    count, height, width = images.shape[:3]
+    font = ImageFont.load_default(size=max(9, min(14, width // 8)))
+    caption = int(font.size * 1.5) if labels else 0
+    rows = -(-count // columns)
+    cell_h, cell_w = height + caption + gap, width + gap
+    sheet = Image.new("RGB", (columns * cell_w + gap, rows * cell_h + gap), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, image in enumerate(images):
+        x, y = gap + (i % columns) * cell_w, gap + (i // columns) * cell_h
+        sheet.paste(Image.fromarray(image), (x, y))
+        if labels:
+            text = labels[i]
+            while text and pen.textlength(text, font=font) > width:
+                text = text[:-1]
+            pen.text((x, y + height), text, fill="black", font=font)
+    return np.asarray(sheet)
+
+
+def save_png(path: Path, image: np.ndarray) -> None:
+    """Write uint8 (H, W, 3) as PNG, atomically."""
+    with replacing(path) as temporary:
+        Image.fromarray(image).save(temporary, format="PNG")
+
+
+def load_png(path: Path) -> np.ndarray:
+    """Read a PNG as uint8 (H, W, 3)."""
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def save_npz(path: Path, images: Iterable[np.ndarray], *, count: int, shape: tuple[int, int],
+             labels: np.ndarray | None = None) -> None:
+    """Stream `count` uint8 images (H, W, 3) into `arr_0` of an npz, atomically; labels go to `arr_1`.
+
+    One image is in memory at a time, so 50,000 images need no more of it than one.
+    """
+    with replacing(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as member:
+            header = {"descr": "|u1", "fortran_order": False, "shape": (count, *shape, 3)}
+            np.lib.format.write_array_header_1_0(member, header)
+            written = 0
+            for image in images:
+                assert image.dtype == np.uint8 and image.shape == (*shape, 3), (image.dtype, image.shape, shape)
+                member.write(np.ascontiguousarray(image).tobytes())
+                written += 1
+            assert written == count, f"{written} images written, {count} announced"
+        if labels is not None:
+            with archive.open("arr_1.npy", "w") as member:
+                np.lib.format.write_array(member, labels)
+
+
+def pack_folder(folder: Path, names: Sequence[str], *, labels: np.ndarray | None = None) -> Path:
+    """Pack the PNGs `names` of a folder, in that order, into <folder>.npz. Returns its path."""
+    path = folder.with_name(f"{folder.name}.npz")
+    pictures = (load_png(folder / name) for name in tqdm(names, desc="packing", unit="image", mininterval=1.0))
+    save_npz(path, pictures, count=len(names), shape=load_png(folder / names[0]).shape[:2], labels=labels)
+    return path

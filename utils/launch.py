@@ -1,0 +1,44 @@
+"""Start an entry on every local GPU, or as one process on a CPU. Used by scripts/_torchrun.sh.
+
+    python utils/launch.py autoregressive/train/train.py --code-path ...
+
+The variables nnodes, nproc_per_node, node_rank, master_addr and master_port are passed to torchrun; with one process
+the entry runs directly. The exit code is that of the process that failed first.
+"""
+import os
+import runpy
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+
+def main(argv: list[str]) -> None:
+    """Run `argv` = [entry.py, flags …]."""
+    import torch
+
+    gpus = torch.cuda.device_count()
+    local = int(os.environ.get("nproc_per_node", 0)) or max(1, gpus)
+    nodes = int(os.environ.get("nnodes", 1))
+    if local * nodes == 1:
+        sys.argv = argv
+        runpy.run_path(argv[0], run_name="__main__")
+        return
+
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as torchrun
+    os.environ.setdefault("LOGLEVEL", "CRITICAL")  # the entry has already said in one line what is wrong
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // local)))
+    flags = [f"--nnodes={nodes}", f"--nproc_per_node={local}"]
+    flags += [f"--{name}={os.environ[name]}" for name in ("node_rank", "master_addr", "master_port")
+              if name in os.environ]
+    if nodes == 1 and "master_port" not in os.environ:
+        flags.append("--standalone")
+    try:
+        torchrun([*flags, *argv])
+    except ChildFailedError as error:
+        sys.exit(error.get_first_failure()[1].exitcode)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

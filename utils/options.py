@@ -1,0 +1,41 @@
+"""Flags that commands on more than one floor of the house need, in groups to inherit from."""
+from dataclasses import dataclass
+
+from utils.cli import flag, image_size
+
+
+@dataclass(kw_only=True)
+class SeedFlags:
+    """For commands whose every random choice follows one seed."""
+
+    global_seed: int = flag(0, "every random choice derives from it, whatever the number of processes")
+
+
+@dataclass(kw_only=True)
+class WorkerFlags:
+    """For commands that load images."""
+
+    num_workers: int = flag(24, "data loading processes per rank, at most one per core")
+
+
+@dataclass(kw_only=True)
+class BatchFlags:
+    """For commands that run a model without training it."""
+
+    per_proc_batch_size: int = flag(32, "images at a time on each process; the results do not depend on it")
+
+
+@dataclass(kw_only=True)
+class SizeFlags:
+    """For commands with one image size. None: what the data or checkpoint says."""
+
+    image_size: tuple[int, int] | None = flag(None, "height x width in pixels, such as 256 or 256x384",
+                                              parse=image_size)
+
+
+@dataclass(kw_only=True)
+class CompileFlags:
+    """For commands that may compile."""
+
+    compile: bool = flag(False, "use torch.compile: faster after a slow start (training with it was reported to end "
+                                "worse on torch >= 2.7: compare losses)")
