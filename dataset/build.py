@@ -28,12 +28,18 @@ class ImageDataset(Protocol):
 
 
 @dataclass(kw_only=True)
-class DataFlags(SizeFlags):
+class DatasetFlags:
+    """Which data set."""
+
+    dataset: str = flag("imagenet", "imagenet (a folder per class), coco or pexels (no classes), openimage (JSON "
+                        "list), emoji or emoji_heldout (embedded); for codes the same with _code")
+
+
+@dataclass(kw_only=True)
+class DataFlags(DatasetFlags, SizeFlags):
     """Which images, at which size."""
 
     data_path: str | None = flag(None, "folder of images (not needed for emoji)")
-    dataset: str = flag("imagenet", "imagenet (a folder per class), coco or pexels (no classes), openimage (JSON "
-                        "list), emoji or emoji_heldout (embedded)")
     image_size: tuple[int, int] = (256, 256)
 
 

@@ -18,10 +18,20 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from utils.checkpoint import file_hash, replacing
+from utils.cli import REQUIRED, flag
 from utils.seeding import hash_choice
 
 SHARD_ROWS = 1024  # images per shard: the unit of resuming
 FORMAT = "llamagen-codes-1"
+
+
+@dataclass(kw_only=True)
+class StoreFlags:
+    """Where the codes are."""
+
+    code_path: str = flag(REQUIRED, "store of codes. Extraction writes <code-path>/<dataset><size>_codes; readers take "
+                                    "packed, LlamaGen's and ARPG's, and several (comma-separated) as one if they hold "
+                                    "other crops of the same images")
 
 
 @dataclass

@@ -159,7 +159,7 @@ def _is_member(name: str, sequence: Sequence) -> bool:
 
 
 def _base(sequence: Sequence) -> Sequence:
-    """Return what the variants of one emoji (skin tone, gender, style) share: they must fall on one side of the split."""
+    """Return what the variants of one emoji (skin tone, gender, style) share: the split must not part them."""
     ignored = {JOINER, COLOUR_STYLE, FEMALE, MALE, *SKIN_TONES}
     kept = [ADULT if point in (MAN, WOMAN) else point for point in sequence if point not in ignored]
     return tuple(kept)

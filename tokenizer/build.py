@@ -31,7 +31,7 @@ class ImageTokenizer(Protocol):
 class TokenizerFlags:
     """Which tokenizer. What is left out is taken from the checkpoint, else from the named preset."""
 
-    vq_model: str | None = flag(None, "VQ-16, VQ-8 or VQ-8-S; None: what --vq-ckpt says, else VQ-16",
+    vq_model: str | None = flag(None, "VQ-16, VQ-8 or VQ-4-S; None: what --vq-ckpt says, else VQ-16",
                                 choices=tuple(VQ_models))
     vq_ckpt: str | None = flag(None, "tokenizer checkpoint")
     codebook_size: int | None = flag(None, "number of codes; None: the model's own (VQ-16: 16384)")

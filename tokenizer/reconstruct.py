@@ -25,19 +25,16 @@ from tokenizer.build import TokenizerFlags, check_image_size, decode_images, loa
 from tokenizer.tokenizer_image.vq_model import VQModel
 from utils import cli, dist, images
 from utils.checkpoint import replacing
-from utils.cli import flag, image_size
-from utils.options import BatchFlags
+from utils.options import BatchFlags, SetFlags
 
 GRID_IMAGES = 16
 
 
 @dataclass(kw_only=True)
-class ReconstructFlags(DataFlags, TokenizerFlags, BatchFlags):
+class ReconstructFlags(DataFlags, TokenizerFlags, BatchFlags, SetFlags):
     """The reconstruction command."""
 
-    sample_dir: str = flag("reconstructions", "folder for reconstruction sets")
-    image_size_eval: tuple[int, int] | None = flag(None, "score at this size (bicubic); None: --image-size",
-                                                   parse=image_size)
+    sample_dir: str = "reconstructions"
 
 
 def resized(pictures: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -39,3 +39,19 @@ class CompileFlags:
 
     compile: bool = flag(False, "use torch.compile: faster after a slow start (training with it was reported to end "
                                 "worse on torch >= 2.7: compare losses)")
+
+
+@dataclass(kw_only=True)
+class OutputFlags:
+    """For commands that write one file."""
+
+    output: str = flag("output", "the file to write")
+
+
+@dataclass(kw_only=True)
+class SetFlags:
+    """For commands that write a set of images."""
+
+    sample_dir: str = flag("samples", "folder for image sets; each is named by its settings")
+    image_size_eval: tuple[int, int] | None = flag(None, "resize (bicubic) to this for scoring; None: as made",
+                                                   parse=image_size)

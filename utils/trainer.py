@@ -51,6 +51,7 @@ class TrainFlags(SeedFlags, WorkerFlags, CompileFlags):
     gradient_accumulation_steps: int = flag(1, "micro-batches per optimizer step")
     mixed_precision: dist.Precision = flag("bf16", "autocast type; none is fp32, as is anything on a CPU without bf16",
                                            choices=("none", "fp16", "bf16"))
+    dropout_p: float = flag(0.0, "dropout inside the network's blocks (GPT: off with --drop-path-rate)")
     ema: bool = flag(False, "keep an exponential moving average of the weights (used by sampling when present)")
     log_every: int = flag(100, "steps between log rows")
     ckpt_every: int = flag(5000, "steps between checkpoints and previews; one is always made at the end")

@@ -160,7 +160,7 @@ def _build(width: dict[str, int], **options) -> Transformer:
 
 
 PRESETS: dict[str, dict[str, int]] = {
-    "GPT-S": {"n_layer": 6, "n_head": 4, "dim": 256},  # trains in minutes on a laptop
+    "GPT-S": {"n_layer": 4, "n_head": 4, "dim": 128, "multiple_of": 64},  # trains in minutes on a laptop
     "GPT-B": {"n_layer": 12, "n_head": 12, "dim": 768},  # 111M
     "GPT-L": {"n_layer": 24, "n_head": 16, "dim": 1024},  # 343M
     "GPT-XL": {"n_layer": 36, "n_head": 20, "dim": 1280},  # 775M

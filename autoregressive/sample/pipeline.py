@@ -101,7 +101,8 @@ def load_pipeline(flags: SampleFlags, *, device: torch.device) -> Pipeline:
     described = {"gpt_model": flags.gpt_model or saved.get("gpt_model") or "GPT-B", "vq_model": vq_name,
                  "gpt_ckpt_sha256": checkpoint.file_hash(flags.gpt_ckpt),
                  "vq_ckpt_sha256": checkpoint.file_hash(flags.vq_ckpt), "dtype": str(next(gpt.parameters()).dtype),
-                 "weights": saved["weights"], "num_classes": config.num_classes, "image_size": list(config_size), **settings}
+                 "weights": saved["weights"], "num_classes": config.num_classes, "image_size": list(config_size),
+                 **settings}
     return Pipeline(gpt, tokenizer, saved.get("classes"), settings, described)
 
 
@@ -114,7 +115,7 @@ def load_gpt(flags: SampleFlags, *, device: torch.device) -> tuple[Transformer, 
     content = checkpoint.read(flags.gpt_ckpt)
     state = checkpoint.weights(content, flags.gpt_ckpt)
     if flags.from_fsdp and state.keys() != content.keys():
-        raise ValueError(f"--from-fsdp: {flags.gpt_ckpt} is no bare state dict, its keys are {', '.join(content)}")
+        raise ValueError(f"--from-fsdp: {flags.gpt_ckpt} is no bare state dict")
     if "cls_embedding.embedding_table.weight" not in state:
         hint = " (it looks like a tokenizer: --vq-ckpt?)" if "quantize.embedding.weight" in state else ""
         raise ValueError(f"{flags.gpt_ckpt} is no class-conditional GPT checkpoint: it has no class table{hint}")

@@ -15,16 +15,17 @@ from autoregressive.sample.options import SampleFlags
 from autoregressive.sample.pipeline import Pipeline, load_pipeline
 from utils import cli, dist, images
 from utils.cli import flag
+from utils.options import OutputFlags
 
 IMAGENET_CLASSES = [207, 360, 387, 974, 88, 979, 417, 279]  # golden retriever, otter, red panda, geyser, …
 
 
 @dataclass(kw_only=True)
-class GridFlags(SampleFlags):
+class GridFlags(SampleFlags, OutputFlags):
     """The grid command."""
 
     classes: str | None = flag(None, "comma-separated class ids or names, one picture each; None: a few of them")
-    output: str = flag("sample_c2i.png", "the picture")
+    output: str = "sample_c2i.png"
     seed: int = flag(0, "image i of a seed is always the same")
     top_k: int = 2000
 

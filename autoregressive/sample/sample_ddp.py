@@ -20,20 +20,18 @@ from autoregressive.sample.options import SampleFlags
 from autoregressive.sample.pipeline import labels_for, load_pipeline
 from utils import cli, dist, images
 from utils.checkpoint import replacing
-from utils.cli import flag, image_size
-from utils.options import BatchFlags, SeedFlags
+from utils.cli import flag
+from utils.options import BatchFlags, SeedFlags, SetFlags
 
 
 @dataclass(kw_only=True)
-class SampleSetFlags(SampleFlags, SeedFlags, BatchFlags):
+class SampleSetFlags(SampleFlags, SeedFlags, BatchFlags, SetFlags):
     """The sample set command."""
 
-    sample_dir: str = flag("samples", "folder for sample sets")
+    sample_dir: str = "samples"
     num_fid_samples: int = flag(50000, "number of images")
     label_mode: Literal["random", "balanced"] = flag("random", "classes: drawn uniformly, or index mod classes",
                                                      choices=("random", "balanced"))
-    image_size_eval: tuple[int, int] | None = flag(None, "resize (bicubic) to this for scoring; None: as sampled",
-                                                   parse=image_size)
     cfg_scale: float = 1.5
 
 

@@ -3,18 +3,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from autoregressive.models.gpt import GPT_models
+from dataset.build import DatasetFlags
+from dataset.codes import StoreFlags
 from tokenizer.build import TokenizerFlags
-from utils.cli import REQUIRED, flag
+from utils.cli import flag
 from utils.options import SizeFlags
 from utils.trainer import TrainFlags
-
-
-@dataclass(kw_only=True)
-class StoreFlags:
-    """Where the codes are."""
-
-    code_path: str = flag(REQUIRED, "store of codes: packed, LlamaGen's or ARPG's; several (comma-separated) are mixed "
-                                    "if they hold other crops of the same images")
 
 
 @dataclass(kw_only=True)
@@ -31,11 +25,11 @@ class GPTFlags(SizeFlags):
 
 
 @dataclass(kw_only=True)
-class GPTTrainFlags(TrainFlags, GPTFlags, TokenizerFlags, StoreFlags):
+class GPTTrainFlags(TrainFlags, GPTFlags, TokenizerFlags, StoreFlags, DatasetFlags):
     """The GPT's training command. --vq-ckpt is for previews: without it there are none."""
 
-    dataset: str = flag("imagenet_code", "<name>_code: with --image-size, the store <code-path>/<name><size>_codes")
-    dropout_p: float = flag(0.1, "dropout after attention and feed-forward; off with drop path")
+    dataset: str = "imagenet_code"  # with --image-size: the store <code-path>/<name><size>_codes
+    dropout_p: float = 0.1
     token_dropout_p: float = flag(0.1, "dropout on the embeddings")
     drop_path_rate: float = flag(0.0, "stochastic depth, rising linearly with depth to this rate")
     class_dropout: float = flag(0.1, "how often the condition is dropped, for classifier-free guidance")

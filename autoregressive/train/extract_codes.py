@@ -32,10 +32,9 @@ DEBUG_IMAGES = 64
 
 
 @dataclass(kw_only=True)
-class ExtractFlags(DataFlags, TokenizerFlags, BatchFlags, SeedFlags, WorkerFlags):
+class ExtractFlags(stores.StoreFlags, DataFlags, TokenizerFlags, BatchFlags, SeedFlags, WorkerFlags):
     """The extraction command."""
 
-    code_path: str = flag(cli.REQUIRED, "the store is written below it, as <dataset><size>_codes")
     ten_crop: bool = flag(False, "ten views: corners, centre and their mirror images; else centre and mirror image")
     crop_range: float | None = flag(None, "crops are cut from a centre crop this many times larger; "
                                           "None: 1.1 with --ten-crop, else 1")

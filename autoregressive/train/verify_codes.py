@@ -13,8 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from autoregressive.train.config import StoreFlags
-from dataset.codes import open_stores, verify
+from dataset.codes import StoreFlags, open_stores, verify
 from tokenizer.build import TokenizerFlags, decode_images, fingerprint, load_tokenizer
 from utils import cli, dist, images
 from utils.options import SeedFlags

@@ -1,5 +1,7 @@
 """Are samples recognised as the class that was asked for?
 
+    python3 evaluations/c2i/class_accuracy.py --samples samples/SETTINGS.npz --dataset emoji --output accuracy.json
+
 A small convolutional classifier is trained on the real training pictures alone (no tokenizer, no GPT, no pretrained
 weights), checked on real held-out pictures, and then asked to name the samples. It stands in for FID and IS where a
 data set is too small for them; the accuracy on samples is the "classification accuracy score" of arXiv 1905.10887
@@ -9,13 +11,29 @@ Images are uint8 (N, H, W, 3) throughout, as in the npz sample sets.
 """
 
 import itertools
+import json
 import math
-from typing import Protocol
+import sys
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from dataset.augmentation import center_crop
+from dataset.build import DataFlags, ImageDataset, build_dataset
+from dataset.loader import BROKEN_IMAGE
+from utils import cli, dist
+from utils.checkpoint import file_hash, replacing
+from utils.cli import flag
+from utils.images import to_float
+from utils.options import OutputFlags, SeedFlags
+from utils.seeding import derive_seed
 
 WIDTHS = (24, 48, 96, 192)
 STEPS = 450
@@ -25,15 +43,12 @@ WEIGHT_DECAY = 0.05
 LABEL_SMOOTHING = 0.1
 
 
-class LabelledImages(Protocol):
-    """What a data set must have to be scored here: `EmojiDataset` and the image folders do."""
+@dataclass(kw_only=True)
+class AccuracyFlags(DataFlags, SeedFlags, OutputFlags):
+    """The scoring command. --image-size is that of the samples."""
 
-    classes: list[str]
-    labels: np.ndarray
-
-    def __len__(self) -> int: ...
-
-    def image(self, index: int): ...
+    samples: str = flag(cli.REQUIRED, "npz with uint8 images arr_0 and requested labels arr_1, as sample_ddp.py writes")
+    output: str = "class_accuracy.json"
 
 
 def train_classifier(
@@ -62,7 +77,7 @@ def train_classifier(
 
     pictures, targets = to_float(images), torch.as_tensor(labels)  # (N, 3, H, W) in [-1, 1], (N,)
     weights = torch.bincount(targets, minlength=num_classes).double()[targets] ** -0.5
-    for _ in range(steps):
+    for _ in tqdm(range(steps), desc="classifier", unit="step", mininterval=1.0):
         batch = torch.multinomial(weights, BATCH, replacement=True, generator=generator)
         augmented = augment(pictures[batch], generator=generator).to(device)
         loss = F.cross_entropy(model(augmented), targets[batch].to(device), label_smoothing=LABEL_SMOOTHING)
@@ -114,8 +129,8 @@ def evaluate_samples(
     samples: np.ndarray,
     labels: np.ndarray,
     classes: list[str],
-    train_set: LabelledImages,
-    heldout_set: LabelledImages,
+    train_set: tuple[np.ndarray, np.ndarray],
+    heldout_set: tuple[np.ndarray, np.ndarray],
     *,
     device: torch.device | str = "cpu",
     seed: int = 0,
@@ -123,6 +138,7 @@ def evaluate_samples(
 ) -> dict:
     """Train on `train_set`, check on `heldout_set`, score samples uint8 (N, H, W, 3) against requested labels (N,).
 
+    The sets are (images uint8 (N, H, W, 3), labels (N,)).
     Returns {"heldout_accuracy", "heldout_balanced_accuracy", "sample_accuracy", "sample_balanced_accuracy",
     "per_class": {name: {"heldout", "samples", "count"}}, "confusion"}. Accuracies are shares in [0, 1], None where a
     class has nothing to score; "count" is the number of samples of the class; row i of "confusion" says as what the
@@ -130,15 +146,13 @@ def evaluate_samples(
     """
     labels = np.asarray(labels, dtype=np.int64)
     _check(samples, labels, len(classes), every_class=False)
-    train_images, heldout_images = stack_images(train_set), stack_images(heldout_set)
-    if samples.shape[1:] != train_images.shape[1:]:
-        raise ValueError(f"samples are {samples.shape[1:]}, the training pictures {train_images.shape[1:]}")
-    model = train_classifier(
-        train_images, train_set.labels, num_classes=len(classes), steps=steps, seed=seed, device=device
-    )
+    if samples.shape[1:] != train_set[0].shape[1:]:
+        raise ValueError(f"samples are {samples.shape[1:]}, the training pictures {train_set[0].shape[1:]}: "
+                         "see --image-size")
+    model = train_classifier(*train_set, num_classes=len(classes), steps=steps, seed=seed, device=device)
     heldout, drawn = (
         confusion_matrix(truth, predict(model, images, device=device)[0], num_classes=len(classes))
-        for images, truth in ((heldout_images, heldout_set.labels), (samples, labels))
+        for images, truth in (heldout_set, (samples, labels))
     )
     rows = zip(classes, class_accuracies(heldout), class_accuracies(drawn), drawn.sum(1), strict=True)
     return {
@@ -171,8 +185,10 @@ class SmallCNN(nn.Module):
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, WIDTHS[0], 5, stride=2, padding=2, bias=False), nn.BatchNorm2d(WIDTHS[0]))
-        self.levels = nn.Sequential(*(Level(a, b) for a, b in itertools.pairwise(WIDTHS)))
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, WIDTHS[0], 5, stride=2, padding=2, bias=False), nn.BatchNorm2d(WIDTHS[0])
+        )
+        self.levels = nn.Sequential(*(HalvingLevel(a, b) for a, b in itertools.pairwise(WIDTHS)))
         self.head = nn.Linear(WIDTHS[-1], num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -181,7 +197,7 @@ class SmallCNN(nn.Module):
         return self.head(features.mean((2, 3)))
 
 
-class Level(nn.Module):
+class HalvingLevel(nn.Module):
     """Halve the picture, change the width, add one residual convolution."""
 
     def __init__(self, width: int, next_width: int) -> None:
@@ -198,14 +214,54 @@ class Level(nn.Module):
         return F.relu(x + self.residual(x))
 
 
-def to_float(images: np.ndarray) -> Tensor:
-    """Map uint8 (N, H, W, 3) to float32 (N, 3, H, W) in [-1, 1], channels last in memory."""
-    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+def stack_images(data: ImageDataset, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """All readable pictures of a data set, centre-cropped → (uint8 (N, H, W, 3), labels (N,))."""
+    pictures, labels = [], []
+    for i in range(len(data)):
+        try:
+            pictures.append(center_crop(data.image(i), size))
+        except BROKEN_IMAGE:
+            continue
+        labels.append(data.labels[i])
+    if not pictures:
+        raise ValueError(f"none of the {len(data)} images can be read")
+    return np.stack(pictures), np.array(labels)
 
 
-def stack_images(dataset: LabelledImages) -> np.ndarray:
-    """Return all pictures of a data set as uint8 (N, H, W, 3)."""
-    return np.stack([np.asarray(dataset.image(i)) for i in range(len(dataset))])
+def split_sets(flags: AccuracyFlags) -> tuple[list[str], tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """(class names, training set, held-out set): the emoji's own split, else a random tenth is held out."""
+    data = build_dataset(flags.dataset, flags.data_path, size=flags.image_size)
+    if data.classes is None:
+        raise ValueError(f"--dataset {flags.dataset} has no classes to recognise")
+    pictures, labels = stack_images(data, flags.image_size)
+    if flags.dataset == "emoji":
+        heldout = build_dataset("emoji_heldout", None, size=flags.image_size)
+        return data.classes, (pictures, labels), stack_images(heldout, flags.image_size)
+    order = np.random.default_rng(derive_seed(flags.global_seed)).permutation(len(labels))
+    train, rest = order[len(order) // 10:], order[:len(order) // 10]
+    return data.classes, (pictures[train], labels[train]), (pictures[rest], labels[rest])
+
+
+def main(flags: AccuracyFlags) -> None:
+    """Score a sample set; a result that is already there for these very samples is kept."""
+    process = dist.setup()
+    path, output = Path(flags.samples), Path(flags.output)
+    if not path.is_file():
+        raise FileNotFoundError(f"no sample set at {path}")
+    made_of = {"samples_sha256": file_hash(path), "dataset": flags.dataset, "seed": flags.global_seed}
+    if output.is_file() and made_of.items() <= json.loads(output.read_text()).items():
+        print(f"{output} is up to date: nothing to do")
+        return
+    with np.load(path) as content:
+        if not {"arr_0", "arr_1"} <= set(content.files):
+            raise ValueError(f"{path} has no arr_0 and arr_1: which class was each sample to be?")
+        samples, labels = content["arr_0"], content["arr_1"]
+    classes, train_set, heldout_set = split_sets(flags)
+    result = evaluate_samples(samples, labels, classes, train_set, heldout_set, device=process.device,
+                              seed=flags.global_seed)
+    with replacing(output) as temporary:
+        temporary.write_text(json.dumps({**made_of, **result}, indent=2) + "\n")
+    print(format_table(result))
 
 
 def augment(images: Tensor, *, generator: torch.Generator) -> Tensor:
@@ -234,12 +290,18 @@ def augment(images: Tensor, *, generator: torch.Generator) -> Tensor:
 
 def _check(images: np.ndarray, labels: np.ndarray, num_classes: int, *, every_class: bool = True) -> None:
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or len(images) != len(labels):
-        raise ValueError(f"got {images.dtype} images {images.shape} and {len(labels)} labels; want uint8 (N, H, W, 3), (N,)")
+        raise ValueError(f"got {images.dtype} images {images.shape} and {len(labels)} labels, "
+                         "expected uint8 (N, H, W, 3) and (N,)")
     if len(labels) == 0 or labels.min() < 0 or labels.max() >= num_classes:
         raise ValueError(f"labels must be from 0 to {num_classes - 1}, at least one")
     if every_class and len(np.unique(labels)) < num_classes:
-        raise ValueError(f"{num_classes - len(np.unique(labels))} of {num_classes} classes have no picture to learn from")
+        missing = num_classes - len(np.unique(labels))
+        raise ValueError(f"{missing} of {num_classes} classes have no picture to learn from")
 
 
 def _share(value: float) -> float | None:
     return None if math.isnan(value) else float(value)
+
+
+if __name__ == "__main__":
+    cli.run(main, AccuracyFlags)

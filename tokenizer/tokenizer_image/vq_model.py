@@ -1,7 +1,7 @@
 """The VQ image tokenizer: images in [-1, 1] ↔ a grid of code indices (LlamaGen, arXiv 2406.06525 §2.1).
 
 `VQ_models` is the registry: VQ-16 (72M parameters, 16x downsampling) and VQ-8 (70M, 8x) are those of the released
-checkpoints; VQ-8-S is the small one that a laptop trains in minutes.
+checkpoints; VQ-4-S is the small one that a laptop trains in minutes.
 """
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -108,7 +108,7 @@ def _build(preset: VQConfig, **overrides) -> VQModel:
 PRESETS: dict[str, VQConfig] = {
     "VQ-16": VQConfig(),
     "VQ-8": VQConfig(encoder_ch_mult=(1, 2, 2, 4), decoder_ch_mult=(1, 2, 2, 4)),
-    "VQ-8-S": VQConfig(encoder_ch_mult=(1, 2, 4, 4), decoder_ch_mult=(1, 2, 4, 4), ch=24, num_res_blocks=1,
-                       z_channels=64, codebook_size=1024),
+    "VQ-4-S": VQConfig(encoder_ch_mult=(1, 2, 4), decoder_ch_mult=(1, 2, 4), ch=8, num_res_blocks=1, z_channels=32,
+                       codebook_size=256),
 }
 VQ_models: dict[str, Callable[..., VQModel]] = {name: partial(_build, preset) for name, preset in PRESETS.items()}

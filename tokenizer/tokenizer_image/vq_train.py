@@ -38,7 +38,6 @@ class VQTrainFlags(TrainFlags, DataFlags, TokenizerFlags, LossFlags):
     data_face_path: str | None = flag(None, "second folder of images without classes, joined to --data-path")
     finetune: bool = flag(False, "take only the weights of --vq-ckpt and start counting at step 0")
     codebook_l2_norm: bool = flag(True, "L2-normalise features and codes")
-    dropout_p: float = flag(0.0, "dropout in the residual blocks")
     results_dir: str = "results_tokenizer_image"
     epochs: int = 40
     global_batch_size: int = 128

@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# From pixels to pictures on this machine: train a small tokenizer and a small GPT on emoji, sample, score, report.
+#   bash scripts/quickstart.sh
+# Everything goes to runs/quickstart; look at runs/quickstart/report.html. Run it again to continue after an interruption.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/_venv.sh"
+cd "$root"
+run=runs/quickstart
+mkdir -p "$run"
+export VIRTUAL_ENV="$root/.venv" PATH="$root/.venv/bin:$PATH"
+
+stage() { # stage NAME COMMAND…: run it and note how long it took, also when it is cut short
+    local name="$1" start=$SECONDS
+    shift
+    printf '\n== %s\n' "$name"
+    trap 'printf "%s\t%s\n" "$name" "$((SECONDS - start))" >> "$run/times.tsv"' EXIT
+    "$@"
+    trap - EXIT
+    printf '%s\t%s\n' "$name" "$((SECONDS - start))" >> "$run/times.tsv"
+}
+newest() { find "$run/$1" -path '*/checkpoints/*.pt' | sort | tail -1; }
+
+data=(--dataset emoji --image-size 64)
+stage "tokenizer" bash scripts/tokenizer/train_vq.sh "${data[@]}" --vq-model VQ-4-S --results-dir "$run/tokenizer" \
+    --resume auto --epochs 12 --global-batch-size 8 --lr 2e-3 --lr-schedule cosine --warmup-steps 50 \
+    --perceptual-weight 0 --disc-weight 0 --log-every 20 --ckpt-every 400
+vq=$(newest tokenizer)
+stage "reconstructions" bash scripts/tokenizer/reconstruction_vq.sh --dataset emoji_heldout --image-size 64 \
+    --vq-ckpt "$vq" --sample-dir "$run/reconstructions"
+stage "codes" bash scripts/autoregressive/extract_codes_c2i.sh "${data[@]}" --vq-ckpt "$vq" --code-path "$run/codes"
+stage "GPT" bash scripts/autoregressive/train_c2i.sh --code-path "$run/codes" --gpt-model GPT-S --vq-ckpt "$vq" \
+    --results-dir "$run/gpt" --resume auto --epochs 20 --global-batch-size 16 --lr 2e-3 --lr-schedule cosine \
+    --warmup-steps 50 --log-every 20 --ckpt-every 400
+gpt=$(newest gpt)
+stage "samples" bash scripts/autoregressive/sample_c2i.sh --gpt-ckpt "$gpt" --vq-ckpt "$vq" --num-fid-samples 176 \
+    --label-mode balanced --cfg-scale 2.0 --sample-dir "$run/samples"
+stage "class accuracy" "$python" evaluations/c2i/class_accuracy.py "${data[@]}" \
+    --samples "$(ls -t "$run"/samples/*.npz | head -1)" --output "$run/class_accuracy.json"
+printf '\n== report\n'
+"$python" evaluations/report.py --run-dir "$run"

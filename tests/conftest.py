@@ -1,0 +1,89 @@
+"""Shared fixtures: a small image folder and what the commands make of it, made once a session by the real parsers."""
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from utils import cli
+from utils.checkpoint import newest
+
+ROOT = Path(__file__).resolve().parents[1]
+ENTRIES = {  # name of a command: (module, class of its flags)
+    "train_vq": ("tokenizer.tokenizer_image.vq_train", "VQTrainFlags"),
+    "extract": ("autoregressive.train.extract_codes", "ExtractFlags"),
+    "verify": ("autoregressive.train.verify_codes", "VerifyFlags"),
+    "train_gpt": ("autoregressive.train.train", "GPTTrainFlags"),
+}
+COLOURS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200)}
+TINY = ["--image-size", "16", "--num-workers", "0"]
+TINY_VQ = [*TINY, "--vq-model", "VQ-4-S", "--perceptual-weight", "0", "--disc-weight", "0", "--lr", "1e-3",
+           "--global-batch-size", "8"]
+TINY_GPT = ["--gpt-model", "GPT-S", "--num-workers", "0", "--lr", "1e-3", "--global-batch-size", "8"]
+
+
+def entry(name: str):
+    """(main, class of its flags) of a command."""
+    module, flags = ENTRIES[name]
+    loaded = importlib.import_module(module)
+    return loaded.main, getattr(loaded, flags)
+
+
+def call(name: str, *argv) -> None:
+    """Run a command in this process with its real parser; SystemExit(2) for a user's mistake."""
+    cli.run(*entry(name), [str(word) for word in argv])
+
+
+def start(entry_path: str, *argv, processes: int = 1, env: dict[str, str] | None = None) -> subprocess.Popen:
+    """Start an entry as scripts/_torchrun.sh does, under torchrun for several processes."""
+    import os
+
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "utils" / "launch.py"), str(ROOT / entry_path), *map(str, argv)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "nproc_per_node": str(processes), **(env or {})},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def write_images(root: Path, *, count: int = 12, seed: int = 0) -> Path:
+    """root/{red,green,blue}/: `count` noisy images each, of several sizes and shapes, PNG and JPEG in turn."""
+    rng = np.random.default_rng(seed)
+    for name, colour in COLOURS.items():
+        (root / name).mkdir(parents=True)
+        for i in range(count):
+            size = (18 + 2 * (i % 5), 18 + 3 * (i % 4), 3)
+            pixels = np.clip(np.array(colour) + rng.normal(0, 30, size), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{i:02d}.{'png' if i % 2 else 'jpg'}")
+    return root
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory) -> Path:
+    """Folder with red/, green/ and blue/, 12 images each."""
+    return write_images(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="session")
+def vq_ckpt(image_folder, tmp_path_factory) -> Path:
+    """Checkpoint of a VQ-4-S (16x16 images, 4x4 codes of 256) after a few steps, with EMA weights."""
+    results = tmp_path_factory.mktemp("tokenizer")
+    call("train_vq", "--data-path", image_folder, *TINY_VQ, "--epochs", 2, "--results-dir", results, "--ema")
+    return newest(results / "000-VQ-4-S" / "checkpoints")
+
+
+@pytest.fixture(scope="session")
+def code_store(image_folder, vq_ckpt, tmp_path_factory) -> Path:
+    """Folder with the packed store imagenet16_codes: 36 images in two views."""
+    codes = tmp_path_factory.mktemp("codes")
+    call("extract", "--data-path", image_folder, "--code-path", codes, "--vq-ckpt", vq_ckpt, *TINY)
+    return codes
+
+
+@pytest.fixture(scope="session")
+def gpt_ckpt(code_store, tmp_path_factory) -> Path:
+    """Checkpoint of a GPT-S trained for a few steps on `code_store`; it knows the class names."""
+    results = tmp_path_factory.mktemp("gpt")
+    call("train_gpt", "--code-path", code_store, *TINY_GPT, "--epochs", 2, "--results-dir", results, "--ema")
+    return newest(results / "000-GPT-S" / "checkpoints")
