@@ -49,10 +49,12 @@ def train_view(image: Image.Image, size: tuple[int, int], rng: np.random.Generat
     return view[:, ::-1] if rng.random() < 0.5 else view
 
 
-def code_views(image: Image.Image, size: tuple[int, int], *, ten_crop: bool, crop_range: float) -> np.ndarray:
+def code_views(image: Image.Image, size: tuple[int, int], *, ten_crop: bool, crop_range: float,
+               mirror: bool = True) -> np.ndarray:
     """The views to extract codes of, (views, H, W, 3) uint8, cut from a centre crop of floor(size * crop_range).
 
     ten_crop: four corners and the centre, then the same of the mirrored image; else the centre and its mirror image.
+    Without `mirror` the second half is left out.
     """
     outer = (int(size[0] * crop_range), int(size[1] * crop_range))
     base = center_crop(image, outer)
@@ -60,4 +62,4 @@ def code_views(image: Image.Image, size: tuple[int, int], *, ten_crop: bool, cro
     corners = [(0, 0), (0, right), (bottom, 0), (bottom, right)] if ten_crop else []
     places = [*corners, (round(bottom / 2), round(right / 2))]
     return np.stack([side[top:top + size[0], left:left + size[1]]
-                     for side in (base, base[:, ::-1]) for top, left in places])
+                     for side in (base, base[:, ::-1])[:1 + mirror] for top, left in places])

@@ -9,6 +9,7 @@ import hashlib
 import os
 import pickle
 import shutil
+import struct
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,8 @@ import torch
 from torch import Tensor, nn
 
 WEIGHT_KEYS = ("ema", "model", "module", "state_dict")  # in order of preference
+DAMAGED = (RuntimeError, EOFError, LookupError, ValueError, TypeError, ArithmeticError, AssertionError, AttributeError,
+           MemoryError, struct.error)  # what torch.load has been seen to raise for files cut short or with flipped bits
 
 
 def read(path: str | Path) -> dict[str, Any]:
@@ -32,11 +35,11 @@ def read(path: str | Path) -> dict[str, Any]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).split("\n")[0].rstrip(". ")
+        reason = first_line(error).rstrip(". ")
         raise ValueError(f"{path} is refused: it is damaged, or it holds objects that would run code when loaded "
                          f"({reason[:160]})") from None
-    except (RuntimeError, EOFError, KeyError, ValueError, MemoryError, AttributeError) as error:
-        raise ValueError(f"{path} cannot be read as a checkpoint: {str(error).splitlines()[0][:200]}") from None
+    except DAMAGED as error:
+        raise ValueError(f"{path} cannot be read as a checkpoint: {first_line(error)[:200]}") from None
     except Exception as error:
         if type(error).__name__ != "SafetensorError":
             raise
@@ -52,7 +55,7 @@ def weights(content: dict[str, Any], source: str | Path, *, prefer: tuple[str, .
     state = {name: value for name, value in inner.items() if isinstance(value, Tensor)}
     if not state or len(state) != len(inner):
         raise ValueError(f"{source} holds no model weights: its keys are {', '.join(map(str, list(content)[:8]))}")
-    for prefix in ("module.", "_orig_mod."):
+    for prefix in ("module.", "_orig_mod.", "module."):  # DDP, compile, and the one in the other
         if all(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): value for name, value in state.items()}
     return state
@@ -77,7 +80,7 @@ def save(content: dict[str, Any], path: Path) -> None:
         try:
             torch.save(content, temporary)
         except RuntimeError as error:  # how torch's zip writer reports a full disk
-            raise OSError(f"could not write {path}: {str(error).splitlines()[0]}: is the disk full? "
+            raise OSError(f"could not write {path}: {first_line(error)}: is the disk full? "
                           "Earlier checkpoints are untouched") from None
 
 
@@ -102,6 +105,11 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says, in one line; its type when it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def newest(folder: Path) -> Path | None:

@@ -12,16 +12,18 @@ import dataclasses
 import json
 import os
 import sys
+import time
 import types
 import typing
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from utils import dist
 
 Config = TypeVar("Config")
 REQUIRED = dataclasses.MISSING
+RANK_0_SECONDS = 5.0  # torchrun ends the other ranks within a second of rank 0's exit
 
 
 def flag(default: Any, help: str, *, choices: tuple | None = None, parse: Callable[[str], Any] | None = None) -> Any:
@@ -32,7 +34,7 @@ def flag(default: Any, help: str, *, choices: tuple | None = None, parse: Callab
 def build_parser(config_class: type) -> argparse.ArgumentParser:
     """The argparse parser of a dataclass whose fields were declared with `flag`."""
     doc = sys.modules[config_class.__module__].__doc__ or ""
-    parser = argparse.ArgumentParser(description=doc.strip().split("\n")[0], allow_abbrev=False)
+    parser = _Parser(description=doc.strip().split("\n")[0], allow_abbrev=False)
     hints = typing.get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
         meta = declaration(config_class, field.name)
@@ -71,14 +73,28 @@ def run(main: Callable[[Config], None], config_class: type[Config], argv: list[s
     except (ValueError, OSError) as error:
         if os.environ.get("LLAMAGEN_TRACEBACK"):
             raise
-        if dist.env_rank() == 0:
-            print("error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
-        sys.exit(2)
+        fail(message(error))
     except KeyboardInterrupt:
-        print("interrupted: run the same command again to continue", file=sys.stderr)
+        print("interrupted; to continue run it again, training with --resume auto", file=sys.stderr)
         sys.exit(130)
     finally:
         dist.shutdown()
+
+
+def fail(text: str) -> NoReturn:
+    """Print the one line and exit 2. An error that all ranks share is said by rank 0, one of another rank by that."""
+    if dist.env_rank() > 0:
+        time.sleep(RANK_0_SECONDS)  # still alive after it: rank 0 does not know
+    print("error: " + " ".join(text.split()), file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def message(error: Exception) -> str:
+    """What an exception says, without the traceback that a DataLoader worker wraps it in."""
+    text = str(error)
+    if text.startswith("Caught ") and "Original Traceback" in text:
+        return text.rstrip().splitlines()[-1].split(": ", 1)[-1]
+    return text or type(error).__name__
 
 
 def as_dict(config: Any) -> dict[str, Any]:
@@ -94,10 +110,17 @@ def save_config(path: Path, config: Any, **derived: Any) -> None:
 
 def image_size(text: str) -> tuple[int, int]:
     """Parse "256" or "256x384" (height x width, pixels)."""
-    parts = [int(part) for part in text.lower().split("x")]
-    if len(parts) > 2 or min(parts) < 1:
+    parts = text.lower().split("x")
+    if len(parts) > 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise ValueError("expected a size such as 256 or 256x384 (height x width)")
-    return parts[0], parts[-1]
+    return int(parts[0]), int(parts[-1])
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong with a command line in one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        fail(f"{message} (see --help)")
 
 
 class _Bare(argparse.Namespace):

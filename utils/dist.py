@@ -98,8 +98,8 @@ def compute_dtype(precision: Precision, device: torch.device) -> torch.dtype:
     if precision == "none":
         return torch.float32
     if device.type == "cpu":  # emulated half precision is slower than fp32, and fp16 has no CPU kernels worth using
-        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        return torch.bfloat16 if fast else torch.float32
+        probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # not in every release
+        return torch.bfloat16 if any(getattr(torch.cpu, probe, bool)() for probe in probes) else torch.float32
     return torch.bfloat16 if precision == "bf16" else torch.float16
 
 

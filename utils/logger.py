@@ -4,6 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
+from utils.checkpoint import replacing
+
 
 class MetricsLogger:
     """Writes on rank 0 only (`enabled`). A resumed run drops rows from its start step on, then goes on from there."""
@@ -17,7 +19,8 @@ class MetricsLogger:
 
         folder.mkdir(parents=True, exist_ok=True)
         kept = [row for row in read_metrics(self.path) if row["step"] <= start_step]
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        with replacing(self.path) as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
         self.board = SummaryWriter(folder / "tensorboard", purge_step=start_step + 1)
 
     def log(self, step: int, values: dict[str, float]) -> None:

@@ -91,19 +91,17 @@ def total_steps(flags: TrainFlags, count: int) -> int:
     return max(1, flags.epochs * count // flags.global_batch_size)
 
 
-def run_folder(flags: TrainFlags, model_name: str, process: dist.Process) -> Path:
-    """The run's folder: the newest one of this model with --resume auto, else the next free number."""
-    root = Path(flags.results_dir)
-    mine = sorted(root.glob(f"[0-9][0-9][0-9]-{model_name}"))
-    if flags.resume == "auto" and mine:
-        folder = mine[-1]
-    else:
-        taken = [int(path.name[:3]) for path in root.glob("[0-9][0-9][0-9]-*")]
-        folder = root / f"{max(taken, default=-1) + 1:03d}-{model_name}"
-    folder = Path(dist.broadcast_object(str(folder)))
-    if process.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
-    return folder
+def run_folder(flags: TrainFlags, model_name: str) -> Path:
+    """The run's folder: the newest one of this model with --resume auto, else the next free number.
+
+    A number is taken if --results-dir or --cloud-save-path has it. Nothing is created yet.
+    """
+    roots = [Path(root) for root in (flags.results_dir, flags.cloud_save_path) if root]
+    taken = sorted({path.name for root in roots for path in root.glob("[0-9][0-9][0-9]-*")})
+    mine = [name for name in taken if name[4:] == model_name]
+    name = mine[-1] if flags.resume == "auto" and mine else \
+        f"{int(taken[-1][:3]) + 1 if taken else 0:03d}-{model_name}"
+    return Path(flags.results_dir) / dist.broadcast_object(name)
 
 
 class Trainer:
@@ -145,11 +143,11 @@ class Trainer:
         """Load modules, optimizers, EMA and step from a training checkpoint."""
         content = checkpoint.read(path)
         for name, module in self.plain.items():
-            if name not in content or OPTIMIZER_KEYS[name] not in content:
+            if not {name, OPTIMIZER_KEYS[name], "steps"} <= content.keys():
                 raise ValueError(f"{path} has no {name} with its optimizer: it is no training checkpoint of this kind "
                                  "(to start from its weights alone, see --finetune and --gpt-ckpt)")
             checkpoint.load_strict(module, checkpoint.weights(content, path, prefer=(name,)), path)
-            self.optimizers[name].load_state_dict(content[OPTIMIZER_KEYS[name]])
+            load_optimizer(self.optimizers[name], content[OPTIMIZER_KEYS[name]], path)
         if self.ema is not None:
             prefer = ("ema", "model")  # a run that switches EMA on starts it at the weights
             checkpoint.load_strict(self.ema.model, checkpoint.weights(content, path, prefer=prefer), path)
@@ -191,11 +189,12 @@ class Trainer:
             self.step += 1
             bar.update()
             last = self.step == self.steps
-            if self.step == 1 or self.step % flags.log_every == 0 or last:
+            saves = last or self.step % flags.ckpt_every == 0
+            if saves or self.step == 1 or self.step % flags.log_every == 0:  # a resumed run starts with an empty meter
                 row = {**meter.read(), **self.task.report(), "lr": self.lr(self.step - 1)}
                 logger.log(self.step, row)
                 bar.set_postfix(loss=f"{row['loss']:.4f}")
-            if self.step % flags.ckpt_every == 0 or last:
+            if saves:
                 self.save()
                 self.preview(logger)
                 meter.restart_clock()
@@ -263,6 +262,15 @@ class Trainer:
         """Print on rank 0."""
         if self.process.is_main:
             print(text, flush=True)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], source: str | Path) -> None:
+    """Take over an optimizer's moments; its settings (decay, betas) stay those of the flags."""
+    own = optimizer.state_dict()["param_groups"]
+    if [len(group["params"]) for group in state["param_groups"]] != [len(group["params"]) for group in own]:
+        raise ValueError(f"{source} holds an optimizer of other parameter groups: to start from its weights alone, "
+                         "see --finetune and --gpt-ckpt")
+    optimizer.load_state_dict({"state": state["state"], "param_groups": own})
 
 
 class Meter:

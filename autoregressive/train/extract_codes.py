@@ -38,6 +38,7 @@ class ExtractFlags(stores.StoreFlags, DataFlags, TokenizerFlags, BatchFlags, See
     ten_crop: bool = flag(False, "ten views: corners, centre and their mirror images; else centre and mirror image")
     crop_range: float | None = flag(None, "crops are cut from a centre crop this many times larger; "
                                           "None: 1.1 with --ten-crop, else 1")
+    mirror: bool = flag(True, "also the mirror image of each view; --no-mirror suits writing, flags and clocks")
     debug: bool = flag(False, f"extract the first {DEBUG_IMAGES} images only, to try a command")
 
 
@@ -56,7 +57,8 @@ class Views(Dataset):
             image = self.data.image(index)
         except BROKEN_IMAGE:
             return index, None
-        return index, code_views(image, self.flags.image_size, ten_crop=self.flags.ten_crop, crop_range=self.crop_range)
+        return index, code_views(image, self.flags.image_size, ten_crop=self.flags.ten_crop, crop_range=self.crop_range,
+                                 mirror=self.flags.mirror)
 
 
 @torch.inference_mode()
@@ -89,11 +91,12 @@ def main(flags: ExtractFlags) -> None:
     name, tokenizer = load_tokenizer(flags, device=process.device)
     grid = check_image_size(flags.image_size, tokenizer.downsample)
     count = min(DEBUG_IMAGES, len(data)) if flags.debug else len(data)
-    views = 10 if flags.ten_crop else 2
+    views = (5 if flags.ten_crop else 1) * (1 + flags.mirror)
     size = "x".join(map(str, flags.image_size if flags.image_size[0] != flags.image_size[1] else flags.image_size[:1]))
     folder = Path(flags.code_path) / f"{flags.dataset}{size}_codes"
     recipe = {"format": stores.FORMAT, "dataset": flags.dataset, "images": count, "image_size": list(flags.image_size),
-              "grid": list(grid), "views": views, "crop": {"ten_crop": flags.ten_crop, "range": crop_range},
+              "grid": list(grid), "views": views,
+              "crop": {"ten_crop": flags.ten_crop, "range": crop_range, "mirror": flags.mirror},
               "dtype": str(stores.code_dtype(tokenizer.codebook_size)),
               "classes": data.classes, "tokenizer": {"name": name, "downsample": tokenizer.downsample,
                                                      "codebook_size": tokenizer.codebook_size,

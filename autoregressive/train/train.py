@@ -139,7 +139,7 @@ def main(flags: GPTTrainFlags) -> None:
                              "cls_token_num": config.cls_token_num, "classes": store.classes,
                              "tokenizer": store.manifest.get("tokenizer"),
                              "image_size": store.manifest.get("image_size")}
-    folder = run_folder(flags, name, process)
+    folder = run_folder(flags, name)
     trainer = Trainer(task, flags, process, folder, steps=steps, saved_config=saved)
     if flags.gpt_ckpt is not None:
         start_from(Path(flags.gpt_ckpt), trainer)

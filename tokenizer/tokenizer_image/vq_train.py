@@ -159,7 +159,7 @@ def main(flags: VQTrainFlags) -> None:
     steps = total_steps(flags, len(data))
     saved = {"kind": "tokenizer", "vq_model": name, "codebook_size": model.config.codebook_size,
              "codebook_embed_dim": model.config.codebook_embed_dim, "image_size": list(flags.image_size)}
-    folder = run_folder(flags, name, process)
+    folder = run_folder(flags, name)
     trainer = Trainer(task, flags, process, folder, steps=steps, saved_config=saved)
     if flags.vq_ckpt is not None:
         warm_start(flags, trainer)
