@@ -23,6 +23,7 @@ from utils.seeding import hash_choice
 
 SHARD_ROWS = 1024  # images per shard: the unit of resuming
 FORMAT = "llamagen-codes-1"
+NO_GAPS = "codes and labels are numbered 0 … N-1 without gaps"
 
 
 @dataclass(kw_only=True)
@@ -45,6 +46,7 @@ class CodeStore:
     classes: list[str] | None = None
     vocab_size: int | None = None  # None: the layout does not say
     manifest: dict[str, Any] = field(default_factory=dict)
+    folder: Path | None = None  # where the manifest is
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -66,8 +68,9 @@ class CodeBatches(Dataset):
         epochs, rows = np.array(keys).T
         views = hash_choice(self.seed, epochs, rows, options=self.store.views)
         codes = self.store.read(rows, views)
-        if codes.max() >= self.vocab_size:
-            raise ValueError(f"the store holds code {codes.max()}, but the model's vocabulary is {self.vocab_size}: "
+        if codes.min() < 0 or codes.max() >= self.vocab_size:
+            wrong = min(codes.min(), 0) or codes.max()
+            raise ValueError(f"the store holds code {wrong}, but the model's vocabulary is {self.vocab_size}: "
                              "give the tokenizer's size by --vocab-size")
         return {"codes": torch.from_numpy(codes),
                 "labels": torch.from_numpy(self.store.labels[rows])}
@@ -121,7 +124,11 @@ def finish(folder: Path, shards: int) -> dict[str, Any]:
     notes = [json.loads((folder / f"{shard_name(i)}.json").read_text()) for i in range(shards)]
     labels = np.array([label for note in notes for label in note["labels"]], dtype=np.int64)
     if not len(labels):
-        raise ValueError(f"none of the images could be read: {folder} stays empty")
+        for path in [folder / "recipe.json", *folder.glob("shard-*")]:
+            path.unlink()
+        folder.rmdir()
+        raise ValueError(f"none of the {sum(len(note['skipped']) for note in notes)} images could be read, among them "
+                         f"{notes[0]['skipped'][0]}")
     with replacing(folder / "labels.npy") as temporary, open(temporary, "wb") as file:
         np.save(file, labels)
     manifest = {**json.loads((folder / "recipe.json").read_text()), "count": len(labels),
@@ -174,7 +181,7 @@ def open_store(path: Path, *, subfolder: str | None = None, grid: tuple[int, int
         raise FileNotFoundError(f"--code-path {path} is not a folder")
     below = [path / subfolder] if subfolder and (path / subfolder).is_dir() else sorted(path.glob("*_codes"))
     for folder in [path, *below]:
-        if (folder / "recipe.json").is_file():
+        if (folder / "recipe.json").is_file() and not (folder / "manifest.json").is_file():
             raise ValueError(f"{folder} is unfinished: run the extraction again to complete it")
     found = [folder for folder in [path, *below] if (folder / "manifest.json").is_file() or labels_of(folder).is_dir()]
     if len(found) > 1:
@@ -192,17 +199,16 @@ def open_store(path: Path, *, subfolder: str | None = None, grid: tuple[int, int
 
 def labels_of(codes: Path) -> Path:
     """Where LlamaGen keeps the labels of a `<name>_codes` folder."""
-    return codes.with_name(codes.name.removesuffix("_codes") + "_labels")
+    codes = codes.absolute()
+    return codes.parent / f"{codes.name.removesuffix('_codes')}_labels"
 
 
 def _open_packed(folder: Path) -> CodeStore:
-    manifest = json.loads((folder / "manifest.json").read_text())
-    if manifest.get("format") != FORMAT:
-        raise ValueError(f"{folder}/manifest.json is of format {manifest.get('format')!r}, expected {FORMAT!r}")
+    manifest = read_manifest(folder)
     grid = tuple(manifest["grid"])
     shape = (manifest["views"], math.prod(grid))
     shards = [_map_shard(folder / shard["file"], (shard["rows"], *shape)) for shard in manifest["shards"]]
-    labels = np.load(folder / "labels.npy")
+    labels = _load(folder / "labels.npy")
     if len(labels) != manifest["count"] or sum(map(len, shards)) != manifest["count"]:
         raise ValueError(f"{folder} holds {len(labels)} labels and {sum(map(len, shards))} codes, its manifest says "
                          f"{manifest['count']}")
@@ -217,13 +223,25 @@ def _open_packed(folder: Path) -> CodeStore:
         return out
 
     return CodeStore(labels, shape[0], grid, read, manifest["classes"], manifest["tokenizer"]["codebook_size"],
-                     manifest)
+                     manifest, folder)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a packed store. Raises ValueError when it is damaged or of another format."""
+    path = folder / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): extract the codes again") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise ValueError(f"{path} is of another format, expected {FORMAT!r}")
+    return manifest
 
 
 def _map_shard(path: Path, shape: tuple[int, ...]) -> np.ndarray:
     try:
         shard = np.load(path, mmap_mode="r")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise ValueError(f"{path} is missing or cut short ({error}): extract it again") from None
     if shard.shape != shape:
         raise ValueError(f"{path} has shape {shard.shape}, its manifest says {shape}")
@@ -231,7 +249,11 @@ def _map_shard(path: Path, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _open_pairs(codes: Path, labels: Path, grid: tuple[int, int] | None) -> CodeStore:
-    count = sum(entry.name.endswith(".npy") for entry in os.scandir(codes))
+    names = {entry.name for entry in os.scandir(codes) if entry.name.endswith(".npy")}
+    count = len(names)
+    gap = next((i for i in range(count) if f"{i}.npy" not in names), None)
+    if gap is not None:
+        raise FileNotFoundError(f"{codes / str(gap)}.npy is missing: {NO_GAPS}")
     numbers = tqdm(range(count), desc="reading labels", unit="file", mininterval=1.0, disable=count < 10_000)
     return _from_files([codes / f"{i}.npy" for i in range(count)],
                        np.array([int(_load(labels / f"{i}.npy").reshape(-1)[0]) for i in numbers], np.int64), grid)
@@ -260,15 +282,22 @@ def _from_files(files: list[Path], labels: np.ndarray, grid: tuple[int, int] | N
         raise ValueError(f"{files[0]} has {length} tokens, which a grid of {grid[0]}x{grid[1]} does not hold")
 
     def read(rows: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-        return np.stack([load(files[row])[view] for row, view in zip(rows, chosen, strict=True)]).astype(np.int64)
+        found = [load(files[row]) for row in rows]
+        for row, codes in zip(rows, found, strict=True):
+            if codes.shape != (views, length):
+                raise ValueError(f"{files[row]} holds codes of shape {codes.shape}, the first file ({views}, {length})")
+        return np.stack([codes[view] for codes, view in zip(found, chosen, strict=True)]).astype(np.int64)
 
     return CodeStore(labels, views, grid, read)
 
 
 def _load(path: Path) -> np.ndarray:
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: codes and labels are numbered 0 … N-1 without gaps")
-    return np.load(path)
+        raise FileNotFoundError(f"{path} is missing{'' if path.name == 'labels.npy' else f': {NO_GAPS}'}")
+    try:
+        return np.load(path)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path} is no array of numbers, or cut short ({error})") from None
 
 
 # ---- checking
@@ -276,7 +305,7 @@ def _load(path: Path) -> np.ndarray:
 
 def verify(folder: Path) -> list[str]:
     """What is wrong with a packed store: hashes, shapes, counts, codes outside the codebook. Empty when it is sound."""
-    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest = read_manifest(folder)
     problems = []
     if file_hash(folder / "labels.npy") != manifest["labels_sha256"]:
         problems.append("labels.npy has changed since it was written")

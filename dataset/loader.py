@@ -5,13 +5,16 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from PIL.Image import DecompressionBombError, Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dataset.augmentation import train_view
 from dataset.build import ImageDataset
+from utils.images import to_float
 from utils.seeding import derive_seed
 
-BROKEN_IMAGE = (OSError, SyntaxError, ValueError)  # what Pillow raises for damaged files
+BROKEN_IMAGE = (OSError, SyntaxError, ValueError, DecompressionBombError)  # what Pillow raises for damaged files
+MAX_BROKEN_RUN = 100  # more unreadable images in a row than this is no accident
 
 Key = tuple[int, int]  # (epoch, index)
 
@@ -56,26 +59,29 @@ class StepSampler(Sampler[list[Key]]):
 
 
 class TrainImages(Dataset):
-    """Randomly cropped and flipped images, a batch at a time."""
+    """Randomly cropped and flipped images, a batch at a time. An unreadable one is replaced by the next that is not."""
 
     def __init__(self, images: ImageDataset, size: tuple[int, int], *, seed: int) -> None:
         self.images, self.size, self.seed = images, size, seed
 
     def __getitems__(self, keys: list[Key]) -> dict[str, Any]:
-        """{"images" float (B, 3, H, W) in [-1, 1], "labels" (B,), "broken" names of unreadable files left out}."""
+        """{"images" float (B, 3, H, W) in [-1, 1], "labels" (B,), "broken" names of unreadable files met}."""
         views, labels, broken = [], [], []
         for epoch, index in keys:
-            try:
-                image = self.images.image(index)
-            except BROKEN_IMAGE:
-                broken.append(self.images.name(index))
-                continue
+            image, found = self.readable(index, broken)
             views.append(train_view(image, self.size, np.random.default_rng(derive_seed(self.seed, epoch, index))))
-            labels.append(self.images.labels[index])
-        if not views:
-            raise ValueError(f"no image of a whole batch can be read, among them {broken[0]}")
-        pixels = torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2)
-        return {"images": pixels.float() / 127.5 - 1.0, "labels": torch.tensor(np.array(labels)), "broken": broken}
+            labels.append(self.images.labels[found])
+        return {"images": to_float(np.stack(views)), "labels": torch.tensor(np.array(labels)), "broken": broken}
+
+    def readable(self, index: int, broken: list[str]) -> tuple[Image, int]:
+        """Image `index`, or the next readable one, and its index; names of those passed over go to `broken`."""
+        for found in range(index, index + MAX_BROKEN_RUN):
+            found %= len(self.images)
+            try:
+                return self.images.image(found), found
+            except BROKEN_IMAGE:
+                broken.append(self.images.name(found))
+        raise ValueError(f"{MAX_BROKEN_RUN} images in a row cannot be read, from {self.images.name(index)} on")
 
 
 def loader(dataset: Batched, sampler: Sampler[list[Key]], *, num_workers: int, pin_memory: bool) -> DataLoader:

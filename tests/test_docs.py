@@ -89,7 +89,7 @@ def test_the_walk_runs_as_written(tmp_path):
     walk, = blocks("GETTING_STARTED.md", kind=" walk")
     walk = re.sub(r"--epochs \d+", "--epochs 2", walk).replace("--image-size 64", "--image-size 16")
     walk = walk.replace("--num-fid-samples 64", "--num-fid-samples 6")
-    walk = re.sub(r"\b(scripts|autoregressive|evaluations)/", lambda found: f"{ROOT}/{found[0]}", walk)
+    walk = re.sub(r"(?<![\w/])(scripts|autoregressive|evaluations)/", lambda found: f"{ROOT}/{found[0]}", walk)
     search = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = {**os.environ, "VIRTUAL_ENV": sys.prefix, "PATH": search}
     done = subprocess.run(["bash", "-euo", "pipefail", "-c", walk], cwd=tmp_path, env=environment,

@@ -1,5 +1,6 @@
 """Tokenizers by name: what the rest of the program asks of one, and how it is loaded."""
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,7 +12,7 @@ from tokenizer.tokenizer_image.vq_model import VQ_models, VQModel
 from utils import checkpoint
 from utils.cli import flag
 
-DECODE_CHUNK = 16
+CHUNK = {"cpu": 8, "cuda": 16}  # images at a time
 
 
 class ImageTokenizer(Protocol):
@@ -53,12 +54,12 @@ def load_tokenizer(flags: TokenizerFlags, *, device: torch.device) -> tuple[str,
     if flags.vq_ckpt is None:
         raise ValueError("--vq-ckpt is missing: which tokenizer checkpoint?")
     content = checkpoint.read(flags.vq_ckpt)
-    saved = content.get("config")
     state = checkpoint.weights(content, flags.vq_ckpt)
     if "quantize.embedding.weight" not in state:
         raise ValueError(f"{flags.vq_ckpt} is no tokenizer checkpoint: it has no quantize.embedding.weight"
                          f"{' (it looks like a GPT: --gpt-ckpt?)' if 'tok_embeddings.weight' in state else ''}")
-    name, model = new_tokenizer(flags, saved if isinstance(saved, dict) else None)
+    saved = checkpoint.saved_config(content)
+    name, model = new_tokenizer(flags, saved, codebook_l2_norm=saved.get("codebook_l2_norm", True))
     checkpoint.load_strict(model, state, flags.vq_ckpt)
     return name, to_channels_last(model.eval().requires_grad_(False).to(device))
 
@@ -73,8 +74,26 @@ def check_image_size(size: tuple[int, int], downsample: int) -> tuple[int, int]:
 
 @torch.inference_mode()
 def decode_images(tokenizer: ImageTokenizer, codes: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Codes (B, h*w) → images (B, 3, H, W) on the CPU, in chunks of bounded memory."""
-    return torch.cat([tokenizer.decode_code(chunk, grid).float().cpu() for chunk in codes.split(DECODE_CHUNK)])
+    """Codes (B, h*w) → images (B, 3, H, W) on the CPU; a picture does not depend on the others of its batch."""
+    return in_chunks(lambda chunk: tokenizer.decode_code(chunk, grid).float().cpu(), codes)
+
+
+@torch.inference_mode()
+def encode_images(tokenizer: ImageTokenizer, images: Tensor) -> Tensor:
+    """Images (B, 3, H, W) in [-1, 1] → codes (B, h*w); they do not depend on the other images of the batch."""
+    return in_chunks(lambda chunk: tokenizer.encode_codes(chunk.contiguous(memory_format=torch.channels_last)), images)
+
+
+def in_chunks(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """function(x), always called on equally many rows (the last chunk is padded, and cut again).
+
+    Which convolution kernel runs, and so the last bits of its sums, depends on the batch size: codes at a near tie and
+    pixels at a rounding edge would change with it.
+    """
+    rows = CHUNK[x.device.type]
+    parts = [function(torch.cat([chunk, chunk[-1:].expand(rows - len(chunk), *chunk.shape[1:])]))[:len(chunk)]
+             for chunk in x.split(rows)]
+    return torch.cat(parts)
 
 
 def fingerprint(model: nn.Module) -> str:

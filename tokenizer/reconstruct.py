@@ -2,8 +2,9 @@
 
     bash scripts/tokenizer/reconstruction_vq.sh --data-path /data/imagenet/val --vq-ckpt vq_ds16_c2i.pt
 
-<sample-dir>/<settings>/000000.png … in data-set order, the npz for ADM's evaluator, a grid of inputs above
-reconstructions, and results.json: PSNR, SSIM, codebook usage. Each image counts once on any number of processes.
+<sample-dir>/<settings>/000000.png … in data-set order, the npz for ADM's evaluator, a grid of sixteen inputs (chosen by
+--global-seed) above reconstructions, and results.json: PSNR, SSIM, codebook usage. Each image counts once on any number
+of processes.
 """
 import json
 import sys
@@ -14,27 +15,46 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset.augmentation import center_crop
-from dataset.build import DataFlags, build_dataset
-from dataset.loader import BROKEN_IMAGE
-from tokenizer.build import TokenizerFlags, check_image_size, decode_images, load_tokenizer
+from dataset.build import DataFlags, ImageDataset, build_dataset
+from dataset.loader import BROKEN_IMAGE, worker_count
+from tokenizer.build import TokenizerFlags, check_image_size, decode_images, encode_images, load_tokenizer
 from tokenizer.tokenizer_image.vq_model import VQModel
 from utils import cli, dist, images
 from utils.checkpoint import replacing
-from utils.options import BatchFlags, SetFlags
+from utils.options import BatchFlags, SeedFlags, SetFlags, WorkerFlags
 
 GRID_IMAGES = 16
 
 
 @dataclass(kw_only=True)
-class ReconstructFlags(DataFlags, TokenizerFlags, BatchFlags, SetFlags):
+class ReconstructFlags(DataFlags, TokenizerFlags, BatchFlags, SetFlags, SeedFlags, WorkerFlags):
     """The reconstruction command."""
 
     sample_dir: str = "reconstructions"
+    num_workers: int = 4
+
+
+class CentreCrops(Dataset):
+    """Image i → (i, its centre crop (H, W, 3) uint8, or None if it cannot be read)."""
+
+    def __init__(self, data: ImageDataset, indices: range, size: tuple[int, int]) -> None:
+        self.data, self.indices, self.size = data, indices, size
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, place: int) -> tuple[int, np.ndarray | None]:
+        index = self.indices[place]
+        try:
+            return index, center_crop(self.data.image(index), self.size)
+        except BROKEN_IMAGE:
+            return index, None
 
 
 def resized(pictures: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -48,7 +68,7 @@ def resized(pictures: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 def reconstruct(tokenizer: VQModel, pictures: np.ndarray, *, device: torch.device) -> tuple[np.ndarray, torch.Tensor]:
     """uint8 (B, H, W, 3) → (reconstructions uint8 (B, H, W, 3), codes (B, L))."""
     grid = check_image_size(pictures.shape[1:3], tokenizer.downsample)
-    codes = tokenizer.encode_codes(images.to_float(pictures).to(device).contiguous(memory_format=torch.channels_last))
+    codes = encode_images(tokenizer, images.to_float(pictures).to(device))
     return images.to_uint8(decode_images(tokenizer, codes, grid)), codes
 
 
@@ -71,18 +91,15 @@ def main(flags: ReconstructFlags) -> None:
     folder = Path(flags.sample_dir) / (f"{name}-{flags.dataset}-size-{flags.image_size[0]}x{flags.image_size[1]}"
                                        f"-eval-{size[0]}x{size[1]}-{Path(flags.vq_ckpt).stem}")
     sums, counts = torch.zeros(4, dtype=torch.float64), torch.zeros(tokenizer.codebook_size, dtype=torch.float64)
-    broken, shown = [], []
+    broken = []
     mine = range(process.rank, len(data), process.world_size)
     with tqdm(total=len(mine), desc=name, unit="image", mininterval=1.0, disable=not process.is_main) as bar:
-        for first in range(0, len(mine), flags.per_proc_batch_size):
-            indices, pictures = [], []
-            for index in mine[first:first + flags.per_proc_batch_size]:
-                try:
-                    pictures.append(center_crop(data.image(index), flags.image_size))
-                    indices.append(index)
-                except BROKEN_IMAGE:
-                    broken.append(data.name(index))
-            bar.update(len(mine[first:first + flags.per_proc_batch_size]))
+        for batch in DataLoader(CentreCrops(data, mine, flags.image_size), batch_size=flags.per_proc_batch_size,
+                                num_workers=worker_count(flags.num_workers), collate_fn=list):
+            broken += [data.name(index) for index, picture in batch if picture is None]
+            indices = [index for index, picture in batch if picture is not None]
+            pictures = [picture for _, picture in batch if picture is not None]
+            bar.update(len(batch))
             if not pictures:
                 continue
             made, codes = reconstruct(tokenizer, np.stack(pictures), device=process.device)
@@ -91,9 +108,8 @@ def main(flags: ReconstructFlags) -> None:
             for index, picture, other in zip(indices, pictures, made, strict=True):
                 sums += torch.tensor([*similarity(picture, other), 1.0], dtype=torch.float64)
                 images.save_png(folder / f"{index:06d}.png", other)
-            shown += list(zip(pictures, made, strict=True))[:GRID_IMAGES - len(shown)]
-    psnr, ssim, ssim_llamagen, count = dist.total(sums).tolist()
-    counts = dist.total(counts)
+    psnr, ssim, ssim_llamagen, count = dist.total(sums.to(process.device)).tolist()
+    counts = dist.total(counts.to(process.device)).cpu()
     broken = dist.gather_lists(broken)
     if not count:
         raise ValueError(f"none of the {len(data)} images could be read")
@@ -104,11 +120,14 @@ def main(flags: ReconstructFlags) -> None:
                "ssim_llamagen": ssim_llamagen / count, "codebook_usage": float((counts > 0).double().mean()),
                "codebook_perplexity": float(torch.exp(-(share * share.clamp_min(1e-12).log()).sum())),
                "tokenizer": name, "dataset": flags.dataset, "image_size": list(flags.image_size)}
-    names = [f"{i:06d}.png" for i in range(len(data)) if data.name(i) not in set(broken)]
+    lost = set(broken)
+    made = [i for i in range(len(data)) if data.name(i) not in lost]
+    shown = np.random.default_rng(flags.global_seed).permutation(made)[:GRID_IMAGES]
+    inputs = resized(np.stack([center_crop(data.image(int(i)), flags.image_size) for i in shown]), size)
+    outputs = np.stack([images.load_png(folder / f"{i:06d}.png") for i in shown])
     images.save_png(folder.with_name(f"{folder.name}.png"),
-                    images.grid(np.stack([side for pair in zip(*shown, strict=True) for side in pair]),
-                                columns=len(shown)))
-    images.pack_folder(folder, names)
+                    images.grid(np.concatenate([inputs, outputs]), columns=len(shown)))
+    images.pack_folder(folder, [f"{i:06d}.png" for i in made])
     with replacing(folder / "results.json") as temporary:
         temporary.write_text(json.dumps(results, indent=2) + "\n")
     print(f"{int(count)} images: PSNR {results['psnr']:.2f} dB, SSIM {results['ssim']:.3f}, codebook usage "

@@ -11,6 +11,7 @@ import pickle
 import shutil
 import struct
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,8 @@ def read(path: str | Path) -> dict[str, Any]:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
             return load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is wrong with the file is said below, in one line
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = first_line(error).rstrip(". ")
@@ -59,6 +61,12 @@ def weights(content: dict[str, Any], source: str | Path, *, prefer: tuple[str, .
         if all(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): value for name, value in state.items()}
     return state
+
+
+def saved_config(content: dict[str, Any]) -> dict[str, Any]:
+    """What one of our checkpoints says about its model; empty for other files."""
+    config = content.get("config")
+    return dict(config) if isinstance(config, dict) else {}
 
 
 def load_strict(module: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:

@@ -12,7 +12,6 @@ import dataclasses
 import json
 import os
 import sys
-import time
 import types
 import typing
 from collections.abc import Callable
@@ -23,7 +22,6 @@ from utils import dist
 
 Config = TypeVar("Config")
 REQUIRED = dataclasses.MISSING
-RANK_0_SECONDS = 5.0  # torchrun ends the other ranks within a second of rank 0's exit
 
 
 def flag(default: Any, help: str, *, choices: tuple | None = None, parse: Callable[[str], Any] | None = None) -> Any:
@@ -73,7 +71,7 @@ def run(main: Callable[[Config], None], config_class: type[Config], argv: list[s
     except (ValueError, OSError) as error:
         if os.environ.get("LLAMAGEN_TRACEBACK"):
             raise
-        fail(message(error))
+        fail(message(error), quiet=dist.told_by_main())
     except KeyboardInterrupt:
         print("interrupted; to continue run it again, training with --resume auto", file=sys.stderr)
         sys.exit(130)
@@ -81,11 +79,10 @@ def run(main: Callable[[Config], None], config_class: type[Config], argv: list[s
         dist.shutdown()
 
 
-def fail(text: str) -> NoReturn:
-    """Print the one line and exit 2. An error that all ranks share is said by rank 0, one of another rank by that."""
-    if dist.env_rank() > 0:
-        time.sleep(RANK_0_SECONDS)  # still alive after it: rank 0 does not know
-    print("error: " + " ".join(text.split()), file=sys.stderr, flush=True)
+def fail(text: str, *, quiet: bool) -> NoReturn:
+    """Print the one line, unless another process says it, and exit 2."""
+    if not quiet:
+        print("error: " + " ".join(text.split()), file=sys.stderr, flush=True)
     sys.exit(2)
 
 
@@ -120,7 +117,7 @@ class _Parser(argparse.ArgumentParser):
     """Says what is wrong with a command line in one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
-        fail(f"{message} (see --help)")
+        fail(f"{message} (see --help)", quiet=dist.env_rank() > 0)
 
 
 class _Bare(argparse.Namespace):

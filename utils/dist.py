@@ -46,6 +46,24 @@ def setup() -> Process:
     return Process(env_rank(), world_size, device)
 
 
+def told_by_main(*, seconds: float = 30.0) -> bool:
+    """On an error: whether rank 0 met one as well and tells the user, so that one of many processes speaks.
+
+    A rank that errs alone learns it after `seconds`.
+    """
+    if not torch.distributed.is_initialized():
+        return env_rank() > 0
+    store = torch.distributed.distributed_c10d._get_default_store()
+    if env_rank() == 0:
+        store.set("error", "told")
+        return False
+    try:
+        store.wait(["error"], timedelta(seconds=seconds))
+    except RuntimeError:  # not set in time, or the store went with rank 0
+        return False
+    return True
+
+
 def shutdown() -> None:
     """Leave the process group, if in one."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():

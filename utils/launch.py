@@ -5,6 +5,7 @@
 The variables nnodes, nproc_per_node, node_rank, master_addr and master_port are passed to torchrun; with one process
 the entry runs directly. The exit code is that of the process that failed first.
 """
+import logging
 import os
 import runpy
 import sys
@@ -15,7 +16,6 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 def main(argv: list[str]) -> None:
     """Run `argv` = [entry.py, flags …]."""
-    os.environ.setdefault("LOGLEVEL", "CRITICAL")  # torchrun's; the entry itself says in one line what is wrong
     import torch
 
     gpus = torch.cuda.device_count()
@@ -28,6 +28,7 @@ def main(argv: list[str]) -> None:
 
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
+    logging.disable(logging.CRITICAL)  # torchrun's; the entry itself says in one line what is wrong
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // local)))
     flags = [f"--nnodes={nodes}", f"--nproc_per_node={local}"]
     flags += [f"--{name}={os.environ[name]}" for name in ("node_rank", "master_addr", "master_port")

@@ -139,9 +139,9 @@ class Trainer:
         cloud = self.flags.cloud_save_path
         return local + ([Path(cloud) / self.folder.name / "checkpoints"] if cloud else [])
 
-    def restore(self, path: Path) -> None:
-        """Load modules, optimizers, EMA and step from a training checkpoint."""
-        content = checkpoint.read(path)
+    def restore(self, path: Path, content: dict[str, Any] | None = None) -> None:
+        """Load modules, optimizers, EMA and step from a training checkpoint (`content`, if it has been read)."""
+        content = checkpoint.read(path) if content is None else content
         for name, module in self.plain.items():
             if not {name, OPTIMIZER_KEYS[name], "steps"} <= content.keys():
                 raise ValueError(f"{path} has no {name} with its optimizer: it is no training checkpoint of this kind "

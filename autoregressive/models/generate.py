@@ -9,7 +9,7 @@ from autoregressive.models.sampling import check_sampling, draw, filter_logits, 
 ROW_MULTIPLE = 8  # batches are padded to it: below, the CPU's GEMM kernel, and so the last bit, depends on the batch
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: its codes could not be trained on
 def generate(model: Transformer, cond: Tensor, max_new_tokens: int, emb_masks: Tensor | None = None,
              cfg_scale: float = 1.0, cfg_interval: int = -1, temperature: float = 1.0, top_k: int = 0,
              top_p: float = 1.0, sample_logits: bool = True,
@@ -29,6 +29,11 @@ def generate(model: Transformer, cond: Tensor, max_new_tokens: int, emb_masks: T
     if config.model_type == "c2i" and (int(cond.min()) < 0 or int(cond.max()) > config.num_classes):
         raise ValueError(f"class labels lie in [{int(cond.min())}, {int(cond.max())}], the model has classes "
                          f"0 to {config.num_classes - 1} (and {config.num_classes} for none)")
+    if config.model_type == "t2i" and cond.shape[1:] != (config.cls_token_num, config.caption_dim):
+        raise ValueError(f"text features are {tuple(cond.shape)}, the model takes (batch, {config.cls_token_num}, "
+                         f"{config.caption_dim})")
+    if emb_masks is not None and emb_masks.shape != cond.shape[:2]:
+        raise ValueError(f"emb_masks is {tuple(emb_masks.shape)}, expected {tuple(cond.shape[:2])} as the features")
     batch = cond.shape[0]
     if generators is None:
         generators = [torch.Generator().manual_seed(seed) for seed in torch.randint(2**62, (batch,)).tolist()]

@@ -110,10 +110,10 @@ class Transformer(nn.Module):
         """The rotary table on `device`, (prefix + L, K/2, 2) fp32."""
         if device not in self._rope:
             config = self.config
-            with torch.device("cpu"):  # the same bits everywhere
+            with torch.device("cpu"), torch.inference_mode(False):  # the same bits everywhere, and fit for training
                 table = rope_table(config.grid, config.dim // config.n_head, config.cls_token_num,
                                    base=config.rope_base)
-            self._rope[device] = table.to(device)
+                self._rope[device] = table.to(device)
         return self._rope[device]
 
     def hidden_states(self, x: Tensor, *, mask: Tensor | None, cache: KVCache | None, start: int) -> Tensor:
@@ -133,7 +133,8 @@ class Transformer(nn.Module):
         fp32, or None without targets.
         """
         prefix = self.cls_embedding(cond_idx, drop=self.training)  # (B, N, D)
-        x = self.tok_dropout(torch.cat([prefix, self.tok_embeddings(idx).to(prefix.dtype)], dim=1))
+        assert prefix.shape[1] == self.config.cls_token_num, (prefix.shape, self.config.cls_token_num)
+        x = self.tok_dropout(torch.cat([prefix, self.tok_embeddings(idx)], dim=1))  # fp32 under autocast
         if mask is not None and mask.ndim == 3:
             mask = mask[:, None]
         x = self.hidden_states(x, mask=mask, cache=None, start=0)
@@ -160,7 +161,7 @@ def _build(width: dict[str, int], **options) -> Transformer:
 
 
 PRESETS: dict[str, dict[str, int]] = {
-    "GPT-S": {"n_layer": 4, "n_head": 4, "dim": 128, "multiple_of": 64},  # trains in minutes on a laptop
+    "GPT-S": {"n_layer": 4, "n_head": 2, "dim": 128, "multiple_of": 64},  # trains in minutes on a laptop
     "GPT-B": {"n_layer": 12, "n_head": 12, "dim": 768},  # 111M
     "GPT-L": {"n_layer": 24, "n_head": 16, "dim": 1024},  # 343M
     "GPT-XL": {"n_layer": 36, "n_head": 20, "dim": 1280},  # 775M

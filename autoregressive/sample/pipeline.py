@@ -116,9 +116,10 @@ def load_gpt(flags: SampleFlags, *, device: torch.device) -> tuple[Transformer, 
     state = checkpoint.weights(content, flags.gpt_ckpt)
     if flags.from_fsdp and state.keys() != content.keys():
         raise ValueError(f"--from-fsdp: {flags.gpt_ckpt} is no bare state dict")
-    if "cls_embedding.embedding_table.weight" not in state:
+    if not {"cls_embedding.embedding_table.weight", "tok_embeddings.weight"} <= state.keys():
         hint = " (it looks like a tokenizer: --vq-ckpt?)" if "quantize.embedding.weight" in state else ""
-        raise ValueError(f"{flags.gpt_ckpt} is no class-conditional GPT checkpoint: it has no class table{hint}")
+        raise ValueError(f"{flags.gpt_ckpt} is no class-conditional GPT checkpoint: it has no class table "
+                         f"or no token embeddings{hint}")
     saved = dict(content["config"]) if isinstance(content.get("config"), dict) else {}
     saved["weights"] = "ema" if "ema" in content else "model"
     found = {"num_classes": len(state["cls_embedding.embedding_table.weight"]) - 1,
@@ -127,6 +128,8 @@ def load_gpt(flags: SampleFlags, *, device: torch.device) -> tuple[Transformer, 
         if getattr(flags, key) not in (None, value):
             raise ValueError(f"--{key.replace('_', '-')} is {getattr(flags, key)}, but {flags.gpt_ckpt} has {value}")
     name = flags.gpt_model or saved.get("gpt_model") or "GPT-B"
+    if name not in GPT_models:
+        raise ValueError(f"{flags.gpt_ckpt} is of model {name}, which is unknown: choose from {', '.join(GPT_models)}")
     with torch.device("meta"):
         model = GPT_models[name](cls_token_num=flags.cls_token_num or 1, **found)
     model.to_empty(device="cpu")

@@ -22,7 +22,7 @@ from dataset import codes as stores
 from dataset.augmentation import code_views
 from dataset.build import DataFlags, ImageDataset, build_dataset
 from dataset.loader import BROKEN_IMAGE, worker_count
-from tokenizer.build import TokenizerFlags, check_image_size, fingerprint, load_tokenizer
+from tokenizer.build import TokenizerFlags, check_image_size, encode_images, fingerprint, load_tokenizer
 from tokenizer.tokenizer_image.vq_model import VQModel
 from utils import cli, dist, images
 from utils.cli import flag
@@ -71,7 +71,7 @@ def encode_shard(tokenizer: VQModel, batches: Iterator[list[tuple[int, np.ndarra
         broken += [index for index, views in batch if views is None]
         if good:
             pixels = images.to_float(np.concatenate([views for _, views in good])).to(device)
-            found = tokenizer.encode_codes(pixels.contiguous(memory_format=torch.channels_last))  # (n*V, L)
+            found = encode_images(tokenizer, pixels)  # (n*V, L)
             parts.append(found.view(len(good), -1, found.shape[-1]).cpu().numpy())
             read += [index for index, _ in good]
         bar.update(len(batch))
@@ -105,7 +105,8 @@ def main(flags: ExtractFlags) -> None:
         stores.begin(folder, recipe)
     dist.barrier()
     if (folder / "manifest.json").is_file():
-        print(f"{folder} is complete: nothing to do")
+        if process.is_main:
+            print(f"{folder} is complete: nothing to do")
         return
 
     shards = [range(first, min(first + stores.SHARD_ROWS, count)) for first in range(0, count, stores.SHARD_ROWS)]

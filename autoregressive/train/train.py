@@ -33,15 +33,17 @@ class GPTTask:
     """What a micro-batch of codes contributes."""
 
     def __init__(self, model: nn.Module, *, dtype: torch.dtype, classes: list[str] | None,
-                 tokenizer: ImageTokenizer | None, seed: int) -> None:
+                 tokenizer: ImageTokenizer | None, seed: int, token_noise: float) -> None:
         self.modules = {"model": model}
+        self.token_noise, self.vocab_size = token_noise, parallel.unwrap(model).config.vocab_size
         self.dtype, self.classes, self.tokenizer, self.seed = dtype, classes, tokenizer, seed
 
     def micro_step(self, batch: dict[str, Tensor], *, step: int, backward: Backward) -> dict[str, Tensor]:
         """Mean cross-entropy of the codes (B, L) given their labels (B,)."""
         codes = batch["codes"]
+        inputs = corrupt(codes[:, :-1], self.token_noise, vocab_size=self.vocab_size)
         with dist.autocast(codes.device, self.dtype):
-            _, loss = self.modules["model"](codes[:, :-1], batch["labels"], targets=codes)
+            _, loss = self.modules["model"](inputs, batch["labels"], targets=codes)
         backward("model", loss)
         return {"loss": loss}
 
@@ -61,6 +63,14 @@ class GPTTask:
                          generators=generators)
         names = [self.classes[label] if self.classes else str(label) for label in labels]
         return images.grid(images.to_uint8(decode_images(self.tokenizer, codes, config.grid)), columns=8, labels=names)
+
+
+def corrupt(codes: Tensor, share: float, *, vocab_size: int) -> Tensor:
+    """Codes (B, T) with a random `share` of them replaced by codes drawn uniformly."""
+    if share <= 0:
+        return codes
+    replaced = torch.rand(codes.shape, device=codes.device) < share
+    return torch.where(replaced, torch.randint_like(codes, vocab_size), codes)
 
 
 def open_codes(flags: GPTTrainFlags) -> CodeStore:
@@ -91,10 +101,10 @@ def open_codes(flags: GPTTrainFlags) -> CodeStore:
     return store
 
 
-def build_model(flags: GPTTrainFlags, store: CodeStore) -> Transformer:
-    """An untrained GPT that fits the store."""
+def build_model(flags: GPTTrainFlags, name: str, store: CodeStore) -> Transformer:
+    """An untrained GPT of preset `name` that fits the store."""
     dropout = 0.0 if flags.drop_path_rate > 0 else flags.dropout_p
-    return GPT_models[flags.gpt_model or "GPT-B"](
+    return GPT_models[name](
         grid=store.grid, vocab_size=flags.vocab_size or store.vocab_size or DEFAULT_VOCAB,
         num_classes=flags.num_classes or store.num_classes, model_type=flags.gpt_type,
         cls_token_num=flags.cls_token_num or 1, resid_dropout_p=dropout, ffn_dropout_p=dropout,
@@ -102,11 +112,10 @@ def build_model(flags: GPTTrainFlags, store: CodeStore) -> Transformer:
         class_dropout_prob=flags.class_dropout)
 
 
-def start_from(path: Path, trainer: Trainer) -> None:
-    """Begin from --gpt-ckpt: a training checkpoint with all it holds, any other with its weights."""
-    content = checkpoint.read(path)
+def start_from(path: Path, content: dict[str, Any], trainer: Trainer) -> None:
+    """Begin from --gpt-ckpt (`content`): a training checkpoint with all it holds, any other with its weights."""
     if "optimizer" in content and "steps" in content:
-        trainer.restore(path)
+        trainer.restore(path, content)
         return
     checkpoint.load_strict(trainer.plain["model"], checkpoint.weights(content, path), path)
     if trainer.ema is not None:
@@ -127,12 +136,13 @@ def main(flags: GPTTrainFlags) -> None:
         if store.vocab_size not in (None, tokenizer.codebook_size):
             raise ValueError(f"{flags.vq_ckpt} has {tokenizer.codebook_size} codes, the store {store.vocab_size}")
     torch.manual_seed(flags.global_seed)
-    model = build_model(flags, store).to(process.device)
+    content = {} if flags.gpt_ckpt is None else checkpoint.read(flags.gpt_ckpt)
+    name = flags.gpt_model or checkpoint.saved_config(content).get("gpt_model") or "GPT-B"
+    model = build_model(flags, name, store).to(process.device)
     config = model.config
     wrapped = parallel.apply_ddp(parallel.apply_compile(model) if flags.compile else model, process.device)
     task = GPTTask(wrapped, dtype=dist.compute_dtype(flags.mixed_precision, process.device), classes=store.classes,
-                   tokenizer=tokenizer, seed=flags.global_seed)
-    name = flags.gpt_model or "GPT-B"
+                   tokenizer=tokenizer, seed=flags.global_seed, token_noise=flags.token_noise)
     steps = total_steps(flags, len(store))
     saved: dict[str, Any] = {"kind": "gpt", "gpt_model": name, "gpt_type": flags.gpt_type, "grid": list(config.grid),
                              "vocab_size": config.vocab_size, "num_classes": config.num_classes,
@@ -142,9 +152,10 @@ def main(flags: GPTTrainFlags) -> None:
     folder = run_folder(flags, name)
     trainer = Trainer(task, flags, process, folder, steps=steps, saved_config=saved)
     if flags.gpt_ckpt is not None:
-        start_from(Path(flags.gpt_ckpt), trainer)
+        start_from(Path(flags.gpt_ckpt), content, trainer)
+    del content  # as large as model and optimizer together
     trainer.resume()
-    if process.is_main:
+    if process.is_main and trainer.step < steps:
         cli.save_config(folder / "config.json", flags, steps=steps, images=len(store), model=saved)
     trainer.say(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {len(store)} images x "
                 f"{store.views} views, {config.num_classes} classes, {config.grid[0]}x{config.grid[1]} tokens of "

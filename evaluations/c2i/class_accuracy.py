@@ -62,7 +62,8 @@ def train_classifier(
 ) -> nn.Module:
     """Train a classifier from scratch on uint8 images (N, H, W, 3) and labels (N,); return it in eval mode.
 
-    Each class is drawn equally often whatever its size. About a minute for 64 x 64 pictures on two CPU cores.
+    A class is drawn in proportion to the square root of its size, between equal shares for pictures and for classes.
+    About 0.16 s a step for 64 x 64 pictures on two CPU cores.
     Raises ValueError when shapes disagree or a class has no picture.
     """
     _check(images, labels, num_classes)

@@ -30,7 +30,7 @@ class VectorQuantizer(nn.Module):
         if l2_norm:
             with torch.no_grad():
                 self.embedding.weight.copy_(F.normalize(self.embedding.weight, dim=-1))
-        self.register_buffer("codebook_used", torch.zeros(USAGE_WINDOW))  # the last assignments, oldest first
+        self.register_buffer("codebook_used", torch.full((USAGE_WINDOW,), -1.0))  # oldest first; -1: none yet
 
     def codebook(self) -> Tensor:
         """The vectors that codes stand for, (codebook_size, dim); unit length when `l2_norm`."""
@@ -70,8 +70,9 @@ class VectorQuantizer(nn.Module):
     @torch.no_grad()
     def usage(self) -> tuple[float, float]:
         """(fraction of the codebook, perplexity) of the last 65,536 assignments."""
-        counts = torch.bincount(self.codebook_used.long(), minlength=self.codebook_size).float()
-        share = counts / counts.sum()
+        assigned = self.codebook_used[self.codebook_used >= 0].long()
+        counts = torch.bincount(assigned, minlength=self.codebook_size).float()
+        share = counts / counts.sum().clamp_min(1)
         perplexity = torch.exp(-(share * torch.log(share.clamp_min(1e-12))).sum())
         return float((counts > 0).float().mean()), float(perplexity)
 

@@ -28,6 +28,7 @@ from utils.cli import flag
 from utils.trainer import Backward, Trainer, TrainFlags, check_flags, frozen, run_folder, total_steps
 
 PREVIEW_IMAGES = 8
+SMALLEST_JUDGED = {"patchgan": 24, "stylegan": 8}  # below, nothing is left of the image at the last layer
 COLLAPSE_USAGE = 0.05  # below this share of the codebook in use, say so
 
 
@@ -56,6 +57,7 @@ class TokenizerTask:
     def micro_step(self, batch: dict[str, Any], *, step: int, backward: Backward) -> dict[str, Tensor]:
         """Tokenizer first, then the discriminator on the same reconstructions."""
         self.note_broken(batch["broken"])
+        unreadable = len(batch["broken"]) / (len(batch["broken"]) + len(batch["images"]))
         model, discriminator = self.modules["model"], self.modules.get("discriminator")
         critic = None if discriminator is None else parallel.unwrap(discriminator)
         pixels = batch["images"].contiguous(memory_format=torch.channels_last)
@@ -71,10 +73,10 @@ class TokenizerTask:
                                             discriminator(reconstructions.detach()))
             backward("discriminator", self.loss.flags.disc_weight * judged)
             parts["discriminator"] = judged
-        return parts
+        return {**parts, "unreadable": torch.full((), unreadable, device=pixels.device)}
 
     def note_broken(self, names: list[str]) -> None:
-        """Say once of each unreadable image that it is skipped."""
+        """Say once of each unreadable image that it is passed over."""
         for name in set(names) - self.broken:
             self.broken.add(name)
             print(f"skipping unreadable image {name} ({len(self.broken)} so far)", file=sys.stderr, flush=True)
@@ -85,7 +87,7 @@ class TokenizerTask:
         if usage < COLLAPSE_USAGE:
             print(f"warning: only {usage:.1%} of the codebook is in use (perplexity {perplexity:.0f}): a lower --lr, a "
                   "smaller --codebook-size or --entropy-loss-ratio 0.1 may help", file=sys.stderr, flush=True)
-        return {"codebook_usage": usage, "codebook_perplexity": perplexity, "broken_images": float(len(self.broken))}
+        return {"codebook_usage": usage, "codebook_perplexity": perplexity}
 
     @torch.no_grad()
     def preview(self, model: nn.Module) -> np.ndarray:
@@ -120,12 +122,11 @@ def preview_samples(data: ImageDataset, size: tuple[int, int]) -> Tensor:
     return images.to_float(np.stack(views[::max(1, len(views) // PREVIEW_IMAGES)][:PREVIEW_IMAGES]))
 
 
-def warm_start(flags: VQTrainFlags, trainer: Trainer) -> None:
-    """Begin from --vq-ckpt: its weights alone with --finetune, else everything it holds."""
+def warm_start(flags: VQTrainFlags, content: dict[str, Any], trainer: Trainer) -> None:
+    """Begin from --vq-ckpt (`content`): its weights alone with --finetune, else everything it holds."""
     if not flags.finetune:
-        trainer.restore(Path(flags.vq_ckpt))
+        trainer.restore(Path(flags.vq_ckpt), content)
         return
-    content = checkpoint.read(flags.vq_ckpt)
     checkpoint.load_strict(trainer.plain["model"], checkpoint.weights(content, flags.vq_ckpt), flags.vq_ckpt)
     if "discriminator" in content and "discriminator" in trainer.plain:
         state = checkpoint.weights(content, flags.vq_ckpt, prefer=("discriminator",))
@@ -143,9 +144,14 @@ def main(flags: VQTrainFlags) -> None:
         raise ValueError("--finetune needs --vq-ckpt")
     data = open_images(flags)
     torch.manual_seed(flags.global_seed)
-    name, model = new_tokenizer(flags, codebook_l2_norm=flags.codebook_l2_norm, dropout_p=flags.dropout_p,
-                                commit_loss_beta=flags.commit_loss_beta, entropy_loss_ratio=flags.entropy_loss_ratio)
+    content = {} if flags.vq_ckpt is None else checkpoint.read(flags.vq_ckpt)
+    name, model = new_tokenizer(flags, checkpoint.saved_config(content), codebook_l2_norm=flags.codebook_l2_norm,
+                                dropout_p=flags.dropout_p, commit_loss_beta=flags.commit_loss_beta,
+                                entropy_loss_ratio=flags.entropy_loss_ratio)
     check_image_size(flags.image_size, model.downsample)
+    if flags.disc_weight > 0 and min(flags.image_size) < SMALLEST_JUDGED[flags.disc_type]:
+        raise ValueError(f"--disc-type {flags.disc_type} judges images from {SMALLEST_JUDGED[flags.disc_type]} pixels: "
+                         "give a larger --image-size, or --disc-weight 0")
     samples = preview_samples(data, flags.image_size)
     loss = VQLoss(flags, device=process.device)
 
@@ -158,13 +164,15 @@ def main(flags: VQTrainFlags) -> None:
                          dtype=dist.compute_dtype(flags.mixed_precision, process.device))
     steps = total_steps(flags, len(data))
     saved = {"kind": "tokenizer", "vq_model": name, "codebook_size": model.config.codebook_size,
-             "codebook_embed_dim": model.config.codebook_embed_dim, "image_size": list(flags.image_size)}
+             "codebook_embed_dim": model.config.codebook_embed_dim,
+             "codebook_l2_norm": model.config.codebook_l2_norm, "image_size": list(flags.image_size)}
     folder = run_folder(flags, name)
     trainer = Trainer(task, flags, process, folder, steps=steps, saved_config=saved)
     if flags.vq_ckpt is not None:
-        warm_start(flags, trainer)
+        warm_start(flags, content, trainer)
+    del content  # as large as model and optimizer together
     trainer.resume()
-    if process.is_main:
+    if process.is_main and trainer.step < steps:
         cli.save_config(folder / "config.json", flags, steps=steps, images=len(data))
     trainer.say(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {len(data)} images, "
                 f"{steps} steps on {process.world_size} x {process.device}, {task.dtype}; run folder {folder}")
