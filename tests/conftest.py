@@ -1,5 +1,7 @@
 """Shared fixtures: a small image folder and what the commands make of it, made once a session by the real parsers."""
 import importlib
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -37,14 +39,23 @@ def call(name: str, *argv) -> None:
     cli.run(*entry(name), [str(word) for word in argv])
 
 
-def start(entry_path: str, *argv, processes: int = 1, env: dict[str, str] | None = None) -> subprocess.Popen:
-    """Start an entry as scripts/_torchrun.sh does, under torchrun for several processes."""
-    import os
-
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "utils" / "launch.py"), str(ROOT / entry_path), *map(str, argv)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "nproc_per_node": str(processes), **(env or {})},
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def two_processes(jobs: list[tuple[str, list]], folder: Path, *, setup: str = "") -> None:
+    """Run commands one after the other in one pair of processes, started as scripts/_torchrun.sh does (gloo)."""
+    script = folder / "jobs.py"
+    script.write_text(f"""import json, sys
+sys.path.insert(0, {str(ROOT)!r})
+from tests.conftest import entry
+from utils.cli import build_parser
+{setup}
+for name, argv in json.loads(sys.argv[1]):
+    main, flags = entry(name)
+    main(flags(**vars(build_parser(flags).parse_args(argv))))
+""")
+    words = json.dumps([(name, [str(word) for word in argv]) for name, argv in jobs])
+    environment = {**os.environ, "nproc_per_node": "2", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    process = subprocess.run([sys.executable, str(ROOT / "utils" / "launch.py"), str(script), words], env=environment,
+                             capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
 
 
 def write_images(root: Path, *, count: int = 12, seed: int = 0) -> Path:

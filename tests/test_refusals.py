@@ -11,7 +11,7 @@ from PIL import Image
 
 from autoregressive.sample.sample_c2i import GridFlags
 from autoregressive.sample.sample_ddp import SampleSetFlags
-from tests.conftest import ROOT, TINY, TINY_GPT, TINY_VQ, call, entry, start, write_images
+from tests.conftest import ROOT, TINY, TINY_GPT, TINY_VQ, call, entry, write_images
 from tokenizer.reconstruct import ReconstructFlags
 from utils import checkpoint
 from utils.cli import build_parser, image_size
@@ -208,29 +208,34 @@ def test_codes_beyond_the_vocabulary(tmp_path, capsys):
 
 
 def test_one_line_and_exit_code_2_from_two_processes(tmp_path, code_store):
-    cases = {"--global-batch-size 7 is not divisible by 2 processes": ["--code-path", code_store, *GPT,
-                                                                      "--global-batch-size", 7],
-             "the following arguments are required: --code-path": []}
-    processes = [subprocess.Popen(
-        ["bash", ROOT / "scripts" / "autoregressive" / "train_c2i.sh", *map(str, argv)], cwd=tmp_path, text=True,
+    process = subprocess.run(
+        ["bash", ROOT / "scripts" / "autoregressive" / "train_c2i.sh",
+         *map(str, ["--code-path", code_store, *GPT, "--global-batch-size", 7])], cwd=tmp_path, text=True,
         env={**os.environ, "nproc_per_node": "2", "OMP_NUM_THREADS": "1", "VIRTUAL_ENV": sys.prefix,
-             "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        for argv in cases.values()]
-    for said, process in zip(cases, processes, strict=True):
-        stderr = process.communicate()[1]
-        assert process.returncode == 2
-        assert stderr.startswith(f"error: {said}")
-        assert stderr.count("\n") == 1, stderr
+             "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}"}, capture_output=True)
+    assert process.returncode == 2
+    lines = process.stderr.splitlines()
+    assert lines[0].startswith("error: --global-batch-size 7 is not divisible by 2 processes")
+    assert sum("error: " in line for line in lines) == 1
+    assert "Traceback" not in process.stderr
     assert not list(tmp_path.iterdir())
 
 
-def test_a_mistake_has_no_traceback_unless_asked_for(tmp_path):
-    processes = [start("autoregressive/train/train.py", "--code-path", tmp_path / "absent", env=env)
-                 for env in ({}, {"LLAMAGEN_TRACEBACK": "1"})]
-    (plain, code), (traced, _) = [(process.communicate()[1], process.returncode) for process in processes]
-    assert (plain.count("\n"), code) == (1, 2)
-    assert plain.startswith("error: --code-path")
-    assert "Traceback" in traced
+def test_only_rank_0_speaks(refuse, monkeypatch, capsys):
+    assert "required: --code-path" in refuse("train_gpt")
+    monkeypatch.setenv("RANK", "1")
+    for argv in ([], ["--code-path", "absent"]):
+        with pytest.raises(SystemExit) as caught:
+            call("train_gpt", *argv)
+        assert caught.value.code == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_a_mistake_has_no_traceback_unless_asked_for(refuse, monkeypatch):
+    assert "absent is not a folder" in refuse("train_gpt", *GPT, "--code-path", "absent")
+    monkeypatch.setenv("LLAMAGEN_TRACEBACK", "1")
+    with pytest.raises(FileNotFoundError, match="absent is not a folder"):
+        call("train_gpt", *GPT, "--code-path", "absent")
 
 
 # ---- the flags that users' scripts already contain: name → default, "!" required there, "sw" a switch

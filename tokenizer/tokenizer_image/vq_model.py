@@ -9,7 +9,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from tokenizer.tokenizer_image.layers import Decoder, Encoder
+from tokenizer.tokenizer_image.layers import Decoder, Encoder, PointwiseConv
 from tokenizer.tokenizer_image.quantize import CodebookLosses, VectorQuantizer
 
 
@@ -45,8 +45,8 @@ class VQModel(nn.Module):
         self.decoder = Decoder(ch_mult=config.decoder_ch_mult, **shape)
         self.quantize = VectorQuantizer(config.codebook_size, config.codebook_embed_dim, beta=config.commit_loss_beta,
                                         entropy_loss_ratio=config.entropy_loss_ratio, l2_norm=config.codebook_l2_norm)
-        self.quant_conv = nn.Conv2d(config.z_channels, config.codebook_embed_dim, 1)
-        self.post_quant_conv = nn.Conv2d(config.codebook_embed_dim, config.z_channels, 1)
+        self.quant_conv = PointwiseConv(config.z_channels, config.codebook_embed_dim)
+        self.post_quant_conv = PointwiseConv(config.codebook_embed_dim, config.z_channels)
 
     @property
     def downsample(self) -> int:
