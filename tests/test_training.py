@@ -190,8 +190,8 @@ def test_metrics_are_cut_where_a_run_goes_on(tmp_path):
 
 
 def test_checkpoints_in_a_second_folder(code_store, tmp_path):
-    command = ["train_gpt", "--code-path", code_store, *QUICK_GPT, "--ckpt-every", 3, "--results-dir", tmp_path / "here",
-               "--cloud-save-path", tmp_path / "cloud"]
+    command = ["train_gpt", "--code-path", code_store, *QUICK_GPT, "--ckpt-every", 3, "--results-dir",
+               tmp_path / "here", "--cloud-save-path", tmp_path / "cloud"]
     call(*command)
     ours, theirs = (tmp_path / side / "000-GPT-S" / "checkpoints" for side in ("here", "cloud"))
     assert sorted(path.name for path in theirs.iterdir()) == ["0000003.pt", "0000006.pt"]
@@ -305,8 +305,8 @@ def test_a_subclass_changes_defaults_and_keeps_the_rest():
 
 
 def test_a_worker_traceback_is_cut_to_its_message():
-    wrapped = ValueError("Caught ValueError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):"
-                         '\n  File "x.py", line 1, in f\n    raise\nValueError: the store holds: code 3\n')
+    wrapped = ValueError("Caught ValueError in DataLoader worker process 0.\nOriginal Traceback (most recent call last)"
+                         ':\n  File "x.py", line 1, in f\n    raise\nValueError: the store holds: code 3\n')
     assert cli.message(wrapped) == "the store holds: code 3"
     assert cli.message(ValueError("plain")) == "plain"
     assert cli.message(OSError()) == "OSError"

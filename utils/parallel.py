@@ -1,5 +1,6 @@
 """Parallelism and compilation, put on a model from outside."""
 import contextlib
+import inspect
 from collections.abc import Iterable
 
 import torch
@@ -15,12 +16,14 @@ def apply_compile(model: nn.Module) -> nn.Module:
     return model
 
 
-def apply_ddp(model: nn.Module, device: torch.device, *, broadcast_buffers: bool = False) -> nn.Module:
-    """Wrap for data parallelism when there is more than one process; alone, the model itself."""
+def apply_ddp(model: nn.Module, device: torch.device) -> nn.Module:
+    """Wrap for data parallelism when there is more than one process; alone, the model itself. Buffers stay local."""
     if dist.world_size() == 1:
         return model
+    known = inspect.signature(DistributedDataParallel).parameters
+    sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # torch < 2.14
     return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
-                                   broadcast_buffers=broadcast_buffers)
+                                   **{sync_buffers: False})
 
 
 def unwrap(model: nn.Module) -> nn.Module:
