@@ -10,7 +10,7 @@ fi
 stamp="$root/.venv/.installed-${1:-base}"
 wanted="$(cat "$root/requirements.txt" "$root/pyproject.toml" | cksum)"
 if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
-    [ -x "$python" ] || "$base" -m venv "$root/.venv"
+    "$python" -m pip --version > /dev/null 2>&1 || "$base" -m venv --clear "$root/.venv"
     echo "installing into .venv (the first time takes some minutes) …"
     "$python" -m pip install --quiet --editable "$root${1:+[$1]}"
     echo "$wanted" > "$stamp"

@@ -8,6 +8,7 @@ cd "$root"
 run=runs/quickstart
 mkdir -p "$run"
 export VIRTUAL_ENV="$root/.venv" PATH="$root/.venv/bin:$PATH"
+export nproc_per_node=1 # models this small gain nothing from a second GPU
 
 stage() { # stage NAME COMMAND…: run it and note how long it took, also when it is cut short
     local name="$1" start=$SECONDS
