@@ -35,8 +35,8 @@ stage "GPT" bash scripts/autoregressive/train_c2i.sh --code-path "$run/codes" --
     --results-dir "$run/gpt" --resume auto --epochs 30 --global-batch-size 16 --lr 3e-3 --lr-schedule cosine \
     --warmup-steps 100 --dropout-p 0 --token-dropout-p 0 --token-noise 0.1 --log-every 25 --ckpt-every 400
 gpt=$(newest gpt)
-stage "samples" bash scripts/autoregressive/sample_c2i.sh --gpt-ckpt "$gpt" --vq-ckpt "$vq" --num-fid-samples 180 \
-    --label-mode balanced --cfg-scale 3.0 --temperature 0.7 --sample-dir "$run/samples"
+stage "samples" bash scripts/autoregressive/sample_c2i.sh --gpt-ckpt "$gpt" --vq-ckpt "$vq" --num-fid-samples 192 \
+    --label-mode balanced --cfg-scale 2.0 --temperature 0.9 --sample-dir "$run/samples"
 stage "class accuracy" "$python" evaluations/c2i/class_accuracy.py "${data[@]}" \
     --samples "$(ls -t "$run"/samples/*.npz | head -1)" --output "$run/class_accuracy.json"
 printf '\n== report\n'

@@ -55,7 +55,7 @@ def interrupt(monkeypatch, at: int):
 # ---- resuming
 
 ADVERSARIAL = ["--image-size", 24, "--num-workers", 0, "--vq-model", "VQ-4-S", "--perceptual-weight", 0, "--disc-start",
-               2, "--dropout-p", 0.1, "--disc-adaptive-weight", "--gradient-accumulation-steps", 2]
+               2, "--dropout-p", 0.1, "--disc-adaptive-weight"]
 OFTEN = ["--ema", "--lr", 1e-3, "--lr-schedule", "cosine", "--warmup-steps", 3, "--global-batch-size", 8, "--epochs", 2,
          "--ckpt-every", 4, "--log-every", 3]  # 36 images: 4.5 steps an epoch, 9 in all; rows do not meet checkpoints
 
@@ -64,7 +64,8 @@ OFTEN = ["--ema", "--lr", 1e-3, "--lr-schedule", "cosine", "--warmup-steps", 3, 
 def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(name, model, image_folder, code_store, vq_ckpt, tmp_path,
                                                             monkeypatch, capsys):
     own = ["--data-path", image_folder, *ADVERSARIAL] if name == "train_vq" else \
-        ["--code-path", code_store, "--vq-ckpt", vq_ckpt, *TINY_GPT, "--drop-path-rate", 0.1]
+        ["--code-path", code_store, "--vq-ckpt", vq_ckpt, *TINY_GPT, "--drop-path-rate", 0.1,
+         "--gradient-accumulation-steps", 2]
     command = [name, *own, *OFTEN, "--resume", "auto", "--results-dir"]
     call(*command, tmp_path / "whole")  # nothing to resume: starts
     whole = tmp_path / "whole" / f"000-{model}"
