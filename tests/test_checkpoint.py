@@ -248,3 +248,10 @@ def test_finetuning_takes_the_model_from_the_file(vq_ckpt, image_folder, tmp_pat
         for name, value in content["ema"].items():  # at learning rate 0 the start stays
             assert name == "quantize.codebook_used" or torch.allclose(value, start[name], atol=1e-6), name
     assert equal(made[0]["discriminator"], made[1]["discriminator"])
+
+
+def test_what_a_killed_writer_left_is_swept(tmp_path):
+    (tmp_path / ".0000004.pt.abc.tmp").write_bytes(b"half")
+    checkpoint.save({"steps": 4}, tmp_path / "0000004.pt")
+    checkpoint.sweep(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["0000004.pt"]

@@ -120,6 +120,12 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def sweep(folder: Path) -> None:
+    """Remove the temporary files that killed writers left in a folder of which we are the only writer."""
+    for path in folder.glob(".*.tmp"):
+        path.unlink(missing_ok=True)
+
+
 def newest(folder: Path) -> Path | None:
     """The checkpoint with the highest step in a folder, None if there is none. Unfinished files do not count."""
     found = sorted(path for path in folder.glob("*.pt") if path.stem.isdigit())

@@ -4,7 +4,10 @@ import torch
 
 
 def derive_seed(*key: int) -> int:
-    """A 62-bit seed that depends on every number of `key` (SeedSequence mixing), e.g. (seed, index)."""
+    """A 62-bit seed for a key of numbers below 2^32, e.g. (seed, index), by SeedSequence mixing.
+
+    Trailing zeros do not count: (0, 5) and (0, 5, 0) are one key.
+    """
     return int(np.random.SeedSequence([value % 2**64 for value in key]).generate_state(1, np.uint64)[0] >> np.uint64(2))
 
 

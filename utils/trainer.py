@@ -179,6 +179,8 @@ class Trainer:
         if self.step >= self.steps:
             self.say(f"already trained to step {self.step} of {self.steps}: nothing to do")
             return
+        for root in self.checkpoint_folders() if self.process.is_main else []:
+            checkpoint.sweep(root)
         logger = MetricsLogger(self.folder, enabled=self.process.is_main, start_step=self.step)
         meter = Meter(self.process.device, samples_per_step=flags.global_batch_size)
         bar = tqdm(total=self.steps, initial=self.step, desc=self.folder.name, unit="step", mininterval=1.0,

@@ -1,0 +1,110 @@
+"""Class accuracy tells right samples from wrong ones; the report shows what a run left."""
+import json
+
+import numpy as np
+import pytest
+
+from evaluations import report
+from evaluations.c2i import class_accuracy
+from utils import cli
+from utils.images import save_npz, save_png
+
+COLOURS = np.array([[220, 40, 40], [40, 200, 60], [50, 60, 220]])
+NAMES = ["red", "green", "blue"]
+
+
+def squares(count: int, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    labels = np.arange(count) % 3
+    noise = rng.normal(0, 25, (count, 16, 16, 3))
+    return np.clip(COLOURS[labels][:, None, None] + noise, 0, 255).astype(np.uint8), labels
+
+
+def test_right_samples_score_high_and_wrong_ones_low():
+    train, heldout, (samples, labels) = squares(60, seed=0), squares(30, seed=1), squares(24, seed=2)
+    right = class_accuracy.evaluate_samples(samples, labels, NAMES, train, heldout, steps=40)
+    assert right["heldout_accuracy"] > 0.9
+    assert right["sample_accuracy"] > 0.9
+    wrong = class_accuracy.evaluate_samples(samples, (labels + 1) % 3, NAMES, train, heldout, steps=40)
+    assert wrong["sample_accuracy"] < 0.1
+    assert [row["count"] for row in right["per_class"].values()] == [8, 8, 8]
+    assert np.array(right["confusion"]).sum() == 24
+    assert "held-out" in class_accuracy.format_table(right)
+
+
+def test_bad_samples_are_refused(tmp_path, image_folder, capsys):
+    samples, labels = squares(6, seed=0)
+    unlabelled = tmp_path / "unlabelled.npz"
+    save_npz(unlabelled, samples, count=6, shape=(16, 16))
+    labelled = tmp_path / "labelled.npz"
+    save_npz(labelled, samples, count=6, shape=(16, 16), labels=labels)
+    flags = ["--data-path", str(image_folder), "--output", str(tmp_path / "out.json")]
+    for path, more, says in ((unlabelled, ["--image-size", "16"], "no arr_0 and arr_1"),
+                             (labelled, ["--image-size", "24"], "--image-size"),
+                             (labelled, ["--image-size", "16", "--dataset", "coco"], "no classes"),
+                             (tmp_path / "none.npz", [], "no sample set")):
+        with pytest.raises(SystemExit) as caught:
+            cli.run(class_accuracy.main, class_accuracy.AccuracyFlags, ["--samples", str(path), *flags, *more])
+        assert caught.value.code == 2
+        assert says in capsys.readouterr().err
+    assert not (tmp_path / "out.json").exists()
+
+
+def test_scoring_is_not_repeated_for_the_same_samples(tmp_path, image_folder, capsys, monkeypatch):
+    samples, labels = squares(6, seed=0)
+    save_npz(tmp_path / "set.npz", samples, count=6, shape=(16, 16), labels=labels)
+    monkeypatch.setattr(class_accuracy, "STEPS", 2)
+    command = ["--samples", str(tmp_path / "set.npz"), "--data-path", str(image_folder), "--image-size", "16",
+               "--output", str(tmp_path / "out.json")]
+    monkeypatch.setattr(class_accuracy, "train_classifier",
+                        lambda *a, train=class_accuracy.train_classifier, **k: train(*a, **{**k, "steps": 2}))
+    cli.run(class_accuracy.main, class_accuracy.AccuracyFlags, command)
+    first = (tmp_path / "out.json").read_text()
+    cli.run(class_accuracy.main, class_accuracy.AccuracyFlags, command)
+    assert "nothing to do" in capsys.readouterr().out
+    assert (tmp_path / "out.json").read_text() == first
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    """What scripts/quickstart.sh leaves, in small."""
+    def write(path: str, text: str) -> None:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+
+    samples, labels = squares(6, seed=0)
+    write("tokenizer/000-VQ-4-S/metrics.jsonl", "".join(json.dumps(
+        {"step": step, "reconstruction": 1 / step, "codebook_usage": 0.5, "codebook_perplexity": 40}) + "\n"
+        for step in (1, 2)))
+    write("gpt/000-GPT-S/metrics.jsonl", '{"step": 1, "loss": 5.5}\n{"step": 2, "loss": 1.25}\n')
+    write("gpt/000-GPT-S/config.json", json.dumps({"model": {"vocab_size": 256, "classes": NAMES,
+                                                              "image_size": [16, 16]}}))
+    write("reconstructions/set/results.json", '{"psnr": 21.5, "ssim": 0.8, "images": 9}')
+    save_png(tmp_path / "reconstructions" / "set.png", samples[0])
+    write("samples/set/config.json", '{"cfg_scale": 2.0, "top_k": 0, "top_p": 1.0, "temperature": 0.9, "seed": 0}')
+    save_npz(tmp_path / "samples" / "set.npz", samples, count=6, shape=(16, 16), labels=labels)
+    per_class = {name: {"heldout": 1.0, "samples": None, "count": 2} for name in NAMES}
+    scores = {"sample_accuracy": 0.875, "heldout_accuracy": 0.9, "per_class": per_class}
+    write("class_accuracy.json", json.dumps(scores))
+    write("times.tsv", "tokenizer\t60\ntokenizer\t30\nGPT\t120\n")
+    return tmp_path
+
+
+def test_report_shows_what_the_run_left(run_dir, capsys):
+    cli.run(report.main, report.ReportFlags, ["--run-dir", str(run_dir)])
+    page = (run_dir / "report.html").read_text()
+    for text in ("21.50 dB", "87.5%", "5.500 → 1.250", "ln 256 = 5.545", "1.5 min", "3.5 min", "OpenMoji", "red"):
+        assert text in page
+    assert page.count("data:image/png;base64") >= 2 * len(NAMES) + 2
+    assert "http" not in page.split("</head>")[1]  # self-contained
+    assert (run_dir / "samples.png").is_file()
+    assert "87.5%" in capsys.readouterr().out
+
+
+def test_report_of_an_unfinished_run_says_what_is_missing(run_dir, capsys):
+    (run_dir / "samples" / "set.npz").unlink()
+    with pytest.raises(SystemExit) as caught:
+        cli.run(report.main, report.ReportFlags, ["--run-dir", str(run_dir)])
+    assert caught.value.code == 2
+    assert "run scripts/quickstart.sh to its end" in capsys.readouterr().err
+    assert not (run_dir / "report.html").exists()
