@@ -10,14 +10,15 @@ mkdir -p "$run"
 export VIRTUAL_ENV="$root/.venv" PATH="$root/.venv/bin:$PATH"
 export nproc_per_node=1 # models this small gain nothing from a second GPU
 
+note_time() { printf '%s\t%s\n' "$stage_name" "$((SECONDS - stage_start))" >> "$run/times.tsv"; }
 stage() { # stage NAME COMMAND…: run it and note how long it took, also when it is cut short
-    local name="$1" start=$SECONDS
+    stage_name="$1" stage_start=$SECONDS
     shift
-    printf '\n== %s\n' "$name"
-    trap 'printf "%s\t%s\n" "$name" "$((SECONDS - start))" >> "$run/times.tsv"' EXIT
+    printf '\n== %s\n' "$stage_name"
+    trap note_time EXIT
     "$@"
     trap - EXIT
-    printf '%s\t%s\n' "$name" "$((SECONDS - start))" >> "$run/times.tsv"
+    note_time
 }
 newest() { find "$run/$1" -path '*/checkpoints/*.pt' | sort | tail -1; }
 
