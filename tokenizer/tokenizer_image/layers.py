@@ -2,6 +2,8 @@
 
 The attribute names are the state-dict names of the released checkpoints: change one and they no longer load.
 """
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -122,7 +124,7 @@ class Encoder(nn.Module):
         widths = [ch * mult for mult in ch_mult]
         self.conv_in = nn.Conv2d(3, ch, 3, padding=1)
         self.conv_blocks = nn.ModuleList()
-        for i, (before, width) in enumerate(zip([ch, *widths], widths, strict=False)):
+        for i, (before, width) in enumerate(pairwise([ch, *widths])):
             last = i == len(widths) - 1
             level = Level(before, width, blocks=num_res_blocks, attention=last, dropout=dropout)
             level.downsample = None if last else Downsample(width)
@@ -148,7 +150,7 @@ class Decoder(nn.Module):
         self.conv_in = nn.Conv2d(z_channels, widths[0], 3, padding=1)
         self.mid = middle(widths[0], dropout=dropout)
         self.conv_blocks = nn.ModuleList()
-        for i, (before, width) in enumerate(zip([widths[0], *widths], widths, strict=False)):
+        for i, (before, width) in enumerate(pairwise([widths[0], *widths])):
             level = Level(before, width, blocks=num_res_blocks + 1, attention=i == 0, dropout=dropout)
             level.upsample = None if i == len(widths) - 1 else Upsample(width)
             self.conv_blocks.append(level)
