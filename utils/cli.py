@@ -24,9 +24,14 @@ Config = TypeVar("Config")
 REQUIRED = dataclasses.MISSING
 
 
-def flag(default: Any, help: str, *, choices: tuple | None = None, parse: Callable[[str], Any] | None = None) -> Any:
-    """Declare a flag: a dataclass field with its help. `REQUIRED` as the default makes it mandatory."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "parse": parse})
+def flag(default: Any, help: str, *, choices: tuple | None = None, parse: Callable[[str], Any] | None = None,
+         positional: bool = False) -> Any:
+    """Declare a flag: a dataclass field with its help. `REQUIRED` as the default makes it mandatory.
+
+    `positional`: it is given without its name, in the order of declaration.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "parse": parse,
+                                                        "positional": positional})
 
 
 def build_parser(config_class: type) -> argparse.ArgumentParser:
@@ -38,9 +43,13 @@ def build_parser(config_class: type) -> argparse.ArgumentParser:
         meta = declaration(config_class, field.name)
         required = field.default is dataclasses.MISSING
         text = meta["help"] + ("" if required or field.default is None else f" (default: {shown(field.default)})")
-        options: dict[str, Any] = {"dest": field.name, "help": text.replace("%", "%%"), "required": required}
+        options: dict[str, Any] = {"help": text.replace("%", "%%")}
         if not required:
             options["default"] = field.default
+        if meta["positional"]:
+            parser.add_argument(field.name, metavar=field.name.upper(), type=checked(meta["parse"] or str), **options)
+            continue
+        options |= {"dest": field.name, "required": required}
         kind = scalar(hints[field.name])
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
@@ -114,7 +123,12 @@ def image_size(text: str) -> tuple[int, int]:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong with a command line in one line, without the usage."""
+    """Says what is wrong with a command line in one line, without the usage. --a_b means --a-b."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        """Some of the commands that users have scripts for spell their flags with underscores."""
+        words = sys.argv[1:] if args is None else args
+        return super().parse_known_args([hyphenated(word) for word in words], namespace)
 
     def error(self, message: str) -> NoReturn:
         fail(f"{message} (see --help)", quiet=dist.env_rank() > 0)
@@ -122,6 +136,12 @@ class _Parser(argparse.ArgumentParser):
 
 class _Bare(argparse.Namespace):
     """A namespace of flags only."""
+
+
+def hyphenated(word: str) -> str:
+    """A flag's name with hyphens, its value as it is."""
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value if word.startswith("--") else word
 
 
 def scalar(hint: Any) -> type:
