@@ -1,6 +1,6 @@
 """Batches whose content depends on (seed, epoch, index) only: not on ranks, workers, or where a run was cut."""
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -8,7 +8,7 @@ import torch
 from PIL.Image import DecompressionBombError, Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from dataset.augmentation import train_view
+from dataset.augmentation import center_crop, train_view
 from dataset.build import ImageDataset
 from utils.images import to_float
 from utils.seeding import derive_seed
@@ -82,6 +82,23 @@ class TrainImages(Dataset):
             except BROKEN_IMAGE:
                 broken.append(self.images.name(found))
         raise ValueError(f"{MAX_BROKEN_RUN} images in a row cannot be read, from {self.images.name(index)} on")
+
+
+class CentreCrops(Dataset):
+    """Image i → (i, its centre crop (H, W, 3) uint8, or None if it cannot be read)."""
+
+    def __init__(self, data: ImageDataset, indices: Sequence[int], size: tuple[int, int]) -> None:
+        self.data, self.indices, self.size = data, indices, size
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, place: int) -> tuple[int, np.ndarray | None]:
+        index = self.indices[place]
+        try:
+            return index, center_crop(self.data.image(index), self.size)
+        except BROKEN_IMAGE:
+            return index, None
 
 
 def loader(dataset: Batched, sampler: Sampler[list[Key]], *, num_workers: int, pin_memory: bool) -> DataLoader:

@@ -146,7 +146,7 @@ def hyphenated(word: str) -> str:
 
 def scalar(hint: Any) -> type:
     """The type inside `X | None`; str for Literal."""
-    if isinstance(hint, types.UnionType):
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
         hint = next(kind for kind in typing.get_args(hint) if kind is not type(None))
     return str if typing.get_origin(hint) is typing.Literal else hint
 

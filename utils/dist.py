@@ -31,9 +31,14 @@ def env_rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
-def setup() -> Process:
-    """Join the process group if torchrun started us; choose this process's GPU, or the CPU."""
-    if torch.cuda.is_available():
+def setup(wanted: str = "auto") -> Process:
+    """Join the process group if torchrun started us; choose this process's GPU, or the CPU.
+
+    `wanted`: auto, cpu, or cuda, which is a ValueError where there is none.
+    """
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: there is no GPU that this torch can use")
+    if wanted != "cpu" and torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     else:

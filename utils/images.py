@@ -56,8 +56,8 @@ def load_png(path: Path) -> np.ndarray:
 
 
 def save_npz(path: Path, images: Iterable[np.ndarray], *, count: int, shape: tuple[int, int],
-             labels: np.ndarray | None = None) -> None:
-    """Stream `count` uint8 images (H, W, 3) into `arr_0` of an npz, atomically; labels go to `arr_1`.
+             labels: np.ndarray | None = None, extra: dict[str, np.ndarray] | None = None) -> None:
+    """Stream `count` uint8 images (H, W, 3) into `arr_0` of an npz, atomically; labels go to `arr_1`, `extra` after it.
 
     One image is in memory at a time, so 50,000 images need no more of it than one.
     """
@@ -71,9 +71,9 @@ def save_npz(path: Path, images: Iterable[np.ndarray], *, count: int, shape: tup
                 member.write(np.ascontiguousarray(image).tobytes())
                 written += 1
             assert written == count, f"{written} images written, {count} announced"
-        if labels is not None:
-            with archive.open("arr_1.npy", "w") as member:
-                np.lib.format.write_array(member, labels)
+        for key, value in (({} if labels is None else {"arr_1": labels}) | (extra or {})).items():
+            with archive.open(f"{key}.npy", "w") as member:
+                np.lib.format.write_array(member, value)
 
 
 def pack_folder(folder: Path, names: Sequence[str], *, labels: np.ndarray | None = None) -> Path:

@@ -1,5 +1,6 @@
 """Flags that commands on more than one floor of the house need, in groups to inherit from."""
 from dataclasses import dataclass
+from typing import Literal
 
 from utils.cli import flag, image_size
 
@@ -23,6 +24,14 @@ class BatchFlags:
     """For commands that run a model without training it."""
 
     per_proc_batch_size: int = flag(32, "images at a time on each process; the results do not depend on it")
+
+
+@dataclass(kw_only=True)
+class DeviceFlags:
+    """For commands that measure."""
+
+    device: Literal["auto", "cpu", "cuda"] = flag("auto", "where to compute; auto: on the GPU if there is one",
+                                                  choices=("auto", "cpu", "cuda"))
 
 
 @dataclass(kw_only=True)

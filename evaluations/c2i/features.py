@@ -1,0 +1,243 @@
+"""From image sets to what metrics are made of: features, statistics, class probabilities; streamed, sharded, cached.
+
+A feature network is the 2015 Inception, or anything else with --features, under another name: distances in other
+features are no FID.
+"""
+import hashlib
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from evaluations.c2i.image_sets import ImageSet, ahead
+from evaluations.c2i.inception import CLASSES, resize_tf1
+from evaluations.c2i.metrics import FeatureStatistics, InceptionScore
+from evaluations.c2i.weights import InceptionFlags, load_inception, load_torchscript
+from utils import dist
+from utils.checkpoint import file_hash, replacing
+from utils.cli import flag
+from utils.seeding import derive_seed
+
+SPLIT = 5000  # images per chunk of the Inception Score, in the order of the set
+CACHE_VERSION = 1  # of what is stored: another number when features change
+
+
+@dataclass(kw_only=True)
+class FeatureFlags(InceptionFlags):
+    """Which features images are compared by."""
+
+    features: str | None = flag(None, "instead of Inception: a TorchScript file, or package.module:function that gives "
+                                      "a network, which maps (B, 3, H, W) in [-1, 1] to (B, D); no FID then")
+
+
+class Features(NamedTuple):
+    """Of one batch: pooled (B, D), and from Inception spatial (B, 2023) and logits (B, 1008); float32."""
+
+    pooled: Tensor
+    spatial: Tensor | None = None
+    logits: Tensor | None = None
+
+
+@dataclass
+class FeatureNetwork:
+    """uint8 images (B, H, W, 3) → Features, on `device`."""
+
+    function: Callable[[Tensor], Features]  # float32 (B, 3, H, W) in [0, 255]
+    device: torch.device
+    described: dict[str, str]  # name, file, sha256
+    is_inception: bool
+
+    @torch.inference_mode()
+    def __call__(self, images: np.ndarray) -> Features:
+        pixels = torch.from_numpy(np.ascontiguousarray(images))
+        if self.device.type == "cuda":
+            pixels = pixels.pin_memory()
+        return self.function(pixels.to(self.device, non_blocking=True).permute(0, 3, 1, 2).float())
+
+
+def load_network(flags: FeatureFlags, *, device: torch.device) -> FeatureNetwork:
+    """The network of --features, else Inception. Raises ValueError or FileNotFoundError when it cannot be had."""
+    if flags.features is None:
+        return inception_network(flags.inception, device=device)
+    network, described = other_network(flags.features)
+    network = network.eval().requires_grad_(False).to(device)
+
+    def other_features(pixels: Tensor) -> Features:
+        pooled = network(pixels / 127.5 - 1)
+        if not isinstance(pooled, Tensor) or pooled.ndim != 2 or len(pooled) != len(pixels):
+            raise ValueError(f"--features {flags.features} returned {getattr(pooled, 'shape', type(pooled))} for "
+                             f"{len(pixels)} images, expected ({len(pixels)}, D)")
+        return Features(pooled.float())
+
+    return FeatureNetwork(other_features, device, described, False)
+
+
+def inception_network(path: str | None, *, device: torch.device) -> FeatureNetwork:
+    """Inception with the weights at `path`, fed as ADM feeds it."""
+    inception, described = load_inception(path, device=device)
+
+    def features(pixels: Tensor) -> Features:
+        pooled, spatial = inception(resize_tf1(pixels))
+        return Features(pooled, spatial, inception.logits(pooled))
+
+    return FeatureNetwork(features, device, {"name": "Inception 2015-12-05", **described}, True)
+
+
+def other_network(source: str) -> tuple[torch.nn.Module, dict[str, str]]:
+    """The network of --features and what to call it in a report."""
+    path = Path(source)
+    if path.is_file():
+        return load_torchscript(path), {"name": path.stem, "file": path.name, "sha256": file_hash(path)}
+    module, _, function = source.partition(":")
+    if not function:
+        raise FileNotFoundError(f"--features {source} is neither a TorchScript file nor package.module:function")
+    sys.path.append(os.getcwd())
+    try:
+        network = getattr(importlib.import_module(module), function)()
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"--features {source} cannot be had: {error}") from None
+    finally:
+        sys.path.remove(os.getcwd())
+    if not isinstance(network, torch.nn.Module):
+        raise ValueError(f"--features {source} returned a {type(network).__name__}, expected a torch.nn.Module")
+    return network, {"name": source, "sha256": weights_hash(network)}
+
+
+def weights_hash(network: torch.nn.Module) -> str:
+    """SHA-256 over a network's state."""
+    digest = hashlib.sha256()
+    for name, value in network.state_dict().items():
+        digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@dataclass
+class Measured:
+    """What metrics need of one set, the same on every process."""
+
+    count: int
+    statistics: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # "pooled", "spatial": mean, covariance
+    pooled: Tensor | None = None  # (N, D) float32 on the CPU, in the set's order
+    inception_scores: tuple[float, float] | None = None  # in the set's order, in a random one
+
+
+def measure(images: ImageSet, network: FeatureNetwork, process: dist.Process, *, wanted: set[str], batch: int,
+            title: str, seed: int = 0) -> Measured:
+    """Run a set through the network. `wanted`: any of "pooled" and "spatial" (statistics), "features", "scores".
+
+    The work is shared by all processes; each image counts once. Raises ValueError for features that are not finite.
+    """
+    statistics: dict[str, FeatureStatistics] = {}
+    dims: dict[str, int] = {}
+    scores: list[InceptionScore] = []
+    if "scores" in wanted:
+        shuffled = torch.from_numpy(np.random.default_rng(derive_seed(seed)).permutation(images.count))
+        scores = [InceptionScore(images.count, CLASSES, split=SPLIT, order=order, device=process.device)
+                  for order in (None, shuffled)]
+    kept: list[tuple[Tensor, Tensor]] = []
+    count = 0
+    with tqdm(total=images.count, desc=title, unit="image", mininterval=1.0, disable=not process.is_main) as bar:
+        for indices, pictures in ahead(images.batches(batch, rank=process.rank, world_size=process.world_size)):
+            features = network(pictures)
+            if not bool(features.pooled.isfinite().all()):
+                raise ValueError(f"{images.name}: features of images {indices[0]} to {indices[-1]} are not finite")
+            for name in wanted & {"pooled", "spatial"}:
+                values = getattr(features, name)
+                dims[name] = values.shape[1]
+                statistics.setdefault(name, FeatureStatistics(dims[name], device=process.device)).update(values)
+            places = torch.from_numpy(indices)
+            for score in scores:
+                score.update(places, features.logits)
+            if "features" in wanted:
+                kept.append((places, features.pooled.cpu()))
+            count += len(indices)
+            bar.update(min(len(indices) * process.world_size, images.count - bar.n))
+        result = Measured(int(dist.total(torch.tensor(count, device=process.device))))
+    for part in dist.gather_lists([dims]):  # a process may have had no images to do
+        dims |= part
+    for name in sorted(wanted & {"pooled", "spatial"}):
+        values = statistics.get(name) or FeatureStatistics(dims[name], device=process.device)
+        values.merge()
+        result.statistics[name] = values.mean(), values.covariance()
+    for score in scores:
+        score.merge()
+    if scores:
+        result.inception_scores = tuple(score.value() for score in scores)
+    if "features" in wanted:
+        result.pooled = in_order(kept, images.count, process)
+    return result
+
+
+def in_order(kept: list[tuple[Tensor, Tensor]], count: int, process: dist.Process) -> Tensor:
+    """Rows (indices (B,), values (B, D)) of all processes → (count, D) on the CPU, on each of them."""
+    width = max(dist.gather_lists([values.shape[1] for _, values in kept[:1]]))
+    pooled = torch.zeros(count, width, device=process.device)
+    for places, values in kept:
+        pooled[places.to(process.device)] = values.to(process.device)
+    return dist.total(pooled).cpu()  # every row comes from one process, the others add zero
+
+
+def measure_with_stored(images: ImageSet, network: FeatureNetwork, process: dist.Process, *, wanted: set[str],
+                        batch: int, title: str, seed: int = 0, remember_as: str | None = None) -> Measured:
+    """`measure`, less what the set's file brings along: its statistics go before those of its images, as in ADM.
+
+    `remember_as`: the set's hash; what is measured is kept in the user's cache folder, and read from it next time.
+    """
+    stored = {name: (torch.from_numpy(images.stored[mean]).double(), torch.from_numpy(images.stored[cov]).double())
+              for name, mean, cov in (("pooled", "mu", "sigma"), ("spatial", "mu_s", "sigma_s"))
+              if name in wanted and mean in images.stored}
+    missing = wanted - stored.keys()
+    result = None if missing else Measured(images.count)
+    key = f"{CACHE_VERSION}-{remember_as}-{network.described['sha256']}-{'-'.join(sorted(missing))}"
+    path = cache_folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
+    if missing and remember_as:
+        result = dist.broadcast_object(recall(path) if process.is_main else None)
+    if result is None:
+        result = measure(images, network, process, wanted=missing, batch=batch, title=title, seed=seed)
+        if remember_as and process.is_main:
+            remember(result, path)
+    result.statistics |= stored
+    return result
+
+
+def cache_folder() -> Path:
+    """Where measurements of references are kept: $XDG_CACHE_HOME/llamagen, else ~/.cache/llamagen."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llamagen"
+
+
+def remember(measured: Measured, path: Path) -> None:
+    """Write a measurement to the cache; that it cannot be written is no reason to stop."""
+    tensors = {"count": torch.tensor(measured.count)}
+    for name, (mean, covariance) in measured.statistics.items():
+        tensors |= {f"{name}.mean": mean.cpu(), f"{name}.covariance": covariance.cpu()}
+    if measured.pooled is not None:
+        tensors["features"] = measured.pooled
+    try:
+        with replacing(path) as temporary:
+            save_file({name: value.contiguous() for name, value in tensors.items()}, temporary)
+    except OSError as error:
+        print(f"warning: the reference's features could not be kept for the next time: {error}", file=sys.stderr)
+
+
+def recall(path: Path) -> Measured | None:
+    """A measurement from the cache, None if there is none or it is damaged."""
+    if not path.is_file():
+        return None
+    try:
+        tensors = load_file(path)
+        return Measured(int(tensors["count"]), {
+            name.removesuffix(".mean"): (value, tensors[f"{name.removesuffix('.mean')}.covariance"])
+            for name, value in tensors.items() if name.endswith(".mean")}, tensors.get("features"))
+    except (SafetensorError, OSError, KeyError) as error:
+        print(f"warning: {path} is damaged and will be made again: {error}", file=sys.stderr)
+        return None

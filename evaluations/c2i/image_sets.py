@@ -1,0 +1,222 @@
+"""Sets of images to be measured: ADM's npz files, folders of PNGs, data sets. Read in batches, never held whole.
+
+All are checked before any work: a set that cannot give 8-bit RGB images of one size is refused with what is wrong.
+"""
+import hashlib
+import re
+import zipfile
+import zlib
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import IO, Protocol
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from dataset.image_folders import EXTENSIONS, existing_folder
+from utils.checkpoint import file_hash
+
+STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")
+LOSSY = {".jpg", ".jpeg", ".webp"}
+AHEAD = 2  # batches read while one is measured
+
+Batch = tuple[np.ndarray, np.ndarray]  # indices (B,) int64, images (B, H, W, 3) uint8
+
+
+class ImageSet(Protocol):
+    """Images 0 … count - 1, and what is known about them without looking at them."""
+
+    name: str
+    count: int
+    size: tuple[int, int] | None  # height, width; None: no images, statistics only
+    stored: dict[str, np.ndarray]  # ADM's statistics, as far as the file has them
+    labels: np.ndarray | None
+    notes: list[str]  # what the reader of a report should know
+
+    def batches(self, size: int, *, rank: int, world_size: int) -> Iterator[Batch]:
+        """The batches of `size` images whose number is `rank` modulo `world_size`."""
+
+    def sha256(self) -> str:
+        """Hash of the file or files."""
+
+
+def open_images(path: str | Path) -> ImageSet:
+    """The image set at a path: an npz or a folder of images."""
+    path = Path(path)
+    if path.is_dir():
+        return FolderImages(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no image set at {path}: expected an .npz or a folder of PNGs")
+    return NpzImages(path)
+
+
+class NpzImages:
+    """`arr_0` uint8 (N, H, W, 3), stored or compressed; `mu`, `sigma`, `mu_s`, `sigma_s`; `arr_1` labels."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.name, self.notes = path, path.name, []
+        self.stored: dict[str, np.ndarray] = {}
+        self.labels: np.ndarray | None = None
+        self.count, self.size = 0, None
+        try:
+            with zipfile.ZipFile(path) as archive:
+                members = {name.removesuffix(".npy") for name in archive.namelist()}
+                if not {"arr_0", "mu"} & members:
+                    raise ValueError(f"{path} has neither images (arr_0) nor statistics (mu): it holds "
+                                     f"{', '.join(sorted(members)) or 'nothing'}")
+                for key in STATISTICS:
+                    if key in members:
+                        self.stored[key] = small_array(archive, key, path)
+                if "arr_0" in members:
+                    self.count, self.size = self.checked_images(archive)
+                if "arr_1" in members and archive.getinfo("arr_1.npy").file_size < 2**26:
+                    labels = small_array(archive, "arr_1", path)
+                    self.labels = labels if labels.shape == (self.count,) and labels.dtype.kind in "iu" else None
+        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+            raise ValueError(f"{path} is no whole npz file ({error}): it was cut short or damaged") from None
+        check_statistics(self.stored, path)
+
+    def checked_images(self, archive: zipfile.ZipFile) -> tuple[int, tuple[int, int]]:
+        """(count, (height, width)) of arr_0 from its header. Raises ValueError for what is no 8-bit RGB."""
+        shape, fortran, dtype, header = array_header(archive, "arr_0", self.path)
+        if dtype != np.uint8:
+            raise ValueError(f"{self.path}: arr_0 is {dtype}, expected uint8 pixels: convert floats in [-1, 1] with "
+                             "clamp(127.5 x + 128, 0, 255)")
+        if len(shape) != 4 or shape[3] != 3:
+            hint = ": it looks like (N, 3, H, W), transpose it" if len(shape) == 4 and shape[1] == 3 else ""
+            raise ValueError(f"{self.path}: arr_0 has shape {shape}, expected (N, H, W, 3){hint}")
+        if fortran:
+            raise ValueError(f"{self.path}: arr_0 is in Fortran order: save np.ascontiguousarray of it")
+        if 0 in shape:
+            raise ValueError(f"{self.path}: arr_0 has shape {shape}: it holds no images")
+        if archive.getinfo("arr_0.npy").file_size != header + int(np.prod(shape)):
+            raise ValueError(f"{self.path}: arr_0 announces {shape[0]} images and does not hold them: it was cut short")
+        return shape[0], shape[1:3]
+
+    def batches(self, size: int, *, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
+        """Every process reads the whole member, so that its checksum is verified; no image is kept."""
+        try:
+            with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as member:
+                member.read(array_header(archive, "arr_0", self.path)[3])
+                for number, start in enumerate(range(0, self.count, size)):
+                    indices = np.arange(start, min(start + size, self.count))
+                    pictures = np.empty((len(indices), *self.size, 3), np.uint8)
+                    read_into(member, memoryview(pictures).cast("B"))
+                    if number % world_size == rank:
+                        yield indices, pictures
+                member.read(1)  # the end of the member is where its checksum is looked at
+        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+            raise ValueError(f"{self.path} is damaged ({error}): nothing it says can be trusted") from None
+
+    def sha256(self) -> str:
+        """Hash of the file."""
+        return file_hash(self.path)
+
+
+def read_into(member: IO[bytes], view: memoryview) -> None:
+    """Fill a buffer from a file. Raises EOFError when it ends before."""
+    while view:
+        count = member.readinto(view)
+        if not count:
+            raise EOFError("it ends too early")
+        view = view[count:]
+
+
+def array_header(archive: zipfile.ZipFile, key: str, path: Path) -> tuple[tuple[int, ...], bool, np.dtype, int]:
+    """(shape, Fortran order?, dtype, length of the header in bytes) of a member."""
+    with archive.open(f"{key}.npy") as member:
+        try:
+            version = np.lib.format.read_magic(member)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, fortran, dtype = read(member)
+        except (ValueError, SyntaxError) as error:
+            raise ValueError(f"{path}: {key} is no array ({error})") from None
+        return shape, fortran, dtype, member.tell()
+
+
+def small_array(archive: zipfile.ZipFile, key: str, path: Path) -> np.ndarray:
+    """A member as an array; pickled objects are refused."""
+    with archive.open(f"{key}.npy") as member:
+        try:
+            return np.lib.format.read_array(member, allow_pickle=False)
+        except (ValueError, SyntaxError) as error:
+            raise ValueError(f"{path}: {key} cannot be read ({error})") from None
+
+
+def check_statistics(stored: dict[str, np.ndarray], path: Path) -> None:
+    """Raise ValueError unless means and covariances come in pairs, fit each other and are finite."""
+    for mean, covariance in (("mu", "sigma"), ("mu_s", "sigma_s")):
+        if (mean in stored) != (covariance in stored):
+            raise ValueError(f"{path} has only one of {mean} and {covariance}")
+        if mean not in stored:
+            continue
+        shape = stored[mean].shape
+        if len(shape) != 1 or stored[covariance].shape != shape * 2:
+            raise ValueError(f"{path}: {mean} is {shape} and {covariance} {stored[covariance].shape}: expected (D,) "
+                             "and (D, D)")
+        for key in (mean, covariance):
+            if stored[key].dtype.kind != "f" or not np.isfinite(stored[key]).all():
+                raise ValueError(f"{path}: {key} should be finite floats")
+
+
+class FolderImages:
+    """The images of a folder (not of folders in it), in natural order of their names: 2.png before 10.png."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.name = path, f"{path.name}/"
+        files = [file for file in existing_folder(path).iterdir() if file.suffix.lower() in EXTENSIONS]
+        self.files = sorted(files, key=lambda file: natural(file.name))
+        if not self.files:
+            raise ValueError(f"{path} holds no images: expected PNGs (for a tree of folders build a reference with "
+                             "evaluations/c2i/reference.py)")
+        self.count, self.size = len(self.files), read_rgb(self.files[0]).shape[:2]
+        self.stored, self.labels = {}, None
+        lossy = sum(file.suffix.lower() in LOSSY for file in self.files)
+        self.notes = [f"{lossy} of {self.count} files in {path} are lossy (JPEG, WebP): compression moves every "
+                      "metric, save PNGs"] if lossy else []
+
+    def batches(self, size: int, *, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
+        """Decoded by a few threads: Pillow lets go of the interpreter while it decodes."""
+        with ThreadPoolExecutor(4) as pool:
+            for start in range(rank * size, self.count, size * world_size):
+                files = self.files[start:start + size]
+                pictures = list(pool.map(read_rgb, files))
+                for file, picture in zip(files, pictures, strict=True):
+                    if picture.shape[:2] != self.size:
+                        raise ValueError(f"{file} is {picture.shape[0]}x{picture.shape[1]}, {self.files[0].name} "
+                                         f"{self.size[0]}x{self.size[1]}: a set has one size")
+                yield np.arange(start, start + len(files)), np.stack(pictures)
+
+    def sha256(self) -> str:
+        """Hash over names and files."""
+        digest = hashlib.sha256()
+        for file in self.files:
+            digest.update(f"{file.name}\0{file_hash(file)}\n".encode())
+        return digest.hexdigest()
+
+
+def natural(name: str) -> list[tuple[int, int, str]]:
+    """Sort key in which numbers count as numbers."""
+    return [(1, int(part), "") if part.isdecimal() else (0, 0, part) for part in re.split(r"(\d+)", name) if part]
+
+
+def read_rgb(file: Path) -> np.ndarray:
+    """An image file as uint8 (H, W, 3). Raises ValueError for what is damaged or is not 8-bit and opaque."""
+    try:
+        with Image.open(file) as image:
+            if image.mode not in ("RGB", "L", "P") or "transparency" in image.info:
+                raise ValueError(f"{file} is of mode {image.mode}, expected opaque 8-bit RGB")
+            return np.asarray(image.convert("RGB"))
+    except (OSError, SyntaxError, UnidentifiedImageError, zlib.error) as error:
+        raise ValueError(f"{file} cannot be read as an image: {error}") from None
+
+
+def ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The same batches, read by a thread while earlier ones are measured."""
+    with ThreadPoolExecutor(1) as reader:
+        waiting = deque(reader.submit(next, batches, None) for _ in range(AHEAD))
+        while (batch := waiting.popleft().result()) is not None:
+            waiting.append(reader.submit(next, batches, None))
+            yield batch

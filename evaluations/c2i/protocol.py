@@ -1,0 +1,122 @@
+"""What may be compared with what: refusals, warnings, and the proof that this evaluator gives ADM's numbers here."""
+import json
+
+import numpy as np
+
+from evaluations.c2i.features import FeatureNetwork, cache_folder
+from evaluations.c2i.image_sets import ImageSet
+from evaluations.c2i.scores import NEIGHBOURS, TITLES
+from utils.checkpoint import replacing
+
+PUBLISHED_COUNT = 50_000
+WIDTHS = {"mu": 2048, "mu_s": 2023}
+ACCEPTANCE = {  # ADM's published numbers for its published sample files, each against the reference of its size
+    "admnet_guided_upsampled_imagenet256": {"is": 215.837, "fid": 3.94256, "sfid": 6.14043, "precision": 0.8265,
+                                            "recall": 0.5309},
+    "admnet_guided_imagenet128": {"is": 141.4767, "fid": 2.97329, "sfid": 5.09456, "precision": 0.78138,
+                                  "recall": 0.5929},
+}
+TOLERANCE = {"is": 0.3, "fid": 0.005, "sfid": 0.005, "precision": 0.003, "recall": 0.003}
+
+
+def check_sets(reference: ImageSet, sample: ImageSet, metrics: list[str], *, network: FeatureNetwork) -> None:
+    """Raise ValueError when the sets cannot give these metrics."""
+    if sample.size is None:
+        raise ValueError(f"{sample.name} holds statistics and no images (arr_0): samples must be images")
+    if reference.size is None:
+        for name in metrics:
+            if name in ("precision", "recall"):
+                raise ValueError(f"{reference.name} holds no images (arr_0), which precision and recall need: take the "
+                                 "file with images, or leave them out with --metrics fid,sfid,is")
+            if name == "sfid" and "mu_s" not in reference.stored:
+                raise ValueError(f"{reference.name} has neither images nor mu_s and sigma_s, which sFID needs: leave "
+                                 "it out with --metrics fid,is")
+    for images in (reference, sample):
+        if images.size is not None and images.count < 2:
+            raise ValueError(f"{images.name} holds {images.count} image: a covariance needs two")
+        if {"precision", "recall"} & set(metrics) and images.count <= NEIGHBOURS:
+            raise ValueError(f"{images.name} holds {images.count} images: precision and recall look at the third "
+                             "neighbour of each, leave them out with --metrics")
+        if images.stored and not network.is_inception:
+            raise ValueError(f"{images.name} brings statistics of Inception features, --features are others: give a "
+                             "file or folder with images alone")
+        for key, width in WIDTHS.items():
+            if key in images.stored and len(images.stored[key]) != width:
+                raise ValueError(f"{images.name} has {key} of length {len(images.stored[key])}, expected {width}: "
+                                 "it is of another network")
+
+
+def check_preset(preset: str, reference: ImageSet, sample: ImageSet, *, known_as: str | None) -> None:
+    """Raise ValueError when the reference is the one that the other protocol takes.
+
+    gfid's reference brings statistics of a whole training set, beside some of its images; rfid's is the images that
+    were reconstructed, as many as there are reconstructions. Mixing them up moves FID by 0.7 to 2 points.
+    """
+    if preset == "gfid":
+        if "mu" not in reference.stored:
+            raise ValueError(f"--preset gfid: {reference.name} holds images without statistics of a training set, as "
+                             "rfid takes it: give VIRTUAL_imagenet256_labeled.npz, or a reference made by "
+                             "evaluations/c2i/reference.py")
+    elif reference.stored or known_as:
+        raise ValueError(f"--preset rfid: {reference.name} brings statistics of a training set{known_as or ''}, as "
+                         "gfid takes them: give the crops of the reconstructed images, scripts/tokenizer/val.sh")
+    elif reference.count != sample.count:
+        raise ValueError(f"--preset rfid: {reference.count} reference images and {sample.count} reconstructions: each "
+                         "image should be there once on either side")
+    if reference.size and reference.size != sample.size:
+        raise ValueError(f"--preset {preset}: the reference is of {reference.size[0]}x{reference.size[1]} images, the "
+                         f"samples of {sample.size[0]}x{sample.size[1]}: see --image-size-eval")
+
+
+def set_warnings(reference: ImageSet, sample: ImageSet, metrics: list[str]) -> list[str]:
+    """What makes the numbers other than they seem, before anything is computed."""
+    found = [*reference.notes, *sample.notes]
+    if reference.size and reference.size != sample.size:
+        found.append(f"the reference is of {reference.size[0]}x{reference.size[1]} images, the samples of "
+                     f"{sample.size[0]}x{sample.size[1]}")
+    if sample.stored:
+        found.append(f"{sample.name} brings statistics: FID and sFID are computed from them as ADM does, not from its "
+                     "images")
+    for images in (reference, sample):
+        if images.count < 2048 and not (images is reference and reference.stored) and \
+                {"fid", "sfid", "frechet_distance"} & set(metrics):
+            found.append(f"{images.name} holds {images.count} images, fewer than features have dimensions (2048): the "
+                         "distance is dominated by noise")
+    if sample.count != PUBLISHED_COUNT and "fid" in metrics:
+        found.append(f"{sample.count} samples: published FIDs are of {PUBLISHED_COUNT}, and fewer samples give a "
+                     "higher FID of the same model")
+    if sample.labels is not None and sample.labels.max() > sample.labels.min() and \
+            (np.diff(sample.labels) >= 0).all() and "is" in metrics:
+        found.append(f"{sample.name} is in class order: the Inception Score of its chunks of 5000 is too low, see "
+                     "is_shuffled")
+    return found
+
+
+def known_references() -> dict[str, str]:
+    """Hash → what it is, of the references that an acceptance run on this machine has proven."""
+    try:
+        return json.loads((cache_folder() / "references.json").read_text())
+    except (OSError, json.JSONDecodeError):
+        return {}
+
+
+def accept(name: str, results: dict[str, float], reference: ImageSet, sha256: str) -> None:
+    """Compare with ADM's published numbers; a reference that reproduces them is known from now on."""
+    rows = [(metric, results[metric], published) for metric, published in ACCEPTANCE[name].items()
+            if metric in results]
+    for metric, value, published in rows:
+        verdict = "ok" if abs(value - published) < TOLERANCE[metric] else "OFF"
+        print(f"{verdict:>4} {TITLES[metric]:<16}{value:>12.5f}   published {published} ± {TOLERANCE[metric]}")
+    if any(abs(value - published) >= TOLERANCE[metric] for metric, value, published in rows):
+        raise ValueError("--acceptance: these are not ADM's numbers: check the hashes of weights, reference, samples")
+    if len(rows) == len(TOLERANCE):
+        with replacing(cache_folder() / "references.json") as temporary:
+            known = known_references() | {sha256: f" ({reference.name}, proven by {name})"}
+            temporary.write_text(json.dumps(known, indent=2) + "\n")
+
+
+def check_acceptance(name: str, *, features: str | None) -> None:
+    """Raise ValueError when there are no published numbers to compare with."""
+    if name not in ACCEPTANCE or features:
+        raise ValueError(f"--acceptance: expected one of ADM's sample files, {', '.join(ACCEPTANCE)} (.npz), and "
+                         "Inception features")

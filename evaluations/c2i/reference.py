@@ -1,0 +1,95 @@
+"""Build a reference for the evaluator from any images: statistics of all of them, and some or all of the images.
+
+    python3 evaluations/c2i/reference.py --data-path my_images/train --image-size 256 --output my_reference.npz
+
+The file is like ADM's VIRTUAL_imagenet256_labeled.npz: `mu`, `sigma`, `mu_s`, `sigma_s` of the whole set for FID and
+sFID, `arr_0` for precision and recall, `arr_1` the labels. How it came about goes to my_reference.json. Start it with
+torchrun to use several GPUs.
+"""
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from torch.utils.data import DataLoader
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from dataset.augmentation import center_crop
+from dataset.build import DataFlags, ImageDataset, build_dataset
+from dataset.loader import CentreCrops, worker_count
+from evaluations.c2i.features import inception_network, measure
+from evaluations.c2i.image_sets import STATISTICS, Batch
+from evaluations.c2i.weights import InceptionFlags
+from utils import cli, dist
+from utils.cli import flag
+from utils.images import save_npz
+from utils.options import BatchFlags, DeviceFlags, OutputFlags, SeedFlags, WorkerFlags
+from utils.seeding import derive_seed
+
+
+@dataclass(kw_only=True)
+class ReferenceFlags(DataFlags, InceptionFlags, BatchFlags, SeedFlags, WorkerFlags, OutputFlags, DeviceFlags):
+    """The reference command."""
+
+    keep_images: int | None = flag(None, "images in the file, chosen by --global-seed (ADM has 10000); None: all")
+    output: str = "reference.npz"
+    per_proc_batch_size: int = 64
+
+
+class DatasetImages:
+    """Centre crops of a data set as an image set. Unreadable ones are left out and named in `broken`."""
+
+    def __init__(self, data: ImageDataset, size: tuple[int, int], *, name: str, num_workers: int) -> None:
+        self.data, self.size, self.name, self.num_workers = data, size, name, num_workers
+        self.count, self.labels = len(data), data.labels
+        self.stored: dict[str, np.ndarray] = {}
+        self.notes: list[str] = []
+        self.broken: list[int] = []
+
+    def batches(self, size: int, *, rank: int, world_size: int) -> Iterator[Batch]:
+        """Read, cropped and joined by worker processes."""
+        mine = [range(start, min(start + size, self.count))
+                for start in range(rank * size, self.count, size * world_size)]
+        crops = CentreCrops(self.data, range(self.count), self.size)
+        for batch in DataLoader(crops, batch_sampler=mine, collate_fn=list, num_workers=worker_count(self.num_workers)):
+            self.broken += [index for index, picture in batch if picture is None]
+            whole = [(index, picture) for index, picture in batch if picture is not None]
+            if whole:
+                yield np.array([index for index, _ in whole]), np.stack([picture for _, picture in whole])
+
+    def sha256(self) -> str:
+        """The images may be many and anywhere: a reference file has a hash, its source has not."""
+        raise NotImplementedError
+
+
+def main(flags: ReferenceFlags) -> None:
+    """Measure all images, then write the file."""
+    process = dist.setup(flags.device)
+    output = Path(flags.output)
+    if output.suffix != ".npz":
+        raise ValueError(f"--output {output}: expected a name that ends in .npz")
+    if min(flags.keep_images or 1, flags.per_proc_batch_size) < 1:
+        raise ValueError("--keep-images and --per-proc-batch-size must be at least 1")
+    data = build_dataset(flags.dataset, flags.data_path, size=flags.image_size)
+    network = inception_network(flags.inception, device=process.device)
+    images = DatasetImages(data, flags.image_size, name=flags.data_path or flags.dataset, num_workers=flags.num_workers)
+    measured = measure(images, network, process, wanted={"pooled", "spatial"}, batch=flags.per_proc_batch_size,
+                       title="statistics")
+    broken = set(dist.gather_lists(images.broken))
+    if not process.is_main:
+        return
+    readable = np.array([index for index in range(len(data)) if index not in broken])
+    kept = np.sort(np.random.default_rng(derive_seed(flags.global_seed)).permutation(readable)[:flags.keep_images])
+    values = [value.cpu().numpy() for name in ("pooled", "spatial") for value in measured.statistics[name]]
+    save_npz(output, (center_crop(data.image(int(index)), flags.image_size) for index in kept), count=len(kept),
+             shape=flags.image_size, labels=data.labels[kept], extra=dict(zip(STATISTICS, values, strict=True)))
+    cli.save_config(output.with_suffix(".json"), flags, images=measured.count, kept=len(kept),
+                    network=network.described, unreadable=[data.name(index) for index in sorted(broken)])
+    print(f"{output}: statistics of {measured.count} images, {len(kept)} of them inside"
+          f"{f'; {len(broken)} could not be read and are named in {output.stem}.json' if broken else ''}")
+
+
+if __name__ == "__main__":
+    cli.run(main, ReferenceFlags)
