@@ -19,6 +19,8 @@ ENTRIES = {  # name of a command: (module, class of its flags)
     "extract": ("autoregressive.train.extract_codes", "ExtractFlags"),
     "verify": ("autoregressive.train.verify_codes", "VerifyFlags"),
     "train_gpt": ("autoregressive.train.train", "GPTTrainFlags"),
+    "evaluate": ("evaluations.c2i.evaluator", "EvaluatorFlags"),
+    "reference": ("evaluations.c2i.reference", "ReferenceFlags"),
 }
 COLOURS = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200)}
 TINY = ["--image-size", "16", "--num-workers", "0"]

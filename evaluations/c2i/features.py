@@ -70,7 +70,7 @@ def load_network(flags: FeatureFlags, *, device: torch.device) -> FeatureNetwork
     if flags.features is None:
         return inception_network(flags.inception, device=device)
     network, described = other_network(flags.features)
-    network = network.eval().requires_grad_(False).to(device)
+    network = network.eval().to(device)
 
     def other_features(pixels: Tensor) -> Features:
         pooled = network(pixels / 127.5 - 1)

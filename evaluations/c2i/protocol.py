@@ -24,13 +24,12 @@ def check_sets(reference: ImageSet, sample: ImageSet, metrics: list[str], *, net
     if sample.size is None:
         raise ValueError(f"{sample.name} holds statistics and no images (arr_0): samples must be images")
     if reference.size is None:
-        for name in metrics:
-            if name in ("precision", "recall"):
-                raise ValueError(f"{reference.name} holds no images (arr_0), which precision and recall need: take the "
-                                 "file with images, or leave them out with --metrics fid,sfid,is")
-            if name == "sfid" and "mu_s" not in reference.stored:
-                raise ValueError(f"{reference.name} has neither images nor mu_s and sigma_s, which sFID needs: leave "
-                                 "it out with --metrics fid,is")
+        if {"precision", "recall"} & set(metrics):
+            raise ValueError(f"{reference.name} holds no images (arr_0), which precision and recall need: take the "
+                             "file with images, or leave them out with --metrics fid,sfid,is")
+        if "sfid" in metrics and "mu_s" not in reference.stored:
+            raise ValueError(f"{reference.name} has neither images nor mu_s and sigma_s, which sFID needs: leave it "
+                             "out with --metrics fid,is")
     for images in (reference, sample):
         if images.size is not None and images.count < 2:
             raise ValueError(f"{images.name} holds {images.count} image: a covariance needs two")

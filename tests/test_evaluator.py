@@ -1,0 +1,432 @@
+"""The evaluation command: its numbers against plain numpy, what it refuses, what it remembers and reports."""
+import json
+import os
+import tracemalloc
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from evaluations.c2i import evaluator, features, protocol
+from evaluations.c2i.image_sets import NpzImages, open_images
+from tests.conftest import call, two_processes
+from utils.images import load_png, save_png
+
+WIDTHS = {"mu": 96, "mu_s": 80}
+TINY = ("--features", "tests.test_evaluator:tiny_network")
+
+
+class TinyNetwork(nn.Module):
+    """Means of four by four patches, a third more features than channels times patches would need noise for."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return F.adaptive_avg_pool2d(images, 2).flatten(1) * torch.arange(1, 13)
+
+
+def tiny_network() -> nn.Module:
+    return TinyNetwork()
+
+
+class StandIn(nn.Module):
+    """Gives what Inception gives, from fixed random projections, in 96 and 80 dimensions for 2048 and 2023."""
+
+    def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        assert pixels.shape[1:] == (3, 299, 299)
+        patches = F.adaptive_avg_pool2d(pixels, 4).flatten(1) / 255  # (B, 48)
+        generator = torch.Generator().manual_seed(0)
+        maps = [torch.randn(48, width, generator=generator) for width in WIDTHS.values()]
+        return tuple((patches @ m).relu() for m in maps)
+
+    def logits(self, pooled: torch.Tensor) -> torch.Tensor:
+        return pooled.repeat(1, 11)[:, :1008] * torch.linspace(-9, 9, 1008)
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """Inception's place taken by something fast."""
+    described = {"file": "stand-in", "format": "none", "sha256": "0" * 64, "known": "no"}
+    monkeypatch.setattr(features, "load_inception", lambda path, device: (StandIn(), described))
+    monkeypatch.setattr(protocol, "WIDTHS", WIDTHS)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def pictures(count: int, *, seed: int, size: int = 16) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    base = rng.integers(60, 200, (count, 4, 4, 3)).repeat(size // 4, 1).repeat(size // 4, 2)
+    return np.clip(base + rng.normal(0, 20, base.shape), 0, 255).astype(np.uint8)
+
+
+@pytest.fixture
+def sets(tmp_path) -> tuple[Path, Path]:
+    """ref.npz with 40 and sample.npz with 31 images."""
+    np.savez(tmp_path / "ref.npz", arr_0=pictures(40, seed=0))
+    np.savez(tmp_path / "sample.npz", arr_0=pictures(31, seed=1))
+    return tmp_path / "ref.npz", tmp_path / "sample.npz"
+
+
+def evaluate(ref: Path, sample: Path, *flags) -> dict:
+    call("evaluate", ref, sample, *flags)
+    return json.loads(sample.with_name(f"{sample.name.removesuffix('.npz')}.json").read_text())
+
+
+def expected_distance(a: np.ndarray, b: np.ndarray) -> float:
+    covariances = [np.cov(x, rowvar=False) for x in (a, b)]
+    root = scipy.linalg.sqrtm(covariances[0] @ covariances[1]).real
+    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(covariances[0] + covariances[1] - 2 * root))
+
+
+def expected_precision_recall(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
+    def distances(x, y):
+        return ((x[:, None] - y[None]) ** 2).sum(-1)
+
+    radii_a, radii_b = (np.sort(distances(x, x), 1)[:, 3] for x in (a, b))
+    between = distances(a, b)
+    return float((between <= radii_a[:, None]).any(0).mean()), float((between <= radii_b[None]).any(1).mean())
+
+
+def test_numbers_are_those_of_plain_numpy(sets):
+    report = evaluate(*sets, *TINY, "--per-proc-batch-size", 7, "--pr-dtype", "fp32")
+    ref, sample = (tiny_network()(torch.from_numpy(np.load(path)["arr_0"]).permute(0, 3, 1, 2) / 127.5 - 1).double()
+                   .numpy() for path in sets)
+    assert report["frechet_distance"] == pytest.approx(expected_distance(ref, sample), rel=1e-5)
+    assert (report["precision"], report["recall"]) == pytest.approx(expected_precision_recall(ref, sample))
+    assert 0 < report["precision"] < 1
+    assert report["precision"] == report["precision_fp32"]
+    assert "fid" not in report and "FID" not in sets[1].with_suffix(".txt").read_text()
+    assert report["protocol"]["network"]["name"] == TINY[1] and len(report["protocol"]["network"]["sha256"]) == 64
+    assert sets[1].with_suffix(".txt").read_text().startswith("Fréchet distance: ")
+
+
+def test_the_container_does_not_matter(sets, tmp_path):
+    ref, sample = sets
+    wanted = evaluate(*sets, *TINY)
+    images = np.load(sample)["arr_0"]
+    np.savez_compressed(tmp_path / "packed.npz", extra=np.zeros(3), arr_0=images, arr_1=np.arange(31) % 5)
+    for i, image in enumerate(images):
+        save_png(tmp_path / "folder.v1" / f"{i}.png", image)  # 10 comes after 9: natural order
+    (tmp_path / "folder.v1" / "config.json").write_text('{"cfg_scale": 1.5, "seed": 3}')
+    for other in (tmp_path / "packed.npz", tmp_path / "folder.v1"):
+        report = evaluate(ref, other, *TINY)
+        assert all(report[key] == wanted[key] for key in ("frechet_distance", "precision", "recall"))
+        assert report["protocol"]["sample"]["sha256"] != wanted["protocol"]["sample"]["sha256"]
+    assert report["protocol"]["sampler"] == {"cfg_scale": 1.5, "seed": 3}
+    assert not report["protocol"]["sample"]["statistics"].startswith("stored")
+    batches = [batch for _, batch in open_images(tmp_path / "folder.v1").batches(8)]
+    assert np.array_equal(np.concatenate(batches), images)
+
+
+def test_all_of_adms_metrics_and_the_report(stand_in, sets, tmp_path, capsys):
+    ref, sample = sets
+    (tmp_path / "sample").mkdir()
+    (tmp_path / "sample" / "config.json").write_text('{"gpt_ckpt_sha256": "abc", "label_mode": "random"}')
+    report = evaluate(ref, sample)
+    network = features.inception_network(None, device=torch.device("cpu"))
+    ours = [network(np.load(path)["arr_0"]) for path in sets]
+    for name, part in (("fid", "pooled"), ("sfid", "spatial")):
+        a, b = (getattr(each, part).double() for each in ours)
+        assert report[name] == pytest.approx(small_distance(a, b), rel=1e-6)
+    p = ours[1].logits.double().softmax(1).numpy()
+    score = np.exp((p * (np.log(p) - np.log(p.mean(0)))).sum(1).mean())
+    assert report["is"] == pytest.approx(score, rel=1e-6) and report["is_shuffled"] == pytest.approx(score, rel=1e-6)
+    assert (report["precision_fp32"], report["recall_fp32"]) == pytest.approx(
+        expected_precision_recall(*(each.pooled.double().numpy() for each in ours)))
+    assert report["precision"] == report["precision_fp16"]
+    found = report["protocol"]
+    assert found["sampler"] == {"gpt_ckpt_sha256": "abc", "label_mode": "random"}
+    assert found["reference"]["images"] == 40 and found["sample"]["images"] == 31
+    assert found["reference"]["kind"] == "custom" and found["pr_dtype"] == "fp16" and "fp32" in found["precision_mode"]
+    assert found["network"]["sha256"] == "0" * 64 and found["versions"]["torch"] == torch.__version__
+    lines = sample.with_suffix(".txt").read_text().splitlines()
+    assert [line.split(": ")[0] for line in lines] == ["Inception Score", "FID", "sFID", "Precision", "Recall"]
+    shown = capsys.readouterr()
+    assert lines[1] in shown.out
+    for text in ("31 samples: published FIDs are of 50000", "sample.npz holds 31 images, fewer than"):
+        assert text in shown.err and any(text in warning for warning in found["warnings"])
+
+
+def small_distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Of n < D rows, without D x D matrices: tr (A B)^½ is the sum of singular values of Xa Xb' of centred rows."""
+    x, y = ((each - each.mean(0)) / (len(each) - 1) ** 0.5 for each in (a, b))
+    cross = torch.linalg.svdvals(x @ y.T).sum()
+    return float((a.mean(0) - b.mean(0)).square().sum() + x.square().sum() + y.square().sum() - 2 * cross)
+
+
+def test_stored_statistics_go_before_images(stand_in, sets, tmp_path):
+    rng = np.random.default_rng(5)
+    root = rng.normal(size=(50, 96))
+    stored = {"mu": rng.normal(size=96).astype(np.float32), "sigma": root.T @ root / 50}
+    np.savez(tmp_path / "virtual.npz", arr_0=pictures(8, seed=2), **stored)
+    np.savez(tmp_path / "only.npz", **stored)
+    reports = [evaluate(tmp_path / name, sets[1], "--metrics", "fid") for name in ("virtual.npz", "only.npz")]
+    assert reports[0]["fid"] == reports[1]["fid"]
+    assert reports[0]["protocol"]["reference"]["statistics"] == "stored (mu, sigma)"
+    pooled = features.inception_network(None, device=torch.device("cpu"))(np.load(sets[1])["arr_0"]).pooled.double()
+    x = (pooled - pooled.mean(0)) / 30 ** 0.5
+    cross = torch.linalg.svdvals(x @ torch.from_numpy(root / 50 ** 0.5).T).sum()
+    wanted = float((pooled.mean(0) - torch.from_numpy(stored["mu"])).square().sum() + x.square().sum()
+                   + np.trace(stored["sigma"]) - 2 * cross)
+    assert reports[0]["fid"] == pytest.approx(wanted, rel=1e-6)
+
+
+def test_two_processes_give_the_same_numbers(sets, tmp_path):
+    one = evaluate(*sets, *TINY, "--per-proc-batch-size", 6)
+    two_processes([("evaluate", [*sets, *TINY, "--per-proc-batch-size", size, "--output", tmp_path / f"{name}.json"])
+                   for name, size in (("two", 6), ("idle", 64))], tmp_path)
+    for name in ("two", "idle"):  # in the second run rank 1 has no images at all
+        other = json.loads((tmp_path / f"{name}.json").read_text())
+        assert other["protocol"]["processes"] == 2
+        assert all(other[key] == pytest.approx(one[key], rel=1e-9) for key in one if key != "protocol")
+
+
+def test_class_order_is_noticed(stand_in, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(features, "SPLIT", 10)
+    images = pictures(4, seed=0).repeat(10, axis=0)
+    np.savez(tmp_path / "sorted.npz", arr_0=images, arr_1=np.arange(40) // 10)
+    np.savez(tmp_path / "ref.npz", arr_0=pictures(8, seed=0))
+    report = evaluate(tmp_path / "ref.npz", tmp_path / "sorted.npz", "--metrics", "is")
+    assert report["is"] == pytest.approx(1) and report["is_shuffled"] > 1.1
+    shown = capsys.readouterr().err
+    assert "is in class order" in shown and "sorted, by class perhaps" in shown
+
+
+def test_precision_of_duplicates_is_not_trusted(tmp_path, capsys):
+    """Distances below fp16's rounding: samples a hair away from the reference, none of them in its manifold."""
+    found = evaluator.result_warnings({"precision": 0.9, "precision_fp16": 0.9, "precision_fp32": 0.5})
+    assert len(found) == 1 and "trust fp32" in found[0]
+
+
+def test_the_reference_is_measured_once(sets, monkeypatch, capsys):
+    first = evaluate(*sets, *TINY)
+    seen = []
+    measure = features.measure
+    monkeypatch.setattr(features, "measure", lambda images, *rest, **named:
+                        seen.append(images.name) or measure(images, *rest, **named))
+    again = evaluate(*sets, *TINY)
+    assert seen == ["sample.npz"] and all(first[key] == again[key] for key in first if key != "protocol")
+    kept, = features.cache_folder().glob("*.safetensors")
+    kept.write_bytes(kept.read_bytes()[:100])
+    assert evaluate(*sets, *TINY)["frechet_distance"] == first["frechet_distance"]
+    assert "is damaged and will be made again" in capsys.readouterr().err
+    assert seen == ["sample.npz", "ref.npz", "sample.npz"]
+    with_more = np.load(sets[0])["arr_0"].copy()
+    with_more[0] = 0
+    np.savez(sets[0], arr_0=with_more)  # another content, another measurement
+    assert evaluate(*sets, *TINY)["frechet_distance"] != first["frechet_distance"]
+
+
+def test_a_cache_that_cannot_be_written_stops_nothing(sets, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert evaluate(*sets, *TINY)["frechet_distance"] > 0
+    assert "could not be kept" in capsys.readouterr().err
+
+
+def test_images_are_streamed(tmp_path):
+    np.savez_compressed(tmp_path / "many.npz", arr_0=np.zeros((4000, 32, 32, 3), np.uint8))  # 12 MB
+    images = NpzImages(tmp_path / "many.npz")
+    tracemalloc.start()
+    count = sum(len(indices) for indices, _ in features.ahead(images.batches(50)))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert count == 4000 and peak < 3e6
+
+
+def truncate(path: Path, *, keep: float) -> None:
+    path.write_bytes(path.read_bytes()[:int(path.stat().st_size * keep)])
+
+
+def corrupt_pixels(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 255
+    path.write_bytes(content)
+
+
+def too_few_pixels(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as archive, archive.open("arr_0.npy", "w") as member:
+        np.lib.format.write_array_header_1_0(member, {"descr": "|u1", "fortran_order": False, "shape": (9, 16, 16, 3)})
+        member.write(bytes(8 * 16 * 16 * 3))
+
+
+def write(**arrays):
+    return lambda path: np.savez(path, **arrays)
+
+
+@pytest.mark.parametrize(("make", "says"), [
+    (write(arr_0=pictures(8, seed=0).astype(np.float32) / 255), "arr_0 is float32, expected uint8"),
+    (write(arr_0=np.full((8, 16, 16, 3), np.nan)), "arr_0 is float64, expected uint8"),
+    (write(arr_0=pictures(8, seed=0).transpose(0, 3, 1, 2)), "it looks like (N, 3, H, W)"),
+    (write(arr_0=pictures(8, seed=0)[..., 0]), "expected (N, H, W, 3)"),
+    (write(arr_0=np.asfortranarray(pictures(8, seed=0))), "Fortran order"),
+    (write(arr_0=np.zeros((0, 16, 16, 3), np.uint8)), "holds no images"),
+    (write(arr_0=pictures(1, seed=0)), "holds 1 image: a covariance needs two"),
+    (write(arr_0=pictures(3, seed=0)), "third neighbour"),
+    (write(images=pictures(8, seed=0)), "neither images (arr_0) nor statistics (mu): it holds images"),
+    (write(mu=np.zeros(96), sigma=np.eye(96)), "samples must be images"),
+    (write(arr_0=np.array([{}], dtype=object)), "arr_0 is object, expected uint8"),
+    (too_few_pixels, "announces 9 images"),
+    (lambda path: path.write_bytes(b"not a zip"), "no whole npz file"),
+    (lambda path: (np.savez(path, arr_0=pictures(8, seed=0)), truncate(path, keep=0.6)), "no whole npz file"),
+    (lambda path: (np.savez(path, arr_0=pictures(80, seed=0)), corrupt_pixels(path)), "is damaged"),
+    (lambda path: None, "no image set at"),
+    (lambda path: path.mkdir(), "holds no images"),
+    (lambda path: [save_png(path / f"{size}{n}.png", pictures(1, seed=0, size=size)[0]) for n in "ab"
+                   for size in (16, 20)], "20a.png is 20x20, 16a.png 16x16"),
+    (lambda path: (save_png(path / "a.png", pictures(1, seed=0)[0]), truncate(path / "a.png", keep=0.5)),
+     "cannot be read as an image"),
+    (lambda path: save_png(path / "a.png", np.zeros((16, 16, 4), np.uint8)), "of mode RGBA"),
+])
+def test_bad_samples_are_one_line(make, says, sets, capsys):
+    sets[1].unlink()
+    make(sets[1])
+    refused(capsys, says, *sets, *TINY)
+    assert not sets[1].with_suffix(".json").exists()
+
+
+@pytest.mark.parametrize(("make", "flags", "says"), [
+    (write(mu=np.zeros(96), sigma=np.eye(96)), (), "precision and recall need"),
+    (write(mu=np.zeros(96), sigma=np.eye(96)), ("--metrics", "fid,sfid"), "neither images nor mu_s"),
+    (write(mu=np.zeros(96)), (), "only one of mu and sigma"),
+    (write(mu=np.zeros(96), sigma=np.eye(95)), (), "expected (D,) and (D, D)"),
+    (write(mu=np.zeros(64), sigma=np.eye(64)), ("--metrics", "fid"), "mu of length 64, expected 96"),
+    (write(mu=np.full(96, np.nan), sigma=np.eye(96)), ("--metrics", "fid"), "should be finite"),
+    (write(mu=np.zeros(96), sigma=-np.eye(96)), ("--metrics", "fid"), "negative eigenvalues"),
+    (write(arr_0=pictures(8, seed=0)), ("--metrics", "fid,kid"), "choose from fid, sfid, is, precision, recall"),
+    (write(arr_0=pictures(8, seed=0)), ("--device", "cuda"), "no GPU"),
+    (write(arr_0=pictures(8, seed=0)), ("--output", "x.txt"), "ends in .json"),
+    (write(arr_0=pictures(8, seed=0)), ("--per-proc-batch-size", 0), "--per-proc-batch-size is 0"),
+    (write(arr_0=pictures(8, seed=0)), ("--acceptance",), "expected one of ADM's sample files"),
+    (write(arr_0=pictures(8, seed=0)), (*TINY, "--metrics", "fid"), "(FID, sFID and IS are Inception's)"),
+    (write(mu=np.zeros(96), sigma=np.eye(96), arr_0=pictures(8, seed=0)), TINY, "--features are others"),
+    (write(arr_0=pictures(8, seed=0)), ("--features", "nowhere:net"), "cannot be had"),
+    (write(arr_0=pictures(8, seed=0)), ("--features", "nowhere.pt"), "neither a TorchScript file nor"),
+])
+def test_bad_references_and_flags_are_one_line(make, flags, says, stand_in, sets, capsys):
+    if torch.cuda.is_available() and "cuda" in flags:
+        pytest.skip("there is a GPU")
+    sets[0].unlink()
+    make(sets[0])
+    refused(capsys, says, *sets, *flags)
+
+
+def refused(capsys, says: str, *argv) -> None:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        call("evaluate", *argv)
+    shown = capsys.readouterr()
+    lines = [line for line in shown.err.splitlines() if line.startswith("error: ")]
+    assert stop.value.code == 2 and len(lines) == 1 and says in lines[0], lines
+    assert "FID" not in shown.out
+
+
+def test_presets_refuse_each_others_reference(stand_in, tmp_path, capsys):
+    np.savez(tmp_path / "images.npz", arr_0=pictures(9, seed=0))
+    np.savez(tmp_path / "trained.npz", arr_0=pictures(5, seed=0), mu=np.zeros(96), sigma=np.eye(96))
+    np.savez(tmp_path / "sample.npz", arr_0=pictures(9, seed=1))
+    np.savez(tmp_path / "fewer.npz", arr_0=pictures(8, seed=1))
+    np.savez(tmp_path / "larger.npz", arr_0=pictures(9, seed=1, size=20))
+    fast = ("--metrics", "precision")
+    assert evaluate(tmp_path / "images.npz", tmp_path / "sample.npz", *fast, "--preset", "rfid")["protocol"][
+        "preset"] == "rfid"
+    assert evaluate(tmp_path / "trained.npz", tmp_path / "sample.npz", *fast, "--preset", "gfid")["protocol"][
+        "reference"]["kind"] == "custom"
+    for reference_name, sample, preset, says in [
+            ("images", "sample", "gfid", "without statistics of a training set"),
+            ("trained", "sample", "rfid", "brings statistics of a training set"),
+            ("images", "fewer", "rfid", "9 reference images and 8 reconstructions"),
+            ("images", "larger", "rfid", "the samples of 20x20"),
+            ("trained", "larger", "gfid", "the samples of 20x20")]:
+        refused(capsys, says, tmp_path / f"{reference_name}.npz", tmp_path / f"{sample}.npz", *fast, "--preset", preset)
+    evaluate(tmp_path / "images.npz", tmp_path / "larger.npz", *fast)  # without a preset: said, not refused
+    assert "the samples of 20x20" in capsys.readouterr().err
+
+
+def test_an_accepted_reference_is_known(stand_in, tmp_path, monkeypatch, capsys):
+    np.savez(tmp_path / "ref.npz", arr_0=pictures(9, seed=0))
+    np.savez(tmp_path / "adm.npz", arr_0=pictures(9, seed=1))
+    flags = (tmp_path / "ref.npz", tmp_path / "adm.npz", "--metrics", "is,recall")
+    found = evaluate(*flags)
+    monkeypatch.setattr(protocol, "TOLERANCE", {"is": 0.3, "recall": 0.003})
+    monkeypatch.setattr(protocol, "ACCEPTANCE", {"adm": {"is": found["is"] + 0.5, "recall": found["recall"]}})
+    refused(capsys, "these are not ADM's numbers", *flags, "--acceptance")
+    assert evaluate(*flags)["protocol"]["reference"]["kind"] == "custom"
+    monkeypatch.setattr(protocol, "ACCEPTANCE", {"adm": {"is": found["is"] + 0.2, "recall": found["recall"]}})
+    capsys.readouterr()
+    evaluate(*flags, "--acceptance")
+    assert capsys.readouterr().out.count("  ok ") == 2
+    assert "proven by adm" in evaluate(*flags)["protocol"]["reference"]["kind"]
+    refused(capsys, "brings statistics of a training set", *flags, "--preset", "rfid")
+
+
+def test_reference_of_an_image_folder(stand_in, image_folder, tmp_path, capsys):
+    folder = tmp_path / "images"
+    for source in sorted(image_folder.rglob("*.*")):
+        target = folder / source.parent.name / source.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(source.read_bytes())
+    (folder / "red" / "00.jpg").write_bytes(b"broken")
+    flags = ["--data-path", folder, "--image-size", 16, "--num-workers", 0, "--per-proc-batch-size", 8]
+    call("reference", *flags, "--output", tmp_path / "whole.npz")
+    call("reference", *flags, "--output", tmp_path / "few.npz", "--keep-images", 10)
+    two_processes([("reference", [*flags, "--output", tmp_path / "two.npz"])], tmp_path,
+                  setup="import evaluations.c2i.features as f, tests.test_evaluator as t; "
+                        "f.load_inception = lambda path, device: (t.StandIn(), {'sha256': '0'})")
+    whole, few, two = (np.load(tmp_path / f"{name}.npz") for name in ("whole", "few", "two"))
+    assert whole["arr_0"].shape == (35, 16, 16, 3) and few["arr_0"].shape == (10, 16, 16, 3)
+    assert np.array_equal(two["arr_0"], whole["arr_0"]) and sorted(set(few["arr_1"])) == [0, 1, 2]
+    for key in ("mu", "sigma", "mu_s", "sigma_s"):
+        assert np.array_equal(whole[key], few[key]) and np.allclose(whole[key], two[key], rtol=1e-9, atol=1e-12)
+    pooled = features.inception_network(None, device=torch.device("cpu"))(whole["arr_0"]).pooled.double().numpy()
+    assert np.allclose(whole["mu"], pooled.mean(0)) and np.allclose(whole["sigma"], np.cov(pooled, rowvar=False))
+    said = json.loads((tmp_path / "few.json").read_text())
+    assert said["images"] == 35 and said["kept"] == 10 and said["unreadable"] == [str(folder / "red" / "00.jpg")]
+    np.savez(tmp_path / "sample.npz", arr_0=pictures(9, seed=1))
+    evaluate(tmp_path / "few.npz", tmp_path / "sample.npz", "--preset", "gfid", "--metrics", "precision,recall")
+    for wrong, says in ((("--output", "x.json"), "ends in .npz"), (("--keep-images", -1), "--keep-images")):
+        with pytest.raises(SystemExit):
+            call("reference", *flags, *wrong)
+        assert says in capsys.readouterr().err
+
+
+def test_torchscript_features_and_wrong_shapes(sets, tmp_path, capsys):
+    torch.jit.trace(tiny_network(), torch.zeros(2, 3, 16, 16)).save(str(tmp_path / "net.pt"))
+    by_file, by_name = evaluate(*sets, "--features", tmp_path / "net.pt"), evaluate(*sets, *TINY)
+    assert by_file["frechet_distance"] == by_name["frechet_distance"]
+    assert by_file["protocol"]["network"]["file"] == "net.pt"
+    torch.jit.trace(nn.Identity(), torch.zeros(2, 3, 16, 16)).save(str(tmp_path / "net.pt"))
+    refused(capsys, "expected (", *sets, "--features", tmp_path / "net.pt")
+    (tmp_path / "net.pt").write_bytes(b"nonsense")
+    refused(capsys, "cannot be read as TorchScript", *sets, "--features", tmp_path / "net.pt")
+
+
+class NotFinite(nn.Module):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.mean((2, 3)) / 0
+
+
+def not_finite() -> nn.Module:
+    return NotFinite()
+
+
+def test_features_that_are_not_finite_are_no_number(sets, capsys):
+    refused(capsys, "are not finite", *sets, "--features", "tests.test_evaluator:not_finite")
+
+
+def test_lossy_folders_are_noted(sets, tmp_path, capsys):
+    from PIL import Image
+
+    (tmp_path / "jpegs").mkdir()
+    for i, image in enumerate(pictures(6, seed=0)):
+        Image.fromarray(image).save(tmp_path / "jpegs" / f"{i}.jpg")
+    report = evaluate(sets[0], tmp_path / "jpegs", *TINY)
+    assert any("lossy" in warning for warning in report["protocol"]["warnings"])
+    assert load_png(tmp_path / "jpegs" / "0.jpg").shape == (16, 16, 3)
+    assert os.path.exists(tmp_path / "jpegs.json")
