@@ -10,12 +10,16 @@ import pytest
 import scipy.linalg
 import torch
 import torch.nn.functional as F
+from scipy.special import rel_entr
 from torch import nn
 
 from evaluations.c2i import evaluator, features, protocol
-from evaluations.c2i.image_sets import NpzImages, open_images
-from tests.conftest import call, two_processes
+from evaluations.c2i.image_sets import NpzImages, open_image_set
+from tests.conftest import TINY_GPT, TINY_VQ, call, two_processes
+from utils import checkpoint
+from utils.checkpoint import newest
 from utils.images import load_png, save_png
+from utils.logger import read_metrics
 
 WIDTHS = {"mu": 96, "mu_s": 80}
 TINY = ("--features", "tests.test_evaluator:tiny_network")
@@ -43,7 +47,8 @@ class StandIn(nn.Module):
         return tuple((patches @ m).relu() for m in maps)
 
     def logits(self, pooled: torch.Tensor) -> torch.Tensor:
-        return pooled.repeat(1, 11)[:, :1008] * torch.linspace(-9, 9, 1008)
+        relative = F.normalize(pooled - pooled.mean(1, keepdim=True))
+        return 200 * relative.repeat(1, 11)[:, :1008]
 
 
 @pytest.fixture
@@ -120,7 +125,7 @@ def test_the_container_does_not_matter(sets, tmp_path):
         assert report["protocol"]["sample"]["sha256"] != wanted["protocol"]["sample"]["sha256"]
     assert report["protocol"]["sampler"] == {"cfg_scale": 1.5, "seed": 3}
     assert not report["protocol"]["sample"]["statistics"].startswith("stored")
-    batches = [batch for _, batch in open_images(tmp_path / "folder.v1").batches(8)]
+    batches = [batch for _, batch in open_image_set(tmp_path / "folder.v1").batches(8)]
     assert np.array_equal(np.concatenate(batches), images)
 
 
@@ -135,7 +140,7 @@ def test_all_of_adms_metrics_and_the_report(stand_in, sets, tmp_path, capsys):
         a, b = (getattr(each, part).double() for each in ours)
         assert report[name] == pytest.approx(small_distance(a, b), rel=1e-6)
     p = ours[1].logits.double().softmax(1).numpy()
-    score = np.exp((p * (np.log(p) - np.log(p.mean(0)))).sum(1).mean())
+    score = np.exp(rel_entr(p, p.mean(0)).sum(1).mean())
     assert report["is"] == pytest.approx(score, rel=1e-6) and report["is_shuffled"] == pytest.approx(score, rel=1e-6)
     assert (report["precision_fp32"], report["recall_fp32"]) == pytest.approx(
         expected_precision_recall(*(each.pooled.double().numpy() for each in ours)))
@@ -189,7 +194,9 @@ def test_two_processes_give_the_same_numbers(sets, tmp_path):
 
 def test_class_order_is_noticed(stand_in, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(features, "SPLIT", 10)
-    images = pictures(4, seed=0).repeat(10, axis=0)
+    corners = np.zeros((4, 2, 2, 3), np.uint8)
+    corners[range(4), [0, 0, 1, 1], [0, 1, 0, 1]] = 255  # a class is where the light is
+    images = corners.repeat(8, 1).repeat(8, 2).repeat(10, 0)
     np.savez(tmp_path / "sorted.npz", arr_0=images, arr_1=np.arange(40) // 10)
     np.savez(tmp_path / "ref.npz", arr_0=pictures(8, seed=0))
     report = evaluate(tmp_path / "ref.npz", tmp_path / "sorted.npz", "--metrics", "is")
@@ -234,7 +241,7 @@ def test_images_are_streamed(tmp_path):
     np.savez_compressed(tmp_path / "many.npz", arr_0=np.zeros((4000, 32, 32, 3), np.uint8))  # 12 MB
     images = NpzImages(tmp_path / "many.npz")
     tracemalloc.start()
-    count = sum(len(indices) for indices, _ in features.ahead(images.batches(50)))
+    count = sum(len(indices) for indices, _ in images.batches(50))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert count == 4000 and peak < 3e6
@@ -430,3 +437,33 @@ def test_lossy_folders_are_noted(sets, tmp_path, capsys):
     assert any("lossy" in warning for warning in report["protocol"]["warnings"])
     assert load_png(tmp_path / "jpegs" / "0.jpg").shape == (16, 16, 3)
     assert os.path.exists(tmp_path / "jpegs.json")
+
+
+def test_evaluation_while_training(image_folder, vq_ckpt, code_store, tmp_path, capsys):
+    """It logs, on two processes as on one, leaves no file and does not change the training."""
+    reference = tmp_path / "reference.npz"
+    np.savez(reference, arr_0=pictures(20, seed=0))
+    common = [*TINY, "--eval-every", 2, "--eval-reference", reference, "--eval-images", 14]
+    gpt = ["--code-path", code_store, *TINY_GPT, "--global-batch-size", 12, "--epochs", 1, "--vq-ckpt", vq_ckpt]
+    vq = ["--data-path", image_folder, *TINY_VQ, "--global-batch-size", 12, "--epochs", 1]
+    for name, flags in (("train_gpt", gpt), ("train_vq", vq)):
+        call(name, *flags, *common, "--results-dir", tmp_path / "with")
+        call(name, *flags, "--results-dir", tmp_path / "without")
+    two_processes([(name, [*flags, *common, "--results-dir", tmp_path / "two"])
+                   for name, flags in (("train_gpt", gpt), ("train_vq", vq))], tmp_path)
+    for run in ("000-GPT-S", "001-VQ-4-S"):
+        rows, other = (read_metrics(tmp_path / kind / run / "metrics.jsonl")
+                              for kind in ("with", "two"))
+        found = [row for row in rows if "eval_frechet_distance" in row]
+        assert [row["step"] for row in found] == [2, 3] and all(0 <= row["eval_recall"] <= 1 for row in found)
+        assert ("eval_psnr" in found[0]) == run.endswith("VQ-4-S")
+        assert {key for row in other for key in row} == {key for row in rows for key in row}
+        assert sorted(path.name for path in (tmp_path / "with" / run).iterdir()) == sorted(
+            path.name for path in (tmp_path / "without" / run).iterdir())
+    first, second = (checkpoint.read(newest(tmp_path / kind / "000-GPT-S" / "checkpoints"))
+                     for kind in ("with", "without"))
+    assert all(torch.equal(value, second["model"][key]) for key, value in first["model"].items())
+    for flags, says in ((gpt[:-2], "--eval-every needs --vq-ckpt"), (gpt, "--eval-every needs --eval-reference")):
+        with pytest.raises(SystemExit):
+            call("train_gpt", *flags, "--eval-every", 1, "--results-dir", tmp_path / "none")
+        assert says in capsys.readouterr().err

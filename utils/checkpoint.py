@@ -23,6 +23,9 @@ WEIGHT_KEYS = ("ema", "model", "module", "state_dict")  # in order of preference
 DAMAGED = (RuntimeError, EOFError, LookupError, ValueError, TypeError, ArithmeticError, AssertionError, AttributeError,
            MemoryError, struct.error)  # what torch.load has been seen to raise for files cut short or with flipped bits
 
+# Checkpoints of old pytorch-lightning (taming-transformers') name this class as a key. An empty one stands in for it.
+LIGHTNING_CALLBACK = type("ModelCheckpoint", (), {"__module__": "pytorch_lightning.callbacks.model_checkpoint"})
+
 
 def read(path: str | Path) -> dict[str, Any]:
     """The file's content on the CPU. Raises FileNotFoundError, or ValueError for a file that is no safe checkpoint."""
@@ -33,7 +36,7 @@ def read(path: str | Path) -> dict[str, Any]:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
             return load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+        with torch.serialization.safe_globals([argparse.Namespace, LIGHTNING_CALLBACK]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is wrong with the file is said below, in one line
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

@@ -173,8 +173,12 @@ class Trainer:
                 checkpoint.copy(first, other)
         dist.barrier()
 
-    def fit(self, make_batches: Callable[[int], Iterable[Any]]) -> None:
-        """Train to the last step. make_batches(step) yields this rank's micro-batches from that step on."""
+    def fit(self, make_batches: Callable[[int], Iterable[Any]], *,
+            evaluate: Callable[[nn.Module], dict[str, float]] | None = None, eval_every: int = 0) -> None:
+        """Train to the last step. make_batches(step) yields this rank's micro-batches from that step on.
+
+        evaluate(model in eval mode, averaged weights if there are) → numbers to log, on all processes at once.
+        """
         flags = self.flags
         if self.step >= self.steps:
             self.say(f"already trained to step {self.step} of {self.steps}: nothing to do")
@@ -192,8 +196,12 @@ class Trainer:
             bar.update()
             last = self.step == self.steps
             saves = last or self.step % flags.ckpt_every == 0
-            if saves or self.step == 1 or self.step % flags.log_every == 0:  # a resumed run starts with an empty meter
+            evaluates = evaluate is not None and (last or self.step % eval_every == 0)
+            if saves or evaluates or self.step == 1 or self.step % flags.log_every == 0:  # a resumed meter starts empty
                 row = {**meter.read(), **self.task.report(), "lr": self.lr(self.step - 1)}
+                if evaluates:
+                    row |= evaluate(self.shown_model())
+                    meter.restart_clock()
                 logger.log(self.step, row)
                 bar.set_postfix(loss=f"{row['loss']:.4f}")
             if saves:
@@ -250,11 +258,14 @@ class Trainer:
         optimizer.zero_grad(set_to_none=True)
         return {"grad_norm" if name == "model" else f"grad_norm_{name}": norm.detach()}
 
+    def shown_model(self) -> nn.Module:
+        """The model as a sampler would take it: averaged weights if there are, in eval mode."""
+        return (self.ema.model if self.ema is not None else self.plain["model"]).eval()
+
     def preview(self, logger: MetricsLogger) -> None:
         """Show what the model does now: previews/<step>.png and TensorBoard."""
         if self.process.is_main:
-            model = (self.ema.model if self.ema is not None else self.plain["model"]).eval()
-            picture = self.task.preview(model)
+            picture = self.task.preview(self.shown_model())
             if picture is not None:
                 images.save_png(self.folder / "previews" / f"{self.step:07d}.png", picture)
                 logger.image(self.step, "preview", picture)

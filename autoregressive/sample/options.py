@@ -1,7 +1,7 @@
 """Flags of the sampling commands."""
 from dataclasses import dataclass
 
-from autoregressive.train.config import GPTFlags
+from autoregressive.train.config import GPTFlags, GuidanceFlags
 from tokenizer.build import TokenizerFlags
 from utils.cli import flag
 from utils.dist import Precision
@@ -9,13 +9,12 @@ from utils.options import CompileFlags
 
 
 @dataclass(kw_only=True)
-class SampleFlags(GPTFlags, TokenizerFlags, CompileFlags):
+class SampleFlags(GPTFlags, TokenizerFlags, GuidanceFlags, CompileFlags):
     """Which models, and how codes are drawn."""
 
     from_fsdp: bool = flag(False, "--gpt-ckpt is a bare state dict (read without this flag too; with it, demanded)")
     precision: Precision = flag("bf16", "type of the GPT's weights; none is fp32, as is anything on a CPU without bf16",
                                 choices=("none", "fp16", "bf16"))
-    cfg_scale: float = flag(4.0, "classifier-free guidance; 1 or less: none")
     cfg_interval: int = flag(-1, "guide only while the decoding step is at most this; -1: always")
     temperature: float = flag(1.0, "logits are divided by it")
     top_k: int = flag(0, "keep the k best codes; 0: all")

@@ -5,6 +5,7 @@ from typing import Literal
 from autoregressive.models.gpt import GPT_models
 from dataset.build import DatasetFlags
 from dataset.codes import StoreFlags
+from evaluations.c2i.monitor import MonitorFlags
 from tokenizer.build import TokenizerFlags
 from utils.cli import flag
 from utils.options import SizeFlags
@@ -25,8 +26,17 @@ class GPTFlags(SizeFlags):
 
 
 @dataclass(kw_only=True)
-class GPTTrainFlags(TrainFlags, GPTFlags, TokenizerFlags, StoreFlags, DatasetFlags):
-    """The GPT's training command. --vq-ckpt is for previews: without it there are none."""
+class GuidanceFlags:
+    """For commands that sample."""
+
+    cfg_scale: float = flag(4.0, "classifier-free guidance; 1 or less: none")
+
+
+@dataclass(kw_only=True)
+class GPTTrainFlags(TrainFlags, GPTFlags, TokenizerFlags, StoreFlags, DatasetFlags, GuidanceFlags, MonitorFlags):
+    """The GPT's training command. --vq-ckpt is for previews and --eval-every: without it there are none."""
+
+    cfg_scale: float = 2.0
 
     dataset: str = "imagenet_code"  # with --image-size: the store <code-path>/<name><size>_codes
     dropout_p: float = 0.1

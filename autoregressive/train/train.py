@@ -5,6 +5,7 @@
 Number of images and classes, class names, grid and vocabulary come from the store.
 """
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,14 @@ from autoregressive.models.gpt import GPT_models, Transformer
 from autoregressive.train.config import GPTTrainFlags
 from dataset.codes import CodeBatches, CodeStore, open_stores
 from dataset.loader import StepSampler, loader
+from evaluations.c2i.image_sets import Batch, ImageSet
+from evaluations.c2i.monitor import Monitor
 from tokenizer.build import ImageTokenizer, decode_images, load_tokenizer
 from utils import checkpoint, cli, dist, images, parallel
 from utils.seeding import sample_generator
 from utils.trainer import Backward, Trainer, check_flags, run_folder, total_steps
 
 PREVIEW_IMAGES = 16
-PREVIEW_CFG = 2.0
 DEFAULT_VOCAB = 16384
 
 
@@ -33,10 +35,11 @@ class GPTTask:
     """What a micro-batch of codes contributes."""
 
     def __init__(self, model: nn.Module, *, dtype: torch.dtype, classes: list[str] | None,
-                 tokenizer: ImageTokenizer | None, seed: int, token_noise: float) -> None:
+                 tokenizer: ImageTokenizer | None, seed: int, token_noise: float, cfg_scale: float) -> None:
         self.modules = {"model": model}
         self.token_noise, self.vocab_size = token_noise, parallel.unwrap(model).config.vocab_size
         self.dtype, self.classes, self.tokenizer, self.seed = dtype, classes, tokenizer, seed
+        self.cfg_scale = cfg_scale
 
     def micro_step(self, batch: dict[str, Tensor], *, step: int, backward: Backward) -> dict[str, Tensor]:
         """Mean cross-entropy of the codes (B, L) given their labels (B,)."""
@@ -55,14 +58,30 @@ class GPTTask:
         """Samples of evenly spread classes, always from the same random streams."""
         if self.tokenizer is None:
             return None
-        config = model.config
-        labels = np.linspace(0, config.num_classes - 1, PREVIEW_IMAGES).round().astype(int)
-        generators = [sample_generator(self.seed, i) for i in range(PREVIEW_IMAGES)]
-        device = next(model.parameters()).device
-        codes = generate(model, torch.from_numpy(labels).to(device), config.block_size, cfg_scale=PREVIEW_CFG,
-                         generators=generators)
+        labels = np.linspace(0, model.config.num_classes - 1, PREVIEW_IMAGES).round().astype(int)
         names = [self.classes[label] if self.classes else str(label) for label in labels]
-        return images.grid(images.to_uint8(decode_images(self.tokenizer, codes, config.grid)), columns=8, labels=names)
+        return images.grid(self.sample(model, labels, range(PREVIEW_IMAGES)), columns=8, labels=names)
+
+    def sample(self, model: Transformer, labels: np.ndarray, indices: Iterable[int]) -> np.ndarray:
+        """Labels (B,), and the index of each image in the run's stream → uint8 (B, H, W, 3)."""
+        device = next(model.parameters()).device
+        codes = generate(model, torch.from_numpy(labels).to(device), model.config.block_size,
+                         cfg_scale=self.cfg_scale, generators=[sample_generator(self.seed, int(i)) for i in indices])
+        return images.to_uint8(decode_images(self.tokenizer, codes, model.config.grid))
+
+
+class SampleStream(ImageSet):
+    """What the model draws, as an image set: made when asked for, and gone; equally many of each class."""
+
+    def __init__(self, task: GPTTask, model: Transformer, count: int) -> None:
+        super().__init__("samples", count, tuple(side * task.tokenizer.downsample for side in model.config.grid))
+        self.task, self.model = task, model
+
+    def batches(self, size: int, *, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
+        """Image i is the same on any process."""
+        for start in range(rank * size, self.count, size * world_size):
+            indices = np.arange(start, min(start + size, self.count))
+            yield indices, self.task.sample(self.model, indices % self.model.config.num_classes, indices)
 
 
 def corrupt(codes: Tensor, share: float, *, vocab_size: int) -> Tensor:
@@ -135,6 +154,9 @@ def main(flags: GPTTrainFlags) -> None:
         _, tokenizer = load_tokenizer(flags, device=process.device)
         if store.vocab_size not in (None, tokenizer.codebook_size):
             raise ValueError(f"{flags.vq_ckpt} has {tokenizer.codebook_size} codes, the store {store.vocab_size}")
+    if flags.eval_every and tokenizer is None:
+        raise ValueError("--eval-every needs --vq-ckpt: the tokenizer that turns codes into images")
+    monitor = Monitor.wanted(flags, process)
     torch.manual_seed(flags.global_seed)
     content = {} if flags.gpt_ckpt is None else checkpoint.read(flags.gpt_ckpt)
     name = flags.gpt_model or checkpoint.saved_config(content).get("gpt_model") or "GPT-B"
@@ -142,7 +164,8 @@ def main(flags: GPTTrainFlags) -> None:
     config = model.config
     wrapped = parallel.apply_ddp(parallel.apply_compile(model) if flags.compile else model, process.device)
     task = GPTTask(wrapped, dtype=dist.compute_dtype(flags.mixed_precision, process.device), classes=store.classes,
-                   tokenizer=tokenizer, seed=flags.global_seed, token_noise=flags.token_noise)
+                   tokenizer=tokenizer, seed=flags.global_seed, token_noise=flags.token_noise,
+                   cfg_scale=flags.cfg_scale)
     steps = total_steps(flags, len(store))
     saved: dict[str, Any] = {"kind": "gpt", "gpt_model": name, "gpt_type": flags.gpt_type, "grid": list(config.grid),
                              "vocab_size": config.vocab_size, "num_classes": config.num_classes,
@@ -170,7 +193,8 @@ def main(flags: GPTTrainFlags) -> None:
         workers = 0 if store.manifest else flags.num_workers  # a packed batch is one gather: no process is worth it
         return loader(data, sampler, num_workers=workers, pin_memory=process.device.type == "cuda")
 
-    trainer.fit(batches)
+    trainer.fit(batches, eval_every=flags.eval_every,
+                evaluate=monitor and (lambda model: monitor(SampleStream(task, model, flags.eval_images))))
 
 
 if __name__ == "__main__":

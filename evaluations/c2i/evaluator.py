@@ -19,7 +19,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from evaluations.c2i.features import SPLIT, load_network, measure_with_stored
-from evaluations.c2i.image_sets import ImageSet, open_images
+from evaluations.c2i.image_sets import ImageSet, open_image_set
 from evaluations.c2i.protocol import (
     accept,
     check_acceptance,
@@ -99,7 +99,7 @@ def main(flags: EvaluatorFlags) -> None:
         check_acceptance(sample_path.stem, features=flags.features)
     if flags.per_proc_batch_size < 1:
         raise ValueError(f"--per-proc-batch-size is {flags.per_proc_batch_size}, expected at least 1")
-    reference, sample = open_images(flags.reference), open_images(sample_path)
+    reference, sample = open_image_set(flags.reference), open_image_set(sample_path)
     network = load_network(flags, device=process.device)
     check_sets(reference, sample, metrics, network=network)
     reference_hash = dist.broadcast_object(reference.sha256() if process.is_main else None)

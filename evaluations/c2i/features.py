@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from evaluations.c2i.image_sets import ImageSet, ahead
+from evaluations.c2i.image_sets import ImageSet
 from evaluations.c2i.inception import CLASSES, resize_tf1
 from evaluations.c2i.metrics import FeatureStatistics, InceptionScore
 from evaluations.c2i.weights import InceptionFlags, load_inception, load_torchscript
@@ -147,7 +147,7 @@ def measure(images: ImageSet, network: FeatureNetwork, process: dist.Process, *,
     kept: list[tuple[Tensor, Tensor]] = []
     count = 0
     with tqdm(total=images.count, desc=title, unit="image", mininterval=1.0, disable=not process.is_main) as bar:
-        for indices, pictures in ahead(images.batches(batch, rank=process.rank, world_size=process.world_size)):
+        for indices, pictures in images.batches(batch, rank=process.rank, world_size=process.world_size):
             features = network(pictures)
             if not bool(features.pooled.isfinite().all()):
                 raise ValueError(f"{images.name}: features of images {indices[0]} to {indices[-1]} are not finite")

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -25,24 +25,44 @@ AHEAD = 2  # batches read while one is measured
 Batch = tuple[np.ndarray, np.ndarray]  # indices (B,) int64, images (B, H, W, 3) uint8
 
 
-class ImageSet(Protocol):
-    """Images 0 … count - 1, and what is known about them without looking at them."""
+class ImageSet:
+    """Images 0 … count - 1 of one size, and what is known about them without looking at them."""
 
-    name: str
-    count: int
-    size: tuple[int, int] | None  # height, width; None: no images, statistics only
-    stored: dict[str, np.ndarray]  # ADM's statistics, as far as the file has them
-    labels: np.ndarray | None
-    notes: list[str]  # what the reader of a report should know
+    def __init__(self, name: str, count: int, size: tuple[int, int] | None) -> None:
+        self.name, self.count, self.size = name, count, size  # no size: no images, statistics only
+        self.stored: dict[str, np.ndarray] = {}  # ADM's statistics, as far as the file has them
+        self.labels: np.ndarray | None = None
+        self.notes: list[str] = []  # what the reader of a report should know
 
-    def batches(self, size: int, *, rank: int, world_size: int) -> Iterator[Batch]:
+    def batches(self, size: int, *, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
         """The batches of `size` images whose number is `rank` modulo `world_size`."""
+        raise NotImplementedError
+
+
+class ImageFile(ImageSet):
+    """A set at a path: it has a hash, and its batches are read by a thread while earlier ones are measured."""
+
+    path: Path
+
+    def batches(self, size: int, *, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
+        """The same batches as `read`, two ahead."""
+        batches = self.read(size, rank=rank, world_size=world_size)
+        with ThreadPoolExecutor(1) as reader:
+            waiting = deque(reader.submit(next, batches, None) for _ in range(AHEAD))
+            while (batch := waiting.popleft().result()) is not None:
+                waiting.append(reader.submit(next, batches, None))
+                yield batch
+
+    def read(self, size: int, *, rank: int, world_size: int) -> Iterator[Batch]:
+        """The batches of `size` images whose number is `rank` modulo `world_size`."""
+        raise NotImplementedError
 
     def sha256(self) -> str:
-        """Hash of the file or files."""
+        """Hash of the file."""
+        return file_hash(self.path)
 
 
-def open_images(path: str | Path) -> ImageSet:
+def open_image_set(path: str | Path) -> ImageFile:
     """The image set at a path: an npz or a folder of images."""
     path = Path(path)
     if path.is_dir():
@@ -52,14 +72,12 @@ def open_images(path: str | Path) -> ImageSet:
     return NpzImages(path)
 
 
-class NpzImages:
+class NpzImages(ImageFile):
     """`arr_0` uint8 (N, H, W, 3), stored or compressed; `mu`, `sigma`, `mu_s`, `sigma_s`; `arr_1` labels."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.name, self.notes = path, path.name, []
-        self.stored: dict[str, np.ndarray] = {}
-        self.labels: np.ndarray | None = None
-        self.count, self.size = 0, None
+        super().__init__(path.name, 0, None)
+        self.path = path
         try:
             with zipfile.ZipFile(path) as archive:
                 members = {name.removesuffix(".npy") for name in archive.namelist()}
@@ -95,7 +113,7 @@ class NpzImages:
             raise ValueError(f"{self.path}: arr_0 announces {shape[0]} images and does not hold them: it was cut short")
         return shape[0], shape[1:3]
 
-    def batches(self, size: int, *, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
+    def read(self, size: int, *, rank: int, world_size: int) -> Iterator[Batch]:
         """Every process reads the whole member, so that its checksum is verified; no image is kept."""
         try:
             with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as member:
@@ -109,10 +127,6 @@ class NpzImages:
                 member.read(1)  # the end of the member is where its checksum is looked at
         except (zipfile.BadZipFile, zlib.error, EOFError) as error:
             raise ValueError(f"{self.path} is damaged ({error}): nothing it says can be trusted") from None
-
-    def sha256(self) -> str:
-        """Hash of the file."""
-        return file_hash(self.path)
 
 
 def read_into(member: IO[bytes], view: memoryview) -> None:
@@ -161,23 +175,22 @@ def check_statistics(stored: dict[str, np.ndarray], path: Path) -> None:
                 raise ValueError(f"{path}: {key} should be finite floats")
 
 
-class FolderImages:
+class FolderImages(ImageFile):
     """The images of a folder (not of folders in it), in natural order of their names: 2.png before 10.png."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.name = path, f"{path.name}/"
         files = [file for file in existing_folder(path).iterdir() if file.suffix.lower() in EXTENSIONS]
         self.files = sorted(files, key=lambda file: natural(file.name))
         if not self.files:
             raise ValueError(f"{path} holds no images: expected PNGs (for a tree of folders build a reference with "
                              "evaluations/c2i/reference.py)")
-        self.count, self.size = len(self.files), read_rgb(self.files[0]).shape[:2]
-        self.stored, self.labels = {}, None
+        super().__init__(f"{path.name}/", len(self.files), read_rgb(self.files[0]).shape[:2])
+        self.path = path
         lossy = sum(file.suffix.lower() in LOSSY for file in self.files)
-        self.notes = [f"{lossy} of {self.count} files in {path} are lossy (JPEG, WebP): compression moves every "
+        self.notes += [f"{lossy} of {self.count} files in {path} are lossy (JPEG, WebP): compression moves every "
                       "metric, save PNGs"] if lossy else []
 
-    def batches(self, size: int, *, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
+    def read(self, size: int, *, rank: int, world_size: int) -> Iterator[Batch]:
         """Decoded by a few threads: Pillow lets go of the interpreter while it decodes."""
         with ThreadPoolExecutor(4) as pool:
             for start in range(rank * size, self.count, size * world_size):
@@ -211,12 +224,3 @@ def read_rgb(file: Path) -> np.ndarray:
             return np.asarray(image.convert("RGB"))
     except (OSError, SyntaxError, UnidentifiedImageError, zlib.error) as error:
         raise ValueError(f"{file} cannot be read as an image: {error}") from None
-
-
-def ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
-    """The same batches, read by a thread while earlier ones are measured."""
-    with ThreadPoolExecutor(1) as reader:
-        waiting = deque(reader.submit(next, batches, None) for _ in range(AHEAD))
-        while (batch := waiting.popleft().result()) is not None:
-            waiting.append(reader.submit(next, batches, None))
-            yield batch

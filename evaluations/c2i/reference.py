@@ -20,7 +20,7 @@ from dataset.augmentation import center_crop
 from dataset.build import DataFlags, ImageDataset, build_dataset
 from dataset.loader import CentreCrops, worker_count
 from evaluations.c2i.features import inception_network, measure
-from evaluations.c2i.image_sets import STATISTICS, Batch
+from evaluations.c2i.image_sets import STATISTICS, Batch, ImageSet
 from evaluations.c2i.weights import InceptionFlags
 from utils import cli, dist
 from utils.cli import flag
@@ -38,17 +38,15 @@ class ReferenceFlags(DataFlags, InceptionFlags, BatchFlags, SeedFlags, WorkerFla
     per_proc_batch_size: int = 64
 
 
-class DatasetImages:
+class DatasetImages(ImageSet):
     """Centre crops of a data set as an image set. Unreadable ones are left out and named in `broken`."""
 
     def __init__(self, data: ImageDataset, size: tuple[int, int], *, name: str, num_workers: int) -> None:
-        self.data, self.size, self.name, self.num_workers = data, size, name, num_workers
-        self.count, self.labels = len(data), data.labels
-        self.stored: dict[str, np.ndarray] = {}
-        self.notes: list[str] = []
+        super().__init__(name, len(data), size)
+        self.data, self.num_workers = data, num_workers
         self.broken: list[int] = []
 
-    def batches(self, size: int, *, rank: int, world_size: int) -> Iterator[Batch]:
+    def batches(self, size: int, *, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
         """Read, cropped and joined by worker processes."""
         mine = [range(start, min(start + size, self.count))
                 for start in range(rank * size, self.count, size * world_size)]
@@ -58,10 +56,6 @@ class DatasetImages:
             whole = [(index, picture) for index, picture in batch if picture is not None]
             if whole:
                 yield np.array([index for index, _ in whole]), np.stack([picture for _, picture in whole])
-
-    def sha256(self) -> str:
-        """The images may be many and anywhere: a reference file has a hash, its source has not."""
-        raise NotImplementedError
 
 
 def main(flags: ReferenceFlags) -> None:

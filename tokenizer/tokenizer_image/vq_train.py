@@ -6,6 +6,7 @@ The same command fine-tunes: --vq-ckpt FILE --finetune starts from a file's weig
 optimizers and (unless the file has one) discriminator.
 """
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,10 @@ from dataset.augmentation import center_crop
 from dataset.build import DataFlags, ImageDataset, build_dataset
 from dataset.image_folders import concatenate, flat_folder
 from dataset.loader import BROKEN_IMAGE, StepSampler, TrainImages, loader
-from tokenizer.build import TokenizerFlags, check_image_size, new_tokenizer
+from evaluations.c2i.image_sets import Batch, ImageSet
+from evaluations.c2i.monitor import Monitor, MonitorFlags
+from evaluations.similarity import psnr, ssim
+from tokenizer.build import TokenizerFlags, check_image_size, decode_images, encode_images, new_tokenizer
 from tokenizer.tokenizer_image.layers import to_channels_last
 from tokenizer.tokenizer_image.vq_loss import LossFlags, VQLoss, build_discriminator, discriminator_loss
 from utils import checkpoint, cli, dist, images, parallel
@@ -33,7 +37,7 @@ COLLAPSE_USAGE = 0.05  # below this share of the codebook in use, say so
 
 
 @dataclass(kw_only=True)
-class VQTrainFlags(TrainFlags, DataFlags, TokenizerFlags, LossFlags):
+class VQTrainFlags(TrainFlags, DataFlags, TokenizerFlags, LossFlags, MonitorFlags):
     """The tokenizer's training command."""
 
     data_face_path: str | None = flag(None, "second folder of images without classes, joined to --data-path")
@@ -99,6 +103,38 @@ class TokenizerTask:
         return images.grid(both, columns=len(self.samples))
 
 
+class Reconstructions(ImageSet):
+    """The first `count` images of a set as the tokenizer brings them back; sums up how near they come."""
+
+    def __init__(self, originals: ImageSet, model: nn.Module, count: int) -> None:
+        super().__init__("reconstructions", min(count, originals.count), originals.size)
+        self.originals, self.model = originals, model
+        self.sums = torch.zeros(3, dtype=torch.float64)  # PSNR, SSIM, images
+
+    def batches(self, size: int, *, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
+        """Without the originals' last batches, cut to `count`."""
+        for indices, pictures in self.originals.batches(size, rank=rank, world_size=world_size):
+            wanted = int((indices < self.count).sum())
+            if not wanted:
+                return
+            made = self.reconstruct(pictures[:wanted])
+            pair = [torch.from_numpy(x).permute(0, 3, 1, 2) for x in (pictures[:wanted], made)]
+            near = torch.stack([psnr(*pair), ssim(*pair)[:, 0], torch.ones(wanted, dtype=torch.float64)])
+            self.sums += near[:, near[0].isfinite()].sum(1)
+            yield indices[:wanted], made
+
+    def reconstruct(self, pictures: np.ndarray) -> np.ndarray:
+        """uint8 (B, H, W, 3) → uint8 (B, H, W, 3)."""
+        grid = check_image_size(pictures.shape[1:3], self.model.downsample)
+        pixels = images.to_float(pictures).to(next(self.model.parameters()).device)
+        return images.to_uint8(decode_images(self.model, encode_images(self.model, pixels), grid))
+
+    def similarity(self, device: torch.device) -> dict[str, float]:
+        """Means over all processes; an image that comes back exactly does not count (its PSNR is infinite)."""
+        decibels, similarity, count = dist.total(self.sums.to(device)).tolist()
+        return {"eval_psnr": decibels / count, "eval_ssim": similarity / count} if count else {}
+
+
 def open_images(flags: VQTrainFlags) -> ImageDataset:
     """The training images, --data-face-path included."""
     data = build_dataset(flags.dataset, flags.data_path, size=flags.image_size)
@@ -142,6 +178,10 @@ def main(flags: VQTrainFlags) -> None:
     check_flags(flags, world_size=process.world_size)
     if flags.finetune and flags.vq_ckpt is None:
         raise ValueError("--finetune needs --vq-ckpt")
+    monitor = Monitor.wanted(flags, process)
+    if monitor is not None and monitor.reference.size != flags.image_size:
+        raise ValueError(f"--eval-reference should hold images of --image-size to reconstruct, it has "
+                         f"{monitor.reference.size}")
     data = open_images(flags)
     torch.manual_seed(flags.global_seed)
     content = {} if flags.vq_ckpt is None else checkpoint.read(flags.vq_ckpt)
@@ -184,7 +224,11 @@ def main(flags: VQTrainFlags) -> None:
         return loader(TrainImages(data, flags.image_size, seed=flags.global_seed), sampler,
                       num_workers=flags.num_workers, pin_memory=process.device.type == "cuda")
 
-    trainer.fit(batches)
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        made = Reconstructions(monitor.reference, model, flags.eval_images)
+        return {**monitor(made), **made.similarity(process.device)}
+
+    trainer.fit(batches, eval_every=flags.eval_every, evaluate=monitor and evaluate)
 
 
 if __name__ == "__main__":

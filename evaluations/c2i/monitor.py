@@ -1,0 +1,51 @@
+"""Metrics while a model trains: what it makes now, against a reference, without a file in between."""
+from dataclasses import dataclass
+
+from evaluations.c2i.features import load_network, measure, measure_with_stored
+from evaluations.c2i.image_sets import ImageSet, open_image_set
+from evaluations.c2i.protocol import check_sets
+from evaluations.c2i.scores import MetricFlags, chosen_metrics, compute, needed
+from utils import dist
+from utils.cli import flag
+
+BATCH = 32
+
+
+@dataclass(kw_only=True)
+class MonitorFlags(MetricFlags):
+    """Evaluation during training."""
+
+    eval_every: int = flag(0, "steps between evaluations, one is made at the end too; 0: none")
+    eval_images: int = flag(1000, "images made for each evaluation")
+    eval_reference: str | None = flag(None, "npz or folder that they are compared with (tokenizers reconstruct it)")
+
+
+class Monitor:
+    """Holds the network and the measured reference; called by all processes with the images of the moment."""
+
+    def __init__(self, flags: MonitorFlags, process: dist.Process) -> None:
+        if flags.eval_reference is None:
+            raise ValueError("--eval-every needs --eval-reference: which images should the model's be compared with?")
+        if flags.eval_images < 2:
+            raise ValueError(f"--eval-images is {flags.eval_images}, expected at least 2")
+        self.metrics, self.process, self.pr_dtype = chosen_metrics(flags), process, flags.pr_dtype
+        self.reference = open_image_set(flags.eval_reference)
+        self.network = load_network(flags, device=process.device)
+        check_sets(self.reference, self.reference, self.metrics, network=self.network)
+        sha256 = dist.broadcast_object(self.reference.sha256() if process.is_main else None)
+        self.measured = measure_with_stored(self.reference, self.network, process, wanted=needed(self.metrics, of=1),
+                                            batch=BATCH, title=f"reference {self.reference.name}", remember_as=sha256)
+
+    @classmethod
+    def wanted(cls, flags: MonitorFlags, process: dist.Process) -> "Monitor | None":
+        """A monitor if --eval-every asks for one."""
+        if flags.eval_every < 0:
+            raise ValueError(f"--eval-every is {flags.eval_every}, expected steps, or 0 for never")
+        return cls(flags, process) if flags.eval_every else None
+
+    def __call__(self, images: ImageSet) -> dict[str, float]:
+        """{"eval_fid": …} of the metrics of --metrics."""
+        made = measure(images, self.network, self.process, wanted=needed(self.metrics, of=0), batch=BATCH,
+                       title=images.name)
+        values = compute(self.metrics, self.measured, made, pr_dtype=self.pr_dtype, device=self.process.device)
+        return {f"eval_{name}": value for name, value in values.items()}
