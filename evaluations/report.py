@@ -122,6 +122,7 @@ def main(flags: ReportFlags) -> None:
     classes = gpt_config["classes"]
     quality = json.loads(only(root / "reconstructions", "*/results.json").read_text())
     accuracy = json.loads((root / "class_accuracy.json").read_text())
+    distances = {name: json.loads((root / f"distance_{name}.json").read_text()) for name in ("samples", "heldout")}
     sampling = json.loads(only(root / "samples", "*/config.json").read_text())
     with np.load(only(root / "samples", "*.npz")) as content:
         samples, labels = content["arr_0"], content["arr_1"]
@@ -141,6 +142,13 @@ def main(flags: ReportFlags) -> None:
          f"of {len(samples)}, by a classifier that never saw tokenizer or GPT"),
         ("Real held-out emoji recognised", f"{accuracy['heldout_accuracy']:.1%}", "by the same classifier"),
     ]
+    for title, row in (("samples", distances["samples"]), ("real held-out", distances["heldout"])):
+        ours, theirs = (row["protocol"][kind]["images"] for kind in ("sample", "reference"))
+        numbers.append((f"Fréchet distance, {title}", f"{row['frechet_distance']:.2f}",
+                        f"of {ours} to {theirs} training emoji in the classifier's features: no FID"))
+    numbers += [(f"{name.capitalize()}, samples | real held-out",
+                 f"{distances['samples'][name]:.3f} | {distances['heldout'][name]:.3f}",
+                 "in the classifier's features") for name in ("precision", "recall")]
     per_class = [(name, *("–" if row[key] is None else f"{row[key]:.0%}" for key in ("samples", "heldout")))
                  for name, row in accuracy["per_class"].items()]
     spent = [(name, f"{seconds / 60:.1f} min") for name, seconds in times.items()]

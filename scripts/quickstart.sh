@@ -40,5 +40,15 @@ stage "samples" bash scripts/autoregressive/sample_c2i.sh --gpt-ckpt "$gpt" --vq
     --label-mode balanced --cfg-scale 2.0 --temperature 0.9 --sample-dir "$run/samples"
 stage "class accuracy" "$python" evaluations/c2i/class_accuracy.py "${data[@]}" \
     --samples "$(ls -t "$run"/samples/*.npz | head -1)" --output "$run/class_accuracy.json"
+for name in emoji emoji_heldout; do
+    stage "distances" bash scripts/tokenizer/val.sh --dataset "$name" --image-size 48 --sample-dir "$run/real"
+done
+# in the classifier's features, for want of Inception: how far are samples, and how far new real emoji, from the training set?
+distance() { # distance NAME SAMPLES
+    stage "distances" "$python" evaluations/c2i/evaluator.py "$run/real/"val_emoji-size*.npz "$2" \
+        --features "$run/class_accuracy_features.pt" --output "$run/distance_$1.json"
+}
+distance samples "$(ls -t "$run"/samples/*.npz | head -1)"
+distance heldout "$(ls -t "$run"/real/*heldout*.npz | head -1)"
 printf '\n== report\n'
 "$python" evaluations/report.py --run-dir "$run"

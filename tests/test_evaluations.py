@@ -3,11 +3,13 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from evaluations import report
 from evaluations.c2i import class_accuracy
+from evaluations.c2i.weights import load_torchscript
 from utils import cli
-from utils.images import save_npz, save_png
+from utils.images import save_npz, save_png, to_float
 
 COLOURS = np.array([[220, 40, 40], [40, 200, 60], [50, 60, 220]])
 NAMES = ["red", "green", "blue"]
@@ -30,6 +32,16 @@ def test_right_samples_score_high_and_wrong_ones_low():
     assert [row["count"] for row in right["per_class"].values()] == [8, 8, 8]
     assert np.array(right["confusion"]).sum() == 24
     assert "held-out" in class_accuracy.format_table(right)
+
+
+def test_the_classifiers_features_are_those_below_its_last_layer(tmp_path):
+    images, labels = squares(12, seed=0)
+    model = class_accuracy.train_classifier(images, labels, num_classes=3, steps=2)
+    class_accuracy.save_features(model, tmp_path / "features.pt")
+    pixels = to_float(np.resize(images, (5, 24, 16, 3)))  # another batch, another size than it was traced with
+    features = load_torchscript(tmp_path / "features.pt")(pixels)
+    assert features.shape == (5, class_accuracy.WIDTHS[-1])
+    assert torch.allclose(model.head(features), model(pixels), atol=1e-5)
 
 
 def test_bad_samples_are_refused(tmp_path, image_folder, capsys):
@@ -86,6 +98,9 @@ def run_dir(tmp_path):
     per_class = {name: {"heldout": 1.0, "samples": None, "count": 2} for name in NAMES}
     scores = {"sample_accuracy": 0.875, "heldout_accuracy": 0.9, "per_class": per_class}
     write("class_accuracy.json", json.dumps(scores))
+    for name, distance in (("samples", 12.5), ("heldout", 8.25)):
+        write(f"distance_{name}.json", json.dumps({"frechet_distance": distance, "precision": 0.75, "recall": 0.5,
+                                                   "protocol": {"sample": {"images": 6}, "reference": {"images": 9}}}))
     write("times.tsv", "tokenizer\t60\ntokenizer\t30\nGPT\t120\n")
     return tmp_path
 
@@ -93,7 +108,8 @@ def run_dir(tmp_path):
 def test_report_shows_what_the_run_left(run_dir, capsys):
     cli.run(report.main, report.ReportFlags, ["--run-dir", str(run_dir)])
     page = (run_dir / "report.html").read_text()
-    for text in ("21.50 dB", "87.5%", "5.500 → 1.250", "ln 256 = 5.545", "1.5 min", "3.5 min", "OpenMoji", "red"):
+    for text in ("21.50 dB", "87.5%", "5.500 → 1.250", "ln 256 = 5.545", "12.50", "8.25", "0.750",
+                 "1.5 min", "3.5 min", "OpenMoji", "red"):
         assert text in page
     assert page.count("data:image/png;base64") >= 2 * len(NAMES) + 2
     assert "http" not in page.split("</head>")[1]  # self-contained

@@ -5,7 +5,8 @@
 A small convolutional classifier is trained on the real training pictures alone (no tokenizer, no GPT, no pretrained
 weights), checked on real held-out pictures, and then asked to name the samples. It stands in for FID and IS where a
 data set is too small for them; the accuracy on samples is the "classification accuracy score" of arXiv 1905.10887
-turned round (there: train on samples, test on real), and says nothing about diversity.
+turned round (there: train on samples, test on real), and says nothing about diversity. For that the classifier's last
+features are left as accuracy_features.pt (TorchScript), for evaluator.py --features.
 
 Images are uint8 (N, H, W, 3) throughout, as in the npz sample sets.
 """
@@ -14,6 +15,7 @@ import itertools
 import json
 import math
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -136,10 +138,11 @@ def evaluate_samples(
     device: torch.device | str = "cpu",
     seed: int = 0,
     steps: int = STEPS,
+    features: Path | None = None,
 ) -> dict:
     """Train on `train_set`, check on `heldout_set`, score samples uint8 (N, H, W, 3) against requested labels (N,).
 
-    The sets are (images uint8 (N, H, W, 3), labels (N,)).
+    The sets are (images uint8 (N, H, W, 3), labels (N,)). `features`: where the network below the last layer is kept.
     Returns {"heldout_accuracy", "heldout_balanced_accuracy", "sample_accuracy", "sample_balanced_accuracy",
     "per_class": {name: {"heldout", "samples", "count"}}, "confusion"}. Accuracies are shares in [0, 1], None where a
     class has nothing to score; "count" is the number of samples of the class; row i of "confusion" says as what the
@@ -151,6 +154,8 @@ def evaluate_samples(
         raise ValueError(f"samples are {samples.shape[1:]}, the training pictures {train_set[0].shape[1:]}: "
                          "see --image-size")
     model = train_classifier(*train_set, num_classes=len(classes), steps=steps, seed=seed, device=device)
+    if features is not None:
+        save_features(model, features)
     heldout, drawn = (
         confusion_matrix(truth, predict(model, images, device=device)[0], num_classes=len(classes))
         for images, truth in (heldout_set, (samples, labels))
@@ -215,6 +220,16 @@ class HalvingLevel(nn.Module):
         return F.relu(x + self.residual(x))
 
 
+def save_features(model: SmallCNN, path: Path) -> None:
+    """Keep the network from images (B, 3, H, W) in [-1, 1] to features (B, D) as TorchScript."""
+    body = nn.Sequential(model.stem, nn.ReLU(), model.levels, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated; its files run anywhere, without our code
+        program = torch.jit.trace(body, torch.zeros(2, 3, 64, 64, device=next(model.parameters()).device))
+    with replacing(path) as temporary:
+        program.save(str(temporary))
+
+
 def stack_images(data: ImageDataset, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     """All readable pictures of a data set, centre-cropped → (uint8 (N, H, W, 3), labels (N,))."""
     pictures, labels = [], []
@@ -250,7 +265,8 @@ def main(flags: AccuracyFlags) -> None:
     if not path.is_file():
         raise FileNotFoundError(f"no sample set at {path}")
     made_of = {"samples_sha256": file_hash(path), "dataset": flags.dataset, "seed": flags.global_seed}
-    if output.is_file() and made_of.items() <= json.loads(output.read_text()).items():
+    features = output.with_name(f"{output.stem}_features.pt")
+    if output.is_file() and features.is_file() and made_of.items() <= json.loads(output.read_text()).items():
         print(f"{output} is up to date: nothing to do")
         return
     with np.load(path) as content:
@@ -259,7 +275,7 @@ def main(flags: AccuracyFlags) -> None:
         samples, labels = content["arr_0"], content["arr_1"]
     classes, train_set, heldout_set = split_sets(flags)
     result = evaluate_samples(samples, labels, classes, train_set, heldout_set, device=process.device,
-                              seed=flags.global_seed)
+                              seed=flags.global_seed, features=features)
     with replacing(output) as temporary:
         temporary.write_text(json.dumps({**made_of, **result}, indent=2) + "\n")
     print(format_table(result))
