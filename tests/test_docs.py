@@ -25,6 +25,9 @@ CONFIGS = {
     "autoregressive/sample/sample_ddp.py": "SampleSetFlags",
     "evaluations/c2i/class_accuracy.py": "AccuracyFlags",
     "evaluations/report.py": "ReportFlags",
+    "evaluations/c2i/evaluator.py": "EvaluatorFlags",
+    "evaluations/c2i/reference.py": "ReferenceFlags",
+    "evaluations/t2i/evaluation.py": "T2IEvaluationFlags",
 }
 
 
