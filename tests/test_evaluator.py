@@ -115,7 +115,7 @@ def test_the_container_does_not_matter(sets, tmp_path):
     ref, sample = sets
     wanted = evaluate(*sets, *TINY)
     images = np.load(sample)["arr_0"]
-    np.savez_compressed(tmp_path / "packed.npz", extra=np.zeros(3), arr_0=images, arr_1=np.arange(31) % 5)
+    np.savez_compressed(tmp_path / "packed.npz", extra=np.zeros(3), arr_0=images, arr_1=np.array([{}] * 31, object))
     for i, image in enumerate(images):
         save_png(tmp_path / "folder.v1" / f"{i}.png", image)  # 10 comes after 9: natural order
     (tmp_path / "folder.v1" / "config.json").write_text('{"cfg_scale": 1.5, "seed": 3}')
@@ -279,6 +279,7 @@ def write(**arrays):
     (write(images=pictures(8, seed=0)), "neither images (arr_0) nor statistics (mu): it holds images"),
     (write(mu=np.zeros(96), sigma=np.eye(96)), "samples must be images"),
     (write(arr_0=np.array([{}], dtype=object)), "arr_0 is object, expected uint8"),
+    (lambda path: zipfile.ZipFile(path, "w").writestr("arr_0", b"pixels"), "it holds nothing"),
     (too_few_pixels, "announces 9 images"),
     (lambda path: path.write_bytes(b"not a zip"), "no whole npz file"),
     (lambda path: (np.savez(path, arr_0=pictures(8, seed=0)), truncate(path, keep=0.6)), "no whole npz file"),

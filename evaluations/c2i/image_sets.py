@@ -15,11 +15,12 @@ from typing import IO
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from dataset.image_folders import EXTENSIONS, existing_folder
+from dataset.image_folders import EXTENSIONS
 from utils.checkpoint import file_hash
 
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")
 LOSSY = {".jpg", ".jpeg", ".webp"}
+UNREADABLE = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError)  # zipfile's ways to say so
 AHEAD = 2  # batches read while one is measured
 
 Batch = tuple[np.ndarray, np.ndarray]  # indices (B,) int64, images (B, H, W, 3) uint8
@@ -80,25 +81,23 @@ class NpzImages(ImageFile):
         self.path = path
         try:
             with zipfile.ZipFile(path) as archive:
-                members = {name.removesuffix(".npy") for name in archive.namelist()}
+                members = {name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")}
                 if not {"arr_0", "mu"} & members:
                     raise ValueError(f"{path} has neither images (arr_0) nor statistics (mu): it holds "
                                      f"{', '.join(sorted(members)) or 'nothing'}")
                 for key in STATISTICS:
                     if key in members:
-                        self.stored[key] = small_array(archive, key, path)
+                        self.stored[key] = small_array(archive, key)
                 if "arr_0" in members:
                     self.count, self.size = self.checked_images(archive)
-                if "arr_1" in members and archive.getinfo("arr_1.npy").file_size < 2**26:
-                    labels = small_array(archive, "arr_1", path)
-                    self.labels = labels if labels.shape == (self.count,) and labels.dtype.kind in "iu" else None
-        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+                self.labels = integer_labels(archive, self.count) if "arr_1" in members else None
+        except UNREADABLE as error:
             raise ValueError(f"{path} is no whole npz file ({error}): it was cut short or damaged") from None
         check_statistics(self.stored, path)
 
     def checked_images(self, archive: zipfile.ZipFile) -> tuple[int, tuple[int, int]]:
         """(count, (height, width)) of arr_0 from its header. Raises ValueError for what is no 8-bit RGB."""
-        shape, fortran, dtype, header = array_header(archive, "arr_0", self.path)
+        shape, fortran, dtype, header = array_header(archive, "arr_0")
         if dtype != np.uint8:
             raise ValueError(f"{self.path}: arr_0 is {dtype}, expected uint8 pixels: convert floats in [-1, 1] with "
                              "clamp(127.5 x + 128, 0, 255)")
@@ -117,7 +116,7 @@ class NpzImages(ImageFile):
         """Every process reads the whole member, so that its checksum is verified; no image is kept."""
         try:
             with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as member:
-                member.read(array_header(archive, "arr_0", self.path)[3])
+                member.read(array_header(archive, "arr_0")[3])
                 for number, start in enumerate(range(0, self.count, size)):
                     indices = np.arange(start, min(start + size, self.count))
                     pictures = np.empty((len(indices), *self.size, 3), np.uint8)
@@ -125,7 +124,7 @@ class NpzImages(ImageFile):
                     if number % world_size == rank:
                         yield indices, pictures
                 member.read(1)  # the end of the member is where its checksum is looked at
-        except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        except UNREADABLE as error:
             raise ValueError(f"{self.path} is damaged ({error}): nothing it says can be trusted") from None
 
 
@@ -138,7 +137,7 @@ def read_into(member: IO[bytes], view: memoryview) -> None:
         view = view[count:]
 
 
-def array_header(archive: zipfile.ZipFile, key: str, path: Path) -> tuple[tuple[int, ...], bool, np.dtype, int]:
+def array_header(archive: zipfile.ZipFile, key: str) -> tuple[tuple[int, ...], bool, np.dtype, int]:
     """(shape, Fortran order?, dtype, length of the header in bytes) of a member."""
     with archive.open(f"{key}.npy") as member:
         try:
@@ -146,17 +145,26 @@ def array_header(archive: zipfile.ZipFile, key: str, path: Path) -> tuple[tuple[
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             shape, fortran, dtype = read(member)
         except (ValueError, SyntaxError) as error:
-            raise ValueError(f"{path}: {key} is no array ({error})") from None
+            raise ValueError(f"{archive.filename}: {key} is no array ({error})") from None
         return shape, fortran, dtype, member.tell()
 
 
-def small_array(archive: zipfile.ZipFile, key: str, path: Path) -> np.ndarray:
+def small_array(archive: zipfile.ZipFile, key: str) -> np.ndarray:
     """A member as an array; pickled objects are refused."""
     with archive.open(f"{key}.npy") as member:
         try:
             return np.lib.format.read_array(member, allow_pickle=False)
         except (ValueError, SyntaxError) as error:
-            raise ValueError(f"{path}: {key} cannot be read ({error})") from None
+            raise ValueError(f"{archive.filename}: {key} cannot be read ({error})") from None
+
+
+def integer_labels(archive: zipfile.ZipFile, count: int) -> np.ndarray | None:
+    """arr_1 if it is a label for each image; evaluators ignore it otherwise."""
+    try:
+        shape, _, dtype, _ = array_header(archive, "arr_1")
+        return small_array(archive, "arr_1") if shape == (count,) and dtype.kind in "iu" else None
+    except ValueError:
+        return None
 
 
 def check_statistics(stored: dict[str, np.ndarray], path: Path) -> None:
@@ -179,7 +187,7 @@ class FolderImages(ImageFile):
     """The images of a folder (not of folders in it), in natural order of their names: 2.png before 10.png."""
 
     def __init__(self, path: Path) -> None:
-        files = [file for file in existing_folder(path).iterdir() if file.suffix.lower() in EXTENSIONS]
+        files = [file for file in path.iterdir() if file.suffix.lower() in EXTENSIONS]
         self.files = sorted(files, key=lambda file: natural(file.name))
         if not self.files:
             raise ValueError(f"{path} holds no images: expected PNGs (for a tree of folders build a reference with "
