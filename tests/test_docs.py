@@ -28,6 +28,7 @@ CONFIGS = {
     "evaluations/c2i/evaluator.py": "EvaluatorFlags",
     "evaluations/c2i/reference.py": "ReferenceFlags",
     "evaluations/t2i/evaluation.py": "T2IEvaluationFlags",
+    "evaluations/t2i/geneval.py": "GenEvalFlags",
 }
 
 
