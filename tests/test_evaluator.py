@@ -1,6 +1,7 @@
 """The evaluation command: its numbers against plain numpy, what it refuses, what it remembers and reports."""
 import json
 import os
+import shutil
 import tracemalloc
 import zipfile
 from pathlib import Path
@@ -76,6 +77,50 @@ def sets(tmp_path) -> tuple[Path, Path]:
     np.savez(tmp_path / "ref.npz", arr_0=pictures(40, seed=0))
     np.savez(tmp_path / "sample.npz", arr_0=pictures(31, seed=1))
     return tmp_path / "ref.npz", tmp_path / "sample.npz"
+
+
+TRAININGS = {"train_gpt": "000-GPT-S", "train_vq": "001-VQ-4-S"}
+
+
+def training_flags(name: str, folder: Path, inputs: dict) -> list:
+    """Three steps of a training."""
+    if name == "train_vq":
+        return ["--data-path", inputs["image_folder"], *TINY_VQ, "--global-batch-size", 12, "--epochs", 1]
+    return ["--code-path", inputs["code_store"], *TINY_GPT, "--global-batch-size", 12, "--epochs", 1, "--vq-ckpt",
+            inputs["vq_ckpt"]]
+
+
+def monitoring_flags(folder: Path) -> list:
+    return [*TINY, "--eval-every", 2, "--eval-reference", folder / "ref.npz", "--eval-images", 14]
+
+
+def reference_flags(folder: Path) -> list:
+    return ["--data-path", folder / "images", "--image-size", 16, "--num-workers", 0, "--per-proc-batch-size", 8]
+
+
+@pytest.fixture(scope="module")
+def inputs(image_folder, vq_ckpt, code_store) -> dict:
+    return {"image_folder": image_folder, "vq_ckpt": vq_ckpt, "code_store": code_store}
+
+
+@pytest.fixture(scope="module")
+def pair(inputs, tmp_path_factory) -> Path:
+    """What two processes make of everything that is shared between them, in one folder: started once, it takes long."""
+    folder = tmp_path_factory.mktemp("pair")
+    np.savez(folder / "ref.npz", arr_0=pictures(40, seed=0))
+    np.savez(folder / "sample.npz", arr_0=pictures(31, seed=1))
+    shutil.copytree(inputs["image_folder"], folder / "images")
+    (folder / "images" / "red" / "00.jpg").write_bytes(b"broken")
+    jobs = [("evaluate", [folder / "ref.npz", folder / "sample.npz", *TINY, "--per-proc-batch-size", size, "--output",
+                          folder / f"{name}.json"]) for name, size in (("two", 6), ("idle", 64))]
+    jobs += [(name, [*training_flags(name, folder, inputs), *monitoring_flags(folder), "--results-dir", folder / "two"])
+             for name in TRAININGS]
+    jobs.append(("reference", [*reference_flags(folder), "--output", folder / "built.npz"]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        two_processes(jobs, folder, setup="import evaluations.c2i.features as f, tests.test_evaluator as t; "
+                                          "f.load_inception = lambda path, device: (t.StandIn(), {'sha256': '0'})")
+    return folder
 
 
 def evaluate(ref: Path, sample: Path, *flags) -> dict:
@@ -182,12 +227,10 @@ def test_stored_statistics_go_before_images(stand_in, sets, tmp_path):
     assert reports[0]["fid"] == pytest.approx(wanted, rel=1e-6)
 
 
-def test_two_processes_give_the_same_numbers(sets, tmp_path):
-    one = evaluate(*sets, *TINY, "--per-proc-batch-size", 6)
-    two_processes([("evaluate", [*sets, *TINY, "--per-proc-batch-size", size, "--output", tmp_path / f"{name}.json"])
-                   for name, size in (("two", 6), ("idle", 64))], tmp_path)
+def test_two_processes_give_the_same_numbers(pair):
+    one = evaluate(pair / "ref.npz", pair / "sample.npz", *TINY, "--per-proc-batch-size", 6)
     for name in ("two", "idle"):  # in the second run rank 1 has no images at all
-        other = json.loads((tmp_path / f"{name}.json").read_text())
+        other = json.loads((pair / f"{name}.json").read_text())
         assert other["protocol"]["processes"] == 2
         assert all(other[key] == pytest.approx(one[key], rel=1e-9) for key in one if key != "protocol")
 
@@ -374,20 +417,11 @@ def test_an_accepted_reference_is_known(stand_in, tmp_path, monkeypatch, capsys)
     refused(capsys, "brings statistics of a training set", *flags, "--preset", "rfid")
 
 
-def test_reference_of_an_image_folder(stand_in, image_folder, tmp_path, capsys):
-    folder = tmp_path / "images"
-    for source in sorted(image_folder.rglob("*.*")):
-        target = folder / source.parent.name / source.name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(source.read_bytes())
-    (folder / "red" / "00.jpg").write_bytes(b"broken")
-    flags = ["--data-path", folder, "--image-size", 16, "--num-workers", 0, "--per-proc-batch-size", 8]
+def test_reference_of_an_image_folder(stand_in, pair, tmp_path, capsys):
+    flags = reference_flags(pair)
     call("reference", *flags, "--output", tmp_path / "whole.npz")
     call("reference", *flags, "--output", tmp_path / "few.npz", "--keep-images", 10)
-    two_processes([("reference", [*flags, "--output", tmp_path / "two.npz"])], tmp_path,
-                  setup="import evaluations.c2i.features as f, tests.test_evaluator as t; "
-                        "f.load_inception = lambda path, device: (t.StandIn(), {'sha256': '0'})")
-    whole, few, two = (np.load(tmp_path / f"{name}.npz") for name in ("whole", "few", "two"))
+    whole, few, two = map(np.load, (tmp_path / "whole.npz", tmp_path / "few.npz", pair / "built.npz"))
     assert whole["arr_0"].shape == (35, 16, 16, 3) and few["arr_0"].shape == (10, 16, 16, 3)
     assert np.array_equal(two["arr_0"], whole["arr_0"]) and sorted(set(few["arr_1"])) == [0, 1, 2]
     for key in ("mu", "sigma", "mu_s", "sigma_s"):
@@ -395,7 +429,8 @@ def test_reference_of_an_image_folder(stand_in, image_folder, tmp_path, capsys):
     pooled = features.inception_network(None, device=torch.device("cpu"))(whole["arr_0"]).pooled.double().numpy()
     assert np.allclose(whole["mu"], pooled.mean(0)) and np.allclose(whole["sigma"], np.cov(pooled, rowvar=False))
     said = json.loads((tmp_path / "few.json").read_text())
-    assert said["images"] == 35 and said["kept"] == 10 and said["unreadable"] == [str(folder / "red" / "00.jpg")]
+    assert said["images"] == 35 and said["kept"] == 10
+    assert said["unreadable"] == [str(pair / "images" / "red" / "00.jpg")]
     np.savez(tmp_path / "sample.npz", arr_0=pictures(9, seed=1))
     evaluate(tmp_path / "few.npz", tmp_path / "sample.npz", "--preset", "gfid", "--metrics", "precision,recall")
     for wrong, says in ((("--output", "x.json"), "ends in .npz"), (("--keep-images", -1), "--keep-images")):
@@ -440,31 +475,35 @@ def test_lossy_folders_are_noted(sets, tmp_path, capsys):
     assert os.path.exists(tmp_path / "jpegs.json")
 
 
-def test_evaluation_while_training(image_folder, vq_ckpt, code_store, tmp_path, capsys):
+@pytest.mark.parametrize("name", TRAININGS)
+def test_evaluation_while_training(name, inputs, pair, tmp_path):
     """It logs, on two processes as on one, leaves no file and does not change the training."""
-    reference = tmp_path / "reference.npz"
-    np.savez(reference, arr_0=pictures(20, seed=0))
-    common = [*TINY, "--eval-every", 2, "--eval-reference", reference, "--eval-images", 14]
-    gpt = ["--code-path", code_store, *TINY_GPT, "--global-batch-size", 12, "--epochs", 1, "--vq-ckpt", vq_ckpt]
-    vq = ["--data-path", image_folder, *TINY_VQ, "--global-batch-size", 12, "--epochs", 1]
-    for name, flags in (("train_gpt", gpt), ("train_vq", vq)):
-        call(name, *flags, *common, "--results-dir", tmp_path / "with")
-        call(name, *flags, "--results-dir", tmp_path / "without")
-    two_processes([(name, [*flags, *common, "--results-dir", tmp_path / "two"])
-                   for name, flags in (("train_gpt", gpt), ("train_vq", vq))], tmp_path)
-    for run in ("000-GPT-S", "001-VQ-4-S"):
-        rows, other = (read_metrics(tmp_path / kind / run / "metrics.jsonl")
-                              for kind in ("with", "two"))
-        found = [row for row in rows if "eval_frechet_distance" in row]
-        assert [row["step"] for row in found] == [2, 3] and all(0 <= row["eval_recall"] <= 1 for row in found)
-        assert ("eval_psnr" in found[0]) == run.endswith("VQ-4-S")
-        assert {key for row in other for key in row} == {key for row in rows for key in row}
-        assert sorted(path.name for path in (tmp_path / "with" / run).iterdir()) == sorted(
-            path.name for path in (tmp_path / "without" / run).iterdir())
-    first, second = (checkpoint.read(newest(tmp_path / kind / "000-GPT-S" / "checkpoints"))
-                     for kind in ("with", "without"))
+    run, flags = TRAININGS[name].replace("001", "000"), training_flags(name, pair, inputs)
+    call(name, *flags, *monitoring_flags(pair), "--results-dir", tmp_path / "with")
+    call(name, *flags, "--results-dir", tmp_path / "without")
+    rows, other = (read_metrics(folder / "metrics.jsonl") for folder in
+                   (tmp_path / "with" / run, pair / "two" / TRAININGS[name]))
+    found = [row for row in rows if "eval_frechet_distance" in row]
+    assert [row["step"] for row in found] == [2, 3] and all(0 <= row["eval_recall"] <= 1 for row in found)
+    assert ("eval_psnr" in found[0]) == (name == "train_vq")
+    assert {key for row in other for key in row} == {key for row in rows for key in row}
+    left, usual = (sorted(path.name for path in (tmp_path / kind / run).iterdir()) for kind in ("with", "without"))
+    assert left == usual
+    first, second = (checkpoint.read(newest(tmp_path / kind / run / "checkpoints")) for kind in ("with", "without"))
     assert all(torch.equal(value, second["model"][key]) for key, value in first["model"].items())
-    for flags, says in ((gpt[:-2], "--eval-every needs --vq-ckpt"), (gpt, "--eval-every needs --eval-reference")):
-        with pytest.raises(SystemExit):
-            call("train_gpt", *flags, "--eval-every", 1, "--results-dir", tmp_path / "none")
-        assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("flags", "says"), [
+    (["--eval-reference", "x.npz"], "--eval-every needs --vq-ckpt"),
+    (["--vq-ckpt", "vq"], "--eval-every needs --eval-reference"),
+    (["--vq-ckpt", "vq", "--eval-reference", "x.npz"], "no image set at x.npz"),
+    (["--vq-ckpt", "vq", "--eval-reference", "x.npz", "--eval-images", 1], "--eval-images is 1"),
+    (["--eval-every", -1], "--eval-every is -1"),
+])
+def test_bad_evaluations_while_training(flags, says, inputs, tmp_path, capsys):
+    flags = [inputs["vq_ckpt"] if word == "vq" else word for word in flags]
+    with pytest.raises(SystemExit):
+        call("train_gpt", "--code-path", inputs["code_store"], *TINY_GPT, "--results-dir", tmp_path, "--eval-every", 1,
+             *TINY, *flags)
+    assert says in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -154,7 +154,7 @@ def main(flags: GPTTrainFlags) -> None:
         _, tokenizer = load_tokenizer(flags, device=process.device)
         if store.vocab_size not in (None, tokenizer.codebook_size):
             raise ValueError(f"{flags.vq_ckpt} has {tokenizer.codebook_size} codes, the store {store.vocab_size}")
-    if flags.eval_every and tokenizer is None:
+    if flags.eval_every > 0 and tokenizer is None:
         raise ValueError("--eval-every needs --vq-ckpt: the tokenizer that turns codes into images")
     monitor = Monitor.wanted(flags, process)
     torch.manual_seed(flags.global_seed)
