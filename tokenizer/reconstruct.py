@@ -1,137 +1,234 @@
-"""Reconstruct images with a tokenizer and measure how close they come.
+"""Reconstruct images and measure how close they come: VQ, taming VQGAN, SD/SDXL VAE, Consistency Decoder, or identity.
 
     bash scripts/tokenizer/reconstruction_vq.sh --data-path /data/imagenet/val --vq-ckpt vq_ds16_c2i.pt
+    bash scripts/tokenizer/val.sh --data-path /data/imagenet/val
 
 <sample-dir>/<settings>/000000.png … in data-set order, the npz for ADM's evaluator, a grid of sixteen inputs (chosen by
---global-seed) above reconstructions, and results.json: PSNR, SSIM, codebook usage. Each image counts once on any number
-of processes.
+--global-seed) above reconstructions, and results.json. Each image counts once on any number of processes; one that
+cannot be read is left out and named. `val.sh` (identity) writes the centre crops as they are: the reference for rFID.
+
+With --image-size-eval reconstructions are resized (bicubic, no antialias) before they become 8-bit; PSNR, SSIM and
+LPIPS compare them with inputs resized alike, which stay floats. The reference set for their rFID is cropped to that
+size, not resized (val.sh with --image-size). All this is LlamaGen's (arXiv 2406.06525).
+
+In results.json `psnr` is the mean in dB over the images that came back changed (null if none did: theirs is infinite),
+`identical` counts the others; `ssim` has the data range 1, `ssim_llamagen` 2 as in LlamaGen's tables; codebook_usage
+and codebook_perplexity are over the whole set, usage_queue65536 over the first 65,536 codes of a shuffled pass: the
+paper's measure, null for a smaller set.
 """
+import importlib.metadata
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset.augmentation import center_crop
 from dataset.build import DataFlags, ImageDataset, build_dataset
-from dataset.loader import BROKEN_IMAGE, worker_count
-from tokenizer.build import TokenizerFlags, check_image_size, decode_images, encode_images, load_tokenizer
-from tokenizer.tokenizer_image.vq_model import VQModel
+from dataset.loader import CentreCrops, worker_count
+from evaluations.similarity import psnr, ssim, unit_range
+from tokenizer.build import check_image_size, in_chunks
+from tokenizer.reconstructors import Reconstructor, ReconstructorFlags, build_reconstructor
+from tokenizer.tokenizer_image.lpips import LPIPSFlags, perceptual_loss
+from tokenizer.tokenizer_image.quantize import USAGE_WINDOW
+from tokenizer.vae import VAE
 from utils import cli, dist, images
-from utils.checkpoint import replacing
-from utils.options import BatchFlags, SeedFlags, SetFlags, WorkerFlags
+from utils.checkpoint import file_hash, replacing, sweep
+from utils.cli import flag
+from utils.options import BatchFlags, SetFlags, WorkerFlags
 
 GRID_IMAGES = 16
 
 
 @dataclass(kw_only=True)
-class ReconstructFlags(DataFlags, TokenizerFlags, BatchFlags, SetFlags, SeedFlags, WorkerFlags):
+class ReconstructFlags(DataFlags, ReconstructorFlags, LPIPSFlags, BatchFlags, SetFlags, WorkerFlags):
     """The reconstruction command."""
 
+    lpips: bool = flag(False, "measure LPIPS too (--lpips-backbone implies it)")
     sample_dir: str = "reconstructions"
     num_workers: int = 4
 
 
-class CentreCrops(Dataset):
-    """Image i → (i, its centre crop (H, W, 3) uint8, or None if it cannot be read)."""
+class CodebookUsage:
+    """Which codes a set of images uses, counted on every process over its share of them."""
 
-    def __init__(self, data: ImageDataset, indices: range, size: tuple[int, int]) -> None:
-        self.data, self.indices, self.size = data, indices, size
+    def __init__(self, codebook_size: int, *, count: int, seed: int) -> None:
+        self.counts = torch.zeros(codebook_size, dtype=torch.int64)
+        self.places = np.random.default_rng(seed).permutation(count)  # of each image in a shuffled pass
+        self.queue: list[tuple[int, np.ndarray]] = []  # (place, codes) of as many first ones as the window may need
 
-    def __len__(self) -> int:
-        return len(self.indices)
+    def add(self, indices: list[int], codes: Tensor) -> None:
+        """Count the codes (B, L) of images `indices`."""
+        codes = codes.cpu()
+        self.counts += torch.bincount(codes.flatten(), minlength=len(self.counts))
+        self.queue += [(int(self.places[index]), row) for index, row in zip(indices, codes.numpy(), strict=True)]
+        self.queue = sorted(self.queue, key=itemgetter(0))[:-(-USAGE_WINDOW // codes.shape[1])]
 
-    def __getitem__(self, place: int) -> tuple[int, np.ndarray | None]:
-        index = self.indices[place]
-        try:
-            return index, center_crop(self.data.image(index), self.size)
-        except BROKEN_IMAGE:
-            return index, None
-
-
-def resized(pictures: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """uint8 (B, H, W, 3) at another size (bicubic)."""
-    if pictures.shape[1:3] == size:
-        return pictures
-    return images.to_uint8(F.interpolate(images.to_float(pictures), size=size, mode="bicubic"))
-
-
-@torch.inference_mode()
-def reconstruct(tokenizer: VQModel, pictures: np.ndarray, *, device: torch.device) -> tuple[np.ndarray, torch.Tensor]:
-    """uint8 (B, H, W, 3) → (reconstructions uint8 (B, H, W, 3), codes (B, L))."""
-    grid = check_image_size(pictures.shape[1:3], tokenizer.downsample)
-    codes = encode_images(tokenizer, images.to_float(pictures).to(device))
-    return images.to_uint8(decode_images(tokenizer, codes, grid)), codes
+    def results(self, *, device: torch.device) -> dict[str, float | None]:
+        """Over all processes; `device` is for their exchange."""
+        counts = dist.total(self.counts.to(device)).cpu()
+        queue = sorted(dist.gather_lists(self.queue), key=itemgetter(0))
+        window = np.concatenate([row for _, row in queue] or [np.zeros(0, int)])[:USAGE_WINDOW]
+        share = counts / counts.sum().double()
+        return {"codebook_usage": float((counts > 0).double().mean()),
+                "codebook_perplexity": float(torch.exp(-torch.special.xlogy(share, share).sum())),
+                "usage_queue65536": len(np.unique(window)) / len(counts) if len(window) == USAGE_WINDOW else None}
 
 
-def similarity(picture: np.ndarray, other: np.ndarray) -> tuple[float, float, float]:
-    """PSNR in dB, SSIM, and SSIM with a data range of 2 for pixels in [0, 1], as LlamaGen's tables have it."""
-    a, b = picture / 255.0, other / 255.0
-    ssim = [structural_similarity(a, b, channel_axis=-1, data_range=data_range) for data_range in (1.0, 2.0)]
-    return peak_signal_noise_ratio(a, b, data_range=1.0), *ssim
+def planes(pictures: np.ndarray) -> Tensor:
+    """uint8 (B, H, W, 3) → uint8 (B, 3, H, W)."""
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2)
+
+
+def resized(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+    """Images (B, 3, H, W) at another size, bicubic without antialias: they may leave their range."""
+    return pixels if pixels.shape[-2:] == size else F.interpolate(pixels, size=size, mode="bicubic")
+
+
+def scores(inputs: Tensor, made: Tensor, *, perceptual: Callable[[Tensor, Tensor], Tensor] | None) -> Tensor:
+    """Images (B, 3, H, W), uint8 or of range [0, 1] → sums over them of what `means` names, (6,) float64."""
+    inputs, made = unit_range(inputs), unit_range(made)
+    decibels = psnr(inputs, made)
+    identical = decibels.isinf()
+    distances = torch.zeros_like(decibels)
+    if perceptual is not None:
+        pairs = (2 * torch.cat([inputs, made], 1) - 1).float()  # (B, 6, H, W)
+        distances = in_chunks(lambda pair: perceptual(pair[:, :3], pair[:, 3:]).flatten(), pairs)
+    return torch.column_stack([torch.ones_like(decibels), identical, decibels.where(~identical, 0),
+                               ssim(inputs, made, data_ranges=(1.0, 2.0)), distances]).sum(0)
+
+
+def means(sums: Tensor, *, lpips: bool) -> dict[str, int | float | None]:
+    """The sums of `scores` → what results.json says."""
+    count, identical, decibels, ssim_1, ssim_2, distances = sums.tolist()
+    return {"images": int(count), "identical": int(identical),
+            "psnr": decibels / (count - identical) if count > identical else None,
+            "ssim": ssim_1 / count, "ssim_llamagen": ssim_2 / count, **({"lpips": distances / count} if lpips else {})}
+
+
+def origin(flags: ReconstructFlags, reconstructor: Reconstructor, *, lpips: bool) -> dict[str, object]:
+    """Where the numbers come from, for results.json."""
+    packages = ["torch", *(["diffusers"] if isinstance(reconstructor, VAE) else []), *(["lpips"] if lpips else [])]
+    return {"reconstructor": flags.reconstructor, "tokenizer": reconstructor.name,
+            "checkpoint_sha256": reconstructor.weights and file_hash(reconstructor.weights),
+            "lpips_backbone_sha256": flags.lpips_backbone and file_hash(flags.lpips_backbone),
+            "dataset": flags.dataset, "image_size": list(flags.image_size),
+            "image_size_eval": list(flags.image_size_eval or flags.image_size), "seed": flags.global_seed,
+            "versions": {package: importlib.metadata.version(package) for package in packages}}
+
+
+def set_folder(flags: ReconstructFlags, name: str) -> Path:
+    """Where the set goes: named by its settings and weights."""
+    size, size_eval = cli.shown(flags.image_size), cli.shown(flags.image_size_eval or flags.image_size)
+    weights = flags.vq_ckpt if flags.reconstructor == "vq" else flags.local_weights
+    return Path(flags.sample_dir) / "-".join([
+        f"val_{flags.dataset}" if flags.reconstructor == "identity" else f"{name}-{flags.dataset}",
+        f"size-{size}-eval-{size_eval}", *([Path(weights).stem] if weights else [])])
 
 
 def main(flags: ReconstructFlags) -> None:
     """Reconstruct the whole data set."""
     process = dist.setup()
     data = build_dataset(flags.dataset, flags.data_path, size=flags.image_size)
-    name, tokenizer = load_tokenizer(flags, device=process.device)
-    check_image_size(flags.image_size, tokenizer.downsample)
+    reconstructor = build_reconstructor(flags, device=process.device)
+    check_image_size(flags.image_size, reconstructor.downsample)
     if flags.per_proc_batch_size < 1:
         raise ValueError(f"--per-proc-batch-size is {flags.per_proc_batch_size}, expected at least 1")
-    size = flags.image_size_eval or flags.image_size
-    folder = Path(flags.sample_dir) / (f"{name}-{flags.dataset}-size-{flags.image_size[0]}x{flags.image_size[1]}"
-                                       f"-eval-{size[0]}x{size[1]}-{Path(flags.vq_ckpt).stem}")
-    sums, counts = torch.zeros(4, dtype=torch.float64), torch.zeros(tokenizer.codebook_size, dtype=torch.float64)
-    broken = []
-    mine = range(process.rank, len(data), process.world_size)
-    with tqdm(total=len(mine), desc=name, unit="image", mininterval=1.0, disable=not process.is_main) as bar:
-        for batch in DataLoader(CentreCrops(data, mine, flags.image_size), batch_size=flags.per_proc_batch_size,
-                                num_workers=worker_count(flags.num_workers), collate_fn=list):
-            broken += [data.name(index) for index, picture in batch if picture is None]
-            indices = [index for index, picture in batch if picture is not None]
-            pictures = [picture for _, picture in batch if picture is not None]
-            bar.update(len(batch))
-            if not pictures:
-                continue
-            made, codes = reconstruct(tokenizer, np.stack(pictures), device=process.device)
-            counts += torch.bincount(codes.flatten().cpu(), minlength=len(counts))
-            pictures, made = resized(np.stack(pictures), size), resized(made, size)
-            for index, picture, other in zip(indices, pictures, made, strict=True):
-                sums += torch.tensor([*similarity(picture, other), 1.0], dtype=torch.float64)
-                images.save_png(folder / f"{index:06d}.png", other)
-    psnr, ssim, ssim_llamagen, count = dist.total(sums.to(process.device)).tolist()
-    counts = dist.total(counts.to(process.device)).cpu()
+    lpips = flags.lpips or flags.lpips_backbone is not None
+    perceptual = perceptual_loss(flags.lpips_backbone, device=process.device) if lpips else None
+    folder = set_folder(flags, reconstructor.name)
+    if process.is_main:  # a set without results.json is an unfinished one
+        (folder / "results.json").unlink(missing_ok=True)
+    sums, broken, usage = reconstruct_share(flags, data, reconstructor, perceptual=perceptual, folder=folder,
+                                            process=process)
+    sums = dist.total(sums)
     broken = dist.gather_lists(broken)
-    if not count:
+    numbers = usage.results(device=process.device) if usage else {}
+    if not sums[0]:
         raise ValueError(f"none of the {len(data)} images could be read")
     if not process.is_main:
         return
-    share = counts / counts.sum()
-    results = {"images": int(count), "unreadable": sorted(broken), "psnr": psnr / count, "ssim": ssim / count,
-               "ssim_llamagen": ssim_llamagen / count, "codebook_usage": float((counts > 0).double().mean()),
-               "codebook_perplexity": float(torch.exp(-(share * share.clamp_min(1e-12).log()).sum())),
-               "tokenizer": name, "dataset": flags.dataset, "image_size": list(flags.image_size)}
-    lost = set(broken)
-    made = [i for i in range(len(data)) if data.name(i) not in lost]
-    shown = np.random.default_rng(flags.global_seed).permutation(made)[:GRID_IMAGES]
-    inputs = resized(np.stack([center_crop(data.image(int(i)), flags.image_size) for i in shown]), size)
-    outputs = np.stack([images.load_png(folder / f"{i:06d}.png") for i in shown])
+    made = sorted(set(range(len(data))) - set(broken))
+    pack(folder, data, made, seed=flags.global_seed, size=flags.image_size)
+    results = {**means(sums, lpips=lpips), "unreadable": sorted(map(data.name, broken)), **numbers,
+               **origin(flags, reconstructor, lpips=lpips)}
+    with replacing(folder / "results.json") as temporary:
+        temporary.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
+    print(f"{told(results)}; {folder}")
+
+
+@torch.no_grad()
+def reconstruct_share(flags: ReconstructFlags, data: ImageDataset, reconstructor: Reconstructor, *,
+                      perceptual: Callable[[Tensor, Tensor], Tensor] | None, folder: Path,
+                      process: dist.Process) -> tuple[Tensor, list[int], CodebookUsage | None]:
+    """Reconstruct and save this process's images → (sums of `scores`, unreadable images, usage if there are codes)."""
+    size = flags.image_size_eval or flags.image_size
+    sums, broken = torch.zeros(6, dtype=torch.float64, device=process.device), []
+    usage = None
+    if reconstructor.codebook_size:
+        usage = CodebookUsage(reconstructor.codebook_size, count=len(data), seed=flags.global_seed)
+    mine = range(process.rank, len(data), process.world_size)
+    bar = tqdm(total=len(mine), desc=reconstructor.name, unit="image", mininterval=1.0, disable=not process.is_main)
+    for batch in DataLoader(CentreCrops(data, mine, flags.image_size), batch_size=flags.per_proc_batch_size,
+                            num_workers=worker_count(flags.num_workers), collate_fn=list):
+        bar.update(len(batch))
+        broken += [index for index, picture in batch if picture is None]
+        indices = [index for index, picture in batch if picture is not None]
+        if not indices:
+            continue
+        pictures = np.stack([picture for _, picture in batch if picture is not None])
+        pixels = images.to_float(pictures).to(process.device)
+        made, codes = reconstructor(pixels, indices)
+        if usage:
+            usage.add(indices, codes)
+        saved = images.to_uint8(resized(made, size))
+        for index, picture in zip(indices, saved, strict=True):
+            images.save_png(folder / f"{index:06d}.png", picture)
+        # inputs that keep their size are compared as the bytes they are: identical pictures are seen as such
+        inputs = planes(pictures) if size == flags.image_size else (resized(pixels, size) + 1) / 2
+        sums += scores(inputs.to(process.device), planes(saved).to(process.device), perceptual=perceptual)
+    bar.close()
+    return sums, broken, usage
+
+
+def pack(folder: Path, data: ImageDataset, made: list[int], *, seed: int, size: tuple[int, int]) -> None:
+    """The npz of images `made` and the grid, beside their folder, from which what an earlier run left is removed."""
+    names = {i: f"{i:06d}.png" for i in made}
+    sweep(folder)
+    for name in {path.name for path in folder.glob("*.png")} - set(names.values()):
+        (folder / name).unlink()
+    shown = np.random.default_rng(seed).permutation(made)[:GRID_IMAGES]
+    outputs = np.stack([images.load_png(folder / names[i]) for i in shown])
+    crops = images.to_float(np.stack([center_crop(data.image(int(i)), size) for i in shown]))
+    inputs = images.to_uint8(resized(crops, outputs.shape[1:3]))
     images.save_png(folder.with_name(f"{folder.name}.png"),
                     images.grid(np.concatenate([inputs, outputs]), columns=len(shown)))
-    images.pack_folder(folder, [f"{i:06d}.png" for i in made])
-    with replacing(folder / "results.json") as temporary:
-        temporary.write_text(json.dumps(results, indent=2) + "\n")
-    print(f"{int(count)} images: PSNR {results['psnr']:.2f} dB, SSIM {results['ssim']:.3f}, codebook usage "
-          f"{results['codebook_usage']:.1%}{f', {len(broken)} unreadable images skipped' if broken else ''}; {folder}")
+    images.pack_folder(folder, list(names.values()))
+
+
+def told(results: dict) -> str:
+    """The numbers in one line."""
+    decibels, identical = results["psnr"], results["identical"]
+    parts = ["all identical" if decibels is None else f"PSNR {decibels:.2f} dB", f"SSIM {results['ssim']:.3f}"]
+    if identical and decibels is not None:
+        parts[0] += f" ({identical} identical ones aside)"
+    if "lpips" in results:
+        parts.append(f"LPIPS {results['lpips']:.3f}")
+    if "codebook_usage" in results:
+        parts.append(f"codebook usage {results['codebook_usage']:.1%}")
+    if results["unreadable"]:
+        parts.append(f"{len(results['unreadable'])} unreadable images skipped")
+    return f"{results['images']} images: {', '.join(parts)}"
 
 
 if __name__ == "__main__":

@@ -1,10 +1,20 @@
 """The perceptual loss LPIPS-VGG (arXiv 1801.03924), from the `lpips` package."""
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from utils import checkpoint
+from utils.cli import flag
+
+
+@dataclass(kw_only=True)
+class LPIPSFlags:
+    """For commands that compare images as a network sees them."""
+
+    lpips_backbone: str | None = flag(None, "file with torchvision's VGG-16 weights for LPIPS; None: torchvision "
+                                            "fetches them")
 
 
 def perceptual_loss(backbone: str | None, *, device: torch.device) -> nn.Module:
@@ -20,7 +30,7 @@ def perceptual_loss(backbone: str | None, *, device: torch.device) -> nn.Module:
             metric = lpips.LPIPS(net="vgg", verbose=False)
         except (OSError, RuntimeError) as error:
             raise OSError(f"VGG-16 for the perceptual loss could not be downloaded ({error}): give a local file by "
-                          "--lpips-backbone, or --perceptual-weight 0") from None
+                          "--lpips-backbone, or do without (--perceptual-weight 0, no --lpips)") from None
     else:
         metric = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
         load_vgg(metric, backbone)

@@ -7,13 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenizer.tokenizer_image.discriminator import PatchGAN, StyleGANDiscriminator
-from tokenizer.tokenizer_image.lpips import perceptual_loss
+from tokenizer.tokenizer_image.lpips import LPIPSFlags, perceptual_loss
 from tokenizer.tokenizer_image.quantize import CodebookLosses
 from utils.cli import flag
 
 
 @dataclass(kw_only=True)
-class LossFlags:
+class LossFlags(LPIPSFlags):
     """Weights and kinds of the loss terms."""
 
     codebook_weight: float = flag(1.0, "weight of the codebook, commitment and entropy terms")
@@ -22,7 +22,6 @@ class LossFlags:
     reconstruction_weight: float = flag(1.0, "weight of the pixel loss")
     reconstruction_loss: Literal["l1", "l2"] = flag("l2", "pixel loss", choices=("l1", "l2"))
     perceptual_weight: float = flag(1.0, "weight of LPIPS; 0 does not load its network")
-    lpips_backbone: str | None = flag(None, "file with torchvision's VGG-16 weights; None: torchvision fetches them")
     disc_weight: float = flag(0.5, "weight of the adversarial loss; 0 builds no discriminator")
     disc_start: int = flag(20000, "step from which the adversarial loss counts")
     disc_type: Literal["patchgan", "stylegan"] = flag("patchgan", "discriminator", choices=("patchgan", "stylegan"))
