@@ -425,7 +425,7 @@ def test_reference_of_an_image_folder(stand_in, pair, tmp_path, capsys):
     assert whole["arr_0"].shape == (35, 16, 16, 3) and few["arr_0"].shape == (10, 16, 16, 3)
     assert np.array_equal(two["arr_0"], whole["arr_0"]) and sorted(set(few["arr_1"])) == [0, 1, 2]
     for key in ("mu", "sigma", "mu_s", "sigma_s"):
-        assert np.array_equal(whole[key], few[key]) and np.allclose(whole[key], two[key], rtol=1e-9, atol=1e-12)
+        assert np.array_equal(whole[key], few[key]) and np.allclose(whole[key], two[key], rtol=1e-5, atol=1e-6)
     pooled = features.inception_network(None, device=torch.device("cpu"))(whole["arr_0"]).pooled.double().numpy()
     assert np.allclose(whole["mu"], pooled.mean(0)) and np.allclose(whole["sigma"], np.cov(pooled, rowvar=False))
     said = json.loads((tmp_path / "few.json").read_text())
