@@ -49,12 +49,12 @@ class EvaluatorFlags(MetricFlags, SeedFlags, BatchFlags, OutputFlags, DeviceFlag
     per_proc_batch_size: int = 64
 
 
-def sampler_config(sample: Path) -> dict[str, Any] | None:
-    """What the sampler noted about how the images were made: config.json in the folder, or in the npz's folder."""
+def origin_of(sample: Path, name: str) -> dict[str, Any] | None:
+    """What its maker noted about the images, in file `name` of the folder or of the folder that the npz packs."""
     folder = sample if sample.is_dir() else sample.with_suffix("")
     try:
-        return json.loads((folder / "config.json").read_text())
-    except (OSError, json.JSONDecodeError):
+        return json.loads((folder / name).read_text())
+    except (OSError, ValueError):
         return None
 
 
@@ -130,7 +130,7 @@ def main(flags: EvaluatorFlags) -> None:
         "pr_dtype": flags.pr_dtype, "neighbours": NEIGHBOURS,
         "inception_score_split": SPLIT, "shuffle_seed": flags.global_seed,
         "processes": process.world_size, "device": str(process.device),
-        "sampler": sampler_config(sample_path),
+        "sampler": origin_of(sample_path, "config.json"), "reconstructor": origin_of(sample_path, "results.json"),
         "versions": {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()},
         "warnings": warnings + found}, output)
     if flags.acceptance:
