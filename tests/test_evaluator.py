@@ -55,7 +55,7 @@ class StandIn(nn.Module):
 @pytest.fixture
 def stand_in(monkeypatch):
     """Inception's place taken by something fast."""
-    described = {"file": "stand-in", "format": "none", "sha256": "0" * 64, "known": "no"}
+    described = {"file": "stand-in", "format": "none", "sha256": "0" * 64, "known": "no", "weights_sha256": "1"}
     monkeypatch.setattr(features, "load_inception", lambda path, device: (StandIn(), described))
     monkeypatch.setattr(protocol, "WIDTHS", WIDTHS)
 
@@ -118,8 +118,9 @@ def pair(inputs, tmp_path_factory) -> Path:
     jobs.append(("reference", [*reference_flags(folder), "--output", folder / "built.npz"]))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
-        two_processes(jobs, folder, setup="import evaluations.c2i.features as f, tests.test_evaluator as t; "
-                                          "f.load_inception = lambda path, device: (t.StandIn(), {'sha256': '0'})")
+        two_processes(jobs, folder, setup="""
+import evaluations.c2i.features as f, tests.test_evaluator as t
+f.load_inception = lambda path, device: (t.StandIn(), {'sha256': '0', 'weights_sha256': '1'})""")
     return folder
 
 
@@ -254,29 +255,50 @@ def test_precision_of_duplicates_is_not_trusted(tmp_path, capsys):
     assert len(found) == 1 and "trust fp32" in found[0]
 
 
-def test_the_reference_is_measured_once(sets, monkeypatch, capsys):
-    first = evaluate(*sets, *TINY)
+def save_program(path: Path, network: nn.Module) -> tuple[str, str]:
+    """A network as a TorchScript file → the flags to use it."""
+    torch.jit.trace(network, torch.zeros(2, 3, 16, 16)).save(str(path))
+    return "--features", str(path)
+
+
+class Doubled(TinyNetwork):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(images)
+
+
+def test_the_reference_is_measured_once(sets, tmp_path, monkeypatch, capsys):
+    program = save_program(tmp_path / "net.pt", tiny_network())
+    first = evaluate(*sets, *program)
     seen = []
     measure = features.measure
     monkeypatch.setattr(features, "measure", lambda images, *rest, **named:
                         seen.append(images.name) or measure(images, *rest, **named))
-    again = evaluate(*sets, *TINY)
+    again = evaluate(*sets, *program)
     assert seen == ["sample.npz"] and all(first[key] == again[key] for key in first if key != "protocol")
-    kept, = features.cache_folder().glob("*.safetensors")
+    assert evaluate(*sets, *program, "--metrics", "recall")["recall"] == first["recall"]  # less: measured anew
+    kept = min(features.cache_folder().glob("*.safetensors"), key=lambda path: path.stat().st_mtime)
     kept.write_bytes(kept.read_bytes()[:100])
-    assert evaluate(*sets, *TINY)["frechet_distance"] == first["frechet_distance"]
+    assert evaluate(*sets, *program)["frechet_distance"] == first["frechet_distance"]
     assert "is damaged and will be made again" in capsys.readouterr().err
-    assert seen == ["sample.npz", "ref.npz", "sample.npz"]
+    save_program(tmp_path / "net.pt", Doubled())  # another network in the same file
+    assert evaluate(*sets, *program)["frechet_distance"] == pytest.approx(4 * first["frechet_distance"])
+    save_program(tmp_path / "net.pt", tiny_network())
     with_more = np.load(sets[0])["arr_0"].copy()
     with_more[0] = 0
-    np.savez(sets[0], arr_0=with_more)  # another content, another measurement
-    assert evaluate(*sets, *TINY)["frechet_distance"] != first["frechet_distance"]
+    np.savez(sets[0], arr_0=with_more)  # another content in the same file
+    assert evaluate(*sets, *program)["frechet_distance"] != first["frechet_distance"]
+
+
+def test_a_function_is_not_remembered(sets):
+    """Its code may change while its weights, here none, do not."""
+    evaluate(*sets, *TINY)
+    assert not features.cache_folder().exists()
 
 
 def test_a_cache_that_cannot_be_written_stops_nothing(sets, tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert evaluate(*sets, *TINY)["frechet_distance"] > 0
+    assert evaluate(*sets, *save_program(tmp_path / "net.pt", tiny_network()))["frechet_distance"] > 0
     assert "could not be kept" in capsys.readouterr().err
 
 
@@ -327,6 +349,7 @@ def write(**arrays):
     (lambda path: path.write_bytes(b"not a zip"), "no whole npz file"),
     (lambda path: (np.savez(path, arr_0=pictures(8, seed=0)), truncate(path, keep=0.6)), "no whole npz file"),
     (lambda path: (np.savez(path, arr_0=pictures(80, seed=0)), corrupt_pixels(path)), "is damaged"),
+    (lambda path: (path / "0.png").parent.mkdir() or np.save(path / "x.npy", np.zeros(3)), "holds no images"),
     (lambda path: None, "no image set at"),
     (lambda path: path.mkdir(), "holds no images"),
     (lambda path: [save_png(path / f"{size}{n}.png", pictures(1, seed=0, size=size)[0]) for n in "ab"
@@ -358,6 +381,7 @@ def test_bad_samples_are_one_line(make, says, sets, capsys):
     (write(arr_0=pictures(8, seed=0)), (*TINY, "--metrics", "fid"), "(FID, sFID and IS are Inception's)"),
     (write(mu=np.zeros(96), sigma=np.eye(96), arr_0=pictures(8, seed=0)), TINY, "--features are others"),
     (write(arr_0=pictures(8, seed=0)), ("--features", "nowhere:net"), "cannot be had"),
+    (write(arr_0=pictures(8, seed=0)), ("--features", "torch.nn:Linear"), "cannot be had"),
     (write(arr_0=pictures(8, seed=0)), ("--features", "nowhere.pt"), "neither a TorchScript file nor"),
 ])
 def test_bad_references_and_flags_are_one_line(make, flags, says, stand_in, sets, capsys):
@@ -417,7 +441,7 @@ def test_an_accepted_reference_is_known(stand_in, tmp_path, monkeypatch, capsys)
     refused(capsys, "brings statistics of a training set", *flags, "--preset", "rfid")
 
 
-def test_reference_of_an_image_folder(stand_in, pair, tmp_path, capsys):
+def test_reference_of_an_image_folder(stand_in, pair, tmp_path, monkeypatch, capsys):
     flags = reference_flags(pair)
     call("reference", *flags, "--output", tmp_path / "whole.npz")
     call("reference", *flags, "--output", tmp_path / "few.npz", "--keep-images", 10)
@@ -428,26 +452,39 @@ def test_reference_of_an_image_folder(stand_in, pair, tmp_path, capsys):
         assert np.array_equal(whole[key], few[key]) and np.allclose(whole[key], two[key], rtol=1e-5, atol=1e-6)
     pooled = features.inception_network(None, device=torch.device("cpu"))(whole["arr_0"]).pooled.double().numpy()
     assert np.allclose(whole["mu"], pooled.mean(0)) and np.allclose(whole["sigma"], np.cov(pooled, rowvar=False))
-    said = json.loads((tmp_path / "few.json").read_text())
+    said = json.loads((tmp_path / "few.config.json").read_text())
     assert said["images"] == 35 and said["kept"] == 10
     assert said["unreadable"] == [str(pair / "images" / "red" / "00.jpg")]
     np.savez(tmp_path / "sample.npz", arr_0=pictures(9, seed=1))
-    evaluate(tmp_path / "few.npz", tmp_path / "sample.npz", "--preset", "gfid", "--metrics", "precision,recall")
-    for wrong, says in ((("--output", "x.json"), "ends in .npz"), (("--keep-images", -1), "--keep-images")):
+    flags_of = (tmp_path / "few.npz", tmp_path / "sample.npz", "--preset", "gfid", "--metrics", "precision,recall")
+    evaluate(*flags_of)
+    assert "other Inception weights" not in capsys.readouterr().err
+    monkeypatch.setattr(features, "load_inception",
+                        lambda path, device: (StandIn(), {"file": "other", "sha256": "2", "weights_sha256": "2"}))
+    evaluate(*flags_of)
+    assert "few.npz were made with other Inception weights than other" in capsys.readouterr().err
+    (tmp_path / "junk" / "a").mkdir(parents=True)
+    (tmp_path / "junk" / "a" / "b.png").write_bytes(b"broken")
+    for wrong, says in ((("--output", "x.json"), "ends in .npz"), (("--keep-images", 0), "--keep-images"),
+                        (("--data-path", tmp_path / "junk"), "none of the 1 images")):
         with pytest.raises(SystemExit):
             call("reference", *flags, *wrong)
         assert says in capsys.readouterr().err
 
 
 def test_torchscript_features_and_wrong_shapes(sets, tmp_path, capsys):
-    torch.jit.trace(tiny_network(), torch.zeros(2, 3, 16, 16)).save(str(tmp_path / "net.pt"))
-    by_file, by_name = evaluate(*sets, "--features", tmp_path / "net.pt"), evaluate(*sets, *TINY)
+    by_file, by_name = evaluate(*sets, *save_program(tmp_path / "net.pt", tiny_network())), evaluate(*sets, *TINY)
     assert by_file["frechet_distance"] == by_name["frechet_distance"]
     assert by_file["protocol"]["network"]["file"] == "net.pt"
-    torch.jit.trace(nn.Identity(), torch.zeros(2, 3, 16, 16)).save(str(tmp_path / "net.pt"))
-    refused(capsys, "expected (", *sets, "--features", tmp_path / "net.pt")
-    (tmp_path / "net.pt").write_bytes(b"nonsense")
-    refused(capsys, "cannot be read as TorchScript", *sets, "--features", tmp_path / "net.pt")
+    refused(capsys, "expected (", *sets, *save_program(tmp_path / "net.pt", nn.Identity()))
+    refused(capsys, "failed on images of 16x16", *sets, "--features", "tests.test_evaluator:for_other_sizes")
+    for content in ({"weight": torch.zeros(1)}, "nonsense"):
+        torch.save(content, tmp_path / "net.pt")
+        refused(capsys, "is no TorchScript program", *sets, "--features", tmp_path / "net.pt")
+
+
+def for_other_sizes() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(7, 2))
 
 
 class NotFinite(nn.Module):
@@ -461,6 +498,20 @@ def not_finite() -> nn.Module:
 
 def test_features_that_are_not_finite_are_no_number(sets, capsys):
     refused(capsys, "are not finite", *sets, "--features", "tests.test_evaluator:not_finite")
+
+
+def test_a_set_against_itself_is_noted(sets):
+    report = evaluate(sets[0], sets[0], *TINY)
+    assert report["frechet_distance"] == pytest.approx(0, abs=1e-6) and report["precision"] == 1
+    assert "samples and reference are the same file" in report["protocol"]["warnings"]
+
+
+def test_tokenizers_reconstruct_images_not_statistics(stand_in, image_folder, tmp_path, capsys):
+    np.savez(tmp_path / "trained.npz", arr_0=pictures(5, seed=0), mu=np.zeros(96), sigma=np.eye(96))
+    with pytest.raises(SystemExit):
+        call("train_vq", "--data-path", image_folder, *TINY_VQ, "--results-dir", tmp_path / "none", "--eval-every", 1,
+             "--eval-reference", tmp_path / "trained.npz")
+    assert "brings statistics of a training set" in capsys.readouterr().err
 
 
 def test_lossy_folders_are_noted(sets, tmp_path, capsys):
@@ -497,7 +548,7 @@ def test_evaluation_while_training(name, inputs, pair, tmp_path):
     (["--eval-reference", "x.npz"], "--eval-every needs --vq-ckpt"),
     (["--vq-ckpt", "vq"], "--eval-every needs --eval-reference"),
     (["--vq-ckpt", "vq", "--eval-reference", "x.npz"], "no image set at x.npz"),
-    (["--vq-ckpt", "vq", "--eval-reference", "x.npz", "--eval-images", 1], "--eval-images is 1"),
+    (["--vq-ckpt", "vq", "--eval-reference", "x.npz", "--eval-images", 3], "--eval-images is 3"),
     (["--eval-every", -1], "--eval-every is -1"),
 ])
 def test_bad_evaluations_while_training(flags, says, inputs, tmp_path, capsys):

@@ -54,7 +54,7 @@ class CompileFlags:
 class OutputFlags:
     """For commands that write one file."""
 
-    output: str = flag("output", "the file to write")
+    output: str = flag("output", "the file to write; None: named after the input")
 
 
 @dataclass(kw_only=True)

@@ -197,17 +197,18 @@ class Trainer:
             last = self.step == self.steps
             saves = last or self.step % flags.ckpt_every == 0
             evaluates = evaluate is not None and (last or self.step % eval_every == 0)
-            if saves or evaluates or self.step == 1 or self.step % flags.log_every == 0:  # a resumed meter starts empty
-                row = {**meter.read(), **self.task.report(), "lr": self.lr(self.step - 1)}
-                if evaluates:
-                    row |= evaluate(self.shown_model())
-                    meter.restart_clock()
-                logger.log(self.step, row)
-                bar.set_postfix(loss=f"{row['loss']:.4f}")
-            if saves:
+            if not (saves or evaluates or self.step == 1 or self.step % flags.log_every == 0):
+                continue
+            row = {**meter.read(), **self.task.report(), "lr": self.lr(self.step - 1)}  # a resumed meter starts empty
+            if saves:  # before anything that could fail
                 self.save()
+            if evaluates:
+                row |= evaluate(self.shown_model())
+            logger.log(self.step, row)
+            bar.set_postfix(loss=f"{row['loss']:.4f}")
+            if saves:
                 self.preview(logger)
-                meter.restart_clock()
+            meter.restart_clock()
         bar.close()
         logger.close()
 

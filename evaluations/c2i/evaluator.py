@@ -24,7 +24,8 @@ from evaluations.c2i.protocol import (
     accept,
     check_acceptance,
     check_preset,
-    check_sets,
+    check_reference,
+    check_sample,
     known_references,
     set_warnings,
 )
@@ -84,7 +85,7 @@ def tell(warnings: list[str], process: dist.Process) -> None:
 def report_path(flags: EvaluatorFlags) -> Path:
     """--output, else the sample's path as .json. Raises ValueError for an --output that is no .json."""
     if flags.output is None:
-        sample = Path(flags.sample)
+        sample = Path(flags.sample).resolve()
         return sample.parent / f"{sample.name.removesuffix('.npz')}.json"
     if not flags.output.endswith(".json"):
         raise ValueError(f"--output {flags.output}: expected a name that ends in .json (.txt goes beside it)")
@@ -101,12 +102,13 @@ def main(flags: EvaluatorFlags) -> None:
         raise ValueError(f"--per-proc-batch-size is {flags.per_proc_batch_size}, expected at least 1")
     reference, sample = open_image_set(flags.reference), open_image_set(sample_path)
     network = load_network(flags, device=process.device)
-    check_sets(reference, sample, metrics, network=network)
+    check_reference(reference, metrics, network=network)
+    check_sample(sample, metrics, network=network)
     reference_hash = dist.broadcast_object(reference.sha256() if process.is_main else None)
     known_as = dist.broadcast_object(known_references().get(reference_hash))
     if flags.preset:
         check_preset(flags.preset, reference, sample, known_as=known_as)
-    warnings = set_warnings(reference, sample, metrics)
+    warnings = set_warnings(reference, sample, metrics, network=network)
     tell(warnings, process)
     common = {"network": network, "process": process, "batch": flags.per_proc_batch_size}
     with ThreadPoolExecutor(1) as hashing:  # ten gigabytes take a while: beside the features, not before
@@ -116,7 +118,9 @@ def main(flags: EvaluatorFlags) -> None:
         of_sample = measure_with_stored(sample, wanted=needed(metrics, of=0), title=f"samples {sample.name}",
                                         seed=flags.global_seed, **common)
     results = compute(metrics, of_reference, of_sample, pr_dtype=flags.pr_dtype, device=process.device)
-    found = result_warnings(results)
+    found = result_warnings(results, of_reference, of_sample)
+    if sample_hash.result() == reference_hash:
+        found.append("samples and reference are the same file")
     tell(found, process)
     if not process.is_main:
         return

@@ -7,6 +7,7 @@ import hashlib
 import importlib
 import os
 import sys
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,12 +21,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from evaluations.c2i.image_sets import ImageSet
-from evaluations.c2i.inception import CLASSES, resize_tf1
+from evaluations.c2i.inception import CLASSES, exact_fp32, resize_tf1
 from evaluations.c2i.metrics import FeatureStatistics, InceptionScore
-from evaluations.c2i.weights import InceptionFlags, load_inception, load_torchscript
+from evaluations.c2i.weights import InceptionFlags, is_torchscript, load_inception, load_torchscript, weights_hash
 from utils import dist
-from utils.checkpoint import file_hash, replacing
-from utils.cli import flag
+from utils.checkpoint import file_hash, first_line, replacing
+from utils.cli import flag, message
 from utils.seeding import derive_seed
 
 SPLIT = 5000  # images per chunk of the Inception Score, in the order of the set
@@ -73,7 +74,12 @@ def load_network(flags: FeatureFlags, *, device: torch.device) -> FeatureNetwork
     network = network.eval().to(device)
 
     def other_features(pixels: Tensor) -> Features:
-        pooled = network(pixels / 127.5 - 1)
+        try:
+            with exact_fp32():
+                pooled = network(pixels / 127.5 - 1)
+        except RuntimeError as error:  # a size that it does not take, say
+            raise ValueError(f"--features {flags.features} failed on images of {pixels.shape[2]}x{pixels.shape[3]}: "
+                             f"{first_line(error)[:200]}") from None
         if not isinstance(pooled, Tensor) or pooled.ndim != 2 or len(pooled) != len(pixels):
             raise ValueError(f"--features {flags.features} returned {getattr(pooled, 'shape', type(pooled))} for "
                              f"{len(pixels)} images, expected ({len(pixels)}, D)")
@@ -97,28 +103,23 @@ def other_network(source: str) -> tuple[torch.nn.Module, dict[str, str]]:
     """The network of --features and what to call it in a report."""
     path = Path(source)
     if path.is_file():
-        return load_torchscript(path), {"name": path.stem, "file": path.name, "sha256": file_hash(path)}
+        if not zipfile.is_zipfile(path) or not is_torchscript(path):
+            raise ValueError(f"--features {source} is no TorchScript program, as torch.jit.trace makes")
+        described = {"name": f"{path.stem} (TorchScript)", "file": path.name, "sha256": file_hash(path)}
+        return load_torchscript(path), described
     module, _, function = source.partition(":")
     if not function:
         raise FileNotFoundError(f"--features {source} is neither a TorchScript file nor package.module:function")
     sys.path.append(os.getcwd())
     try:
         network = getattr(importlib.import_module(module), function)()
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError) as error:
         raise ValueError(f"--features {source} cannot be had: {error}") from None
     finally:
         sys.path.remove(os.getcwd())
     if not isinstance(network, torch.nn.Module):
         raise ValueError(f"--features {source} returned a {type(network).__name__}, expected a torch.nn.Module")
     return network, {"name": source, "sha256": weights_hash(network)}
-
-
-def weights_hash(network: torch.nn.Module) -> str:
-    """SHA-256 over a network's state."""
-    digest = hashlib.sha256()
-    for name, value in network.state_dict().items():
-        digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 @dataclass
@@ -131,59 +132,84 @@ class Measured:
     inception_scores: tuple[float, float] | None = None  # in the set's order, in a random one
 
 
+class Tally:
+    """What a process collects of its share of a set; `join` is for all of them together."""
+
+    def __init__(self, images: ImageSet, wanted: set[str], *, device: torch.device, seed: int) -> None:
+        self.images, self.wanted, self.device = images, wanted, device
+        self.count = 0
+        self.dims: dict[str, int] = {}
+        self.statistics: dict[str, FeatureStatistics] = {}
+        self.kept: list[tuple[Tensor, Tensor]] = []
+        self.scores: list[InceptionScore] = []
+        if "scores" in wanted:
+            shuffled = torch.from_numpy(np.random.default_rng(derive_seed(seed)).permutation(images.count))
+            self.scores = [InceptionScore(images.count, CLASSES, split=SPLIT, order=order, device=device)
+                           for order in (None, shuffled)]
+
+    def add(self, indices: np.ndarray, features: Features) -> None:
+        """Take in images `indices` (B,). Raises ValueError for features that are not finite."""
+        if not bool(features.pooled.isfinite().all()):
+            raise ValueError(f"{self.images.name}: features of images {indices[0]} to {indices[-1]} are not finite")
+        places = torch.from_numpy(indices)
+        for name in self.wanted & {"pooled", "spatial"}:
+            values = getattr(features, name)
+            self.dims[name] = values.shape[1]
+            self.statistics.setdefault(name, FeatureStatistics(self.dims[name], device=self.device)).update(values)
+        for score in self.scores:
+            score.update(places, features.logits)
+        if "features" in self.wanted:
+            self.kept.append((places, features.pooled.cpu()))
+        self.count += len(indices)
+
+    def join(self) -> Measured:
+        """Everybody's. Raises ValueError when nobody had an image."""
+        result = Measured(int(dist.total(torch.tensor(self.count, device=self.device))))
+        if not result.count:
+            raise ValueError(f"none of the {self.images.count} images of {self.images.name} can be read")
+        for dims in dist.gather_lists([self.dims]):  # this process may have had none
+            self.dims |= dims
+        for name in sorted(self.wanted & {"pooled", "spatial"}):
+            values = self.statistics.get(name) or FeatureStatistics(self.dims[name], device=self.device)
+            values.merge()
+            result.statistics[name] = values.mean(), values.covariance()
+        for score in self.scores:
+            score.merge()
+        if self.scores:
+            result.inception_scores = tuple(score.value() for score in self.scores)
+        if "features" in self.wanted:
+            result.pooled = in_order(self.kept, self.images.count, self.device)
+        return result
+
+
 def measure(images: ImageSet, network: FeatureNetwork, process: dist.Process, *, wanted: set[str], batch: int,
             title: str, seed: int = 0) -> Measured:
     """Run a set through the network. `wanted`: any of "pooled" and "spatial" (statistics), "features", "scores".
 
-    The work is shared by all processes; each image counts once. Raises ValueError for features that are not finite.
+    The work is shared by all processes; each image counts once. What one of them cannot read or measure, all raise, as
+    ValueError.
     """
-    statistics: dict[str, FeatureStatistics] = {}
-    dims: dict[str, int] = {}
-    scores: list[InceptionScore] = []
-    if "scores" in wanted:
-        shuffled = torch.from_numpy(np.random.default_rng(derive_seed(seed)).permutation(images.count))
-        scores = [InceptionScore(images.count, CLASSES, split=SPLIT, order=order, device=process.device)
-                  for order in (None, shuffled)]
-    kept: list[tuple[Tensor, Tensor]] = []
-    count = 0
+    tally = Tally(images, wanted, device=process.device, seed=seed)
+    problems: list[str] = []
     with tqdm(total=images.count, desc=title, unit="image", mininterval=1.0, disable=not process.is_main) as bar:
-        for indices, pictures in images.batches(batch, rank=process.rank, world_size=process.world_size):
-            features = network(pictures)
-            if not bool(features.pooled.isfinite().all()):
-                raise ValueError(f"{images.name}: features of images {indices[0]} to {indices[-1]} are not finite")
-            for name in wanted & {"pooled", "spatial"}:
-                values = getattr(features, name)
-                dims[name] = values.shape[1]
-                statistics.setdefault(name, FeatureStatistics(dims[name], device=process.device)).update(values)
-            places = torch.from_numpy(indices)
-            for score in scores:
-                score.update(places, features.logits)
-            if "features" in wanted:
-                kept.append((places, features.pooled.cpu()))
-            count += len(indices)
-            bar.update(min(len(indices) * process.world_size, images.count - bar.n))
-        result = Measured(int(dist.total(torch.tensor(count, device=process.device))))
-    for part in dist.gather_lists([dims]):  # a process may have had no images to do
-        dims |= part
-    for name in sorted(wanted & {"pooled", "spatial"}):
-        values = statistics.get(name) or FeatureStatistics(dims[name], device=process.device)
-        values.merge()
-        result.statistics[name] = values.mean(), values.covariance()
-    for score in scores:
-        score.merge()
-    if scores:
-        result.inception_scores = tuple(score.value() for score in scores)
-    if "features" in wanted:
-        result.pooled = in_order(kept, images.count, process)
-    return result
+        try:
+            for indices, pictures in images.batches(batch, rank=process.rank, world_size=process.world_size):
+                tally.add(indices, network(pictures))
+                bar.update(min(len(indices) * process.world_size, images.count - bar.n))
+        except (ValueError, OSError) as error:
+            problems.append(message(error))
+    problems = dist.gather_lists(problems)
+    if problems:
+        raise ValueError(problems[0])
+    return tally.join()
 
 
-def in_order(kept: list[tuple[Tensor, Tensor]], count: int, process: dist.Process) -> Tensor:
+def in_order(kept: list[tuple[Tensor, Tensor]], count: int, device: torch.device) -> Tensor:
     """Rows (indices (B,), values (B, D)) of all processes → (count, D) on the CPU, on each of them."""
     width = max(dist.gather_lists([values.shape[1] for _, values in kept[:1]]))
-    pooled = torch.zeros(count, width, device=process.device)
+    pooled = torch.zeros(count, width, device=device)
     for places, values in kept:
-        pooled[places.to(process.device)] = values.to(process.device)
+        pooled[places.to(device)] = values.to(device)
     return dist.total(pooled).cpu()  # every row comes from one process, the others add zero
 
 
@@ -191,14 +217,17 @@ def measure_with_stored(images: ImageSet, network: FeatureNetwork, process: dist
                         batch: int, title: str, seed: int = 0, remember_as: str | None = None) -> Measured:
     """`measure`, less what the set's file brings along: its statistics go before those of its images, as in ADM.
 
-    `remember_as`: the set's hash; what is measured is kept in the user's cache folder, and read from it next time.
+    `remember_as`: the set's hash; what is measured is kept in the user's cache folder, and read from it next time, if
+    the network too is known by the hash of a file.
     """
     stored = {name: (torch.from_numpy(images.stored[mean]).double(), torch.from_numpy(images.stored[cov]).double())
               for name, mean, cov in (("pooled", "mu", "sigma"), ("spatial", "mu_s", "sigma_s"))
               if name in wanted and mean in images.stored}
     missing = wanted - stored.keys()
     result = None if missing else Measured(images.count)
-    key = f"{CACHE_VERSION}-{remember_as}-{network.described['sha256']}-{'-'.join(sorted(missing))}"
+    if "file" not in network.described:  # a function may do another thing tomorrow
+        remember_as = None
+    key = f"{CACHE_VERSION}-{remember_as}-{network.is_inception}-{network.described['sha256']}-{sorted(missing)}"
     path = cache_folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
     if missing and remember_as:
         result = dist.broadcast_object(recall(path) if process.is_main else None)
@@ -225,7 +254,7 @@ def remember(measured: Measured, path: Path) -> None:
     try:
         with replacing(path) as temporary:
             save_file({name: value.contiguous() for name, value in tensors.items()}, temporary)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         print(f"warning: the reference's features could not be kept for the next time: {error}", file=sys.stderr)
 
 

@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from dataset.image_folders import EXTENSIONS
+from dataset.loader import BROKEN_IMAGE
 from utils.checkpoint import file_hash
 
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")
+MADE_WITH = "weights_sha256"  # in references of ours: which Inception weights the statistics are of
 LOSSY = {".jpg", ".jpeg", ".webp"}
 UNREADABLE = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError)  # zipfile's ways to say so
 AHEAD = 2  # batches read while one is measured
@@ -32,12 +34,29 @@ class ImageSet:
     def __init__(self, name: str, count: int, size: tuple[int, int] | None) -> None:
         self.name, self.count, self.size = name, count, size  # no size: no images, statistics only
         self.stored: dict[str, np.ndarray] = {}  # ADM's statistics, as far as the file has them
+        self.made_with: str | None = None  # hash of the weights behind them
         self.labels: np.ndarray | None = None
         self.notes: list[str] = []  # what the reader of a report should know
 
     def batches(self, size: int, *, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
         """The batches of `size` images whose number is `rank` modulo `world_size`."""
         raise NotImplementedError
+
+
+class FirstImages(ImageSet):
+    """The first `count` images of a set, on their own."""
+
+    def __init__(self, images: ImageSet, count: int) -> None:
+        super().__init__(images.name, min(count, images.count), images.size)
+        self.images = images
+
+    def batches(self, size: int, *, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
+        """The set's batches up to the last image, the last one cut."""
+        for indices, pictures in self.images.batches(size, rank=rank, world_size=world_size):
+            wanted = int((indices < self.count).sum())
+            if not wanted:
+                return
+            yield indices[:wanted], pictures[:wanted]
 
 
 class ImageFile(ImageSet):
@@ -90,8 +109,12 @@ class NpzImages(ImageFile):
                         self.stored[key] = small_array(archive, key)
                 if "arr_0" in members:
                     self.count, self.size = self.checked_images(archive)
+                if MADE_WITH in members:
+                    self.made_with = str(small_array(archive, MADE_WITH))
                 self.labels = integer_labels(archive, self.count) if "arr_1" in members else None
         except UNREADABLE as error:
+            if path.suffix == ".npy":
+                raise ValueError(f"{path} is an .npy: expected an .npz (numpy.savez) or a folder of PNGs") from None
             raise ValueError(f"{path} is no whole npz file ({error}): it was cut short or damaged") from None
         check_statistics(self.stored, path)
 
@@ -192,7 +215,7 @@ class FolderImages(ImageFile):
         if not self.files:
             raise ValueError(f"{path} holds no images: expected PNGs (for a tree of folders build a reference with "
                              "evaluations/c2i/reference.py)")
-        super().__init__(f"{path.name}/", len(self.files), read_rgb(self.files[0]).shape[:2])
+        super().__init__(f"{path.resolve().name}/", len(self.files), read_rgb(self.files[0]).shape[:2])
         self.path = path
         lossy = sum(file.suffix.lower() in LOSSY for file in self.files)
         self.notes += [f"{lossy} of {self.count} files in {path} are lossy (JPEG, WebP): compression moves every "
@@ -227,8 +250,10 @@ def read_rgb(file: Path) -> np.ndarray:
     """An image file as uint8 (H, W, 3). Raises ValueError for what is damaged or is not 8-bit and opaque."""
     try:
         with Image.open(file) as image:
-            if image.mode not in ("RGB", "L", "P") or "transparency" in image.info:
-                raise ValueError(f"{file} is of mode {image.mode}, expected opaque 8-bit RGB")
-            return np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError, UnidentifiedImageError, zlib.error) as error:
+            mode, clear = image.mode, "transparency" in image.info
+            picture = np.asarray(image.convert("RGB"))
+    except (*BROKEN_IMAGE, zlib.error) as error:
         raise ValueError(f"{file} cannot be read as an image: {error}") from None
+    if mode not in ("RGB", "L", "P") or clear:
+        raise ValueError(f"{file} is of mode {mode}, expected opaque 8-bit RGB")
+    return picture

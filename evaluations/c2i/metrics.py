@@ -192,7 +192,7 @@ def manifold_radii(features: Tensor, *, k: int = 3, pr_dtype: PRDtype = "fp32") 
     Raises ValueError for N <= k and for features that are not finite.
     """
     if len(features) <= k:
-        raise ValueError(f"{len(features)} rows of features: the {k}-th neighbour needs more than {k}")
+        raise ValueError(f"{len(features)} rows of features: neighbour {k} of each needs more than {k}")
     distances = _Distances(features, features, pr_dtype)
     nearest = torch.full((len(features), k + 1), math.inf, device=features.device)
     pairs = [(rows, columns) for rows, columns in distances.blocks if rows.start <= columns.start]

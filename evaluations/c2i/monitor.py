@@ -1,10 +1,11 @@
 """Metrics while a model trains: what it makes now, against a reference, without a file in between."""
+import sys
 from dataclasses import dataclass
 
 from evaluations.c2i.features import load_network, measure, measure_with_stored
-from evaluations.c2i.image_sets import ImageSet, open_image_set
-from evaluations.c2i.protocol import check_sets
-from evaluations.c2i.scores import MetricFlags, chosen_metrics, compute, needed
+from evaluations.c2i.image_sets import FirstImages, ImageSet, open_image_set
+from evaluations.c2i.protocol import check_reference
+from evaluations.c2i.scores import NEIGHBOURS, MetricFlags, chosen_metrics, compute, needed
 from utils import dist
 from utils.cli import flag
 
@@ -23,25 +24,33 @@ class MonitorFlags(MetricFlags):
 class Monitor:
     """Holds the network and the measured reference; called by all processes with the images of the moment."""
 
-    def __init__(self, flags: MonitorFlags, process: dist.Process) -> None:
+    def __init__(self, flags: MonitorFlags, process: dist.Process, *, reconstructs: bool) -> None:
         if flags.eval_reference is None:
             raise ValueError("--eval-every needs --eval-reference: which images should the model's be compared with?")
-        if flags.eval_images < 2:
-            raise ValueError(f"--eval-images is {flags.eval_images}, expected at least 2")
+        if flags.eval_images <= NEIGHBOURS:
+            raise ValueError(f"--eval-images is {flags.eval_images}, expected more than {NEIGHBOURS}")
         self.metrics, self.process, self.pr_dtype = chosen_metrics(flags), process, flags.pr_dtype
-        self.reference = open_image_set(flags.eval_reference)
+        reference = self.reference = open_image_set(flags.eval_reference)
+        for text in reference.notes if process.is_main else []:
+            print(f"warning: {text}", file=sys.stderr, flush=True)
+        sha256 = dist.broadcast_object(reference.sha256() if process.is_main else None)
+        if reconstructs:
+            if reference.stored or reference.size is None:
+                raise ValueError(f"--eval-reference {flags.eval_reference} brings statistics of a training set: give "
+                                 "the images to reconstruct, as scripts/tokenizer/val.sh writes them")
+            self.reference = FirstImages(reference, flags.eval_images)
+            sha256 += f" first {self.reference.count}"
         self.network = load_network(flags, device=process.device)
-        check_sets(self.reference, self.reference, self.metrics, network=self.network)
-        sha256 = dist.broadcast_object(self.reference.sha256() if process.is_main else None)
+        check_reference(self.reference, self.metrics, network=self.network)
         self.measured = measure_with_stored(self.reference, self.network, process, wanted=needed(self.metrics, of=1),
                                             batch=BATCH, title=f"reference {self.reference.name}", remember_as=sha256)
 
     @classmethod
-    def wanted(cls, flags: MonitorFlags, process: dist.Process) -> "Monitor | None":
-        """A monitor if --eval-every asks for one."""
+    def wanted(cls, flags: MonitorFlags, process: dist.Process, *, reconstructs: bool = False) -> "Monitor | None":
+        """A monitor if --eval-every asks for one; `reconstructs`: what it will see are the reference's first images."""
         if flags.eval_every < 0:
             raise ValueError(f"--eval-every is {flags.eval_every}, expected steps, or 0 for never")
-        return cls(flags, process) if flags.eval_every else None
+        return cls(flags, process, reconstructs=reconstructs) if flags.eval_every else None
 
     def __call__(self, images: ImageSet) -> dict[str, float]:
         """{"eval_fid": …} of the metrics of --metrics."""

@@ -3,8 +3,8 @@ import json
 
 import numpy as np
 
-from evaluations.c2i.features import FeatureNetwork, cache_folder
-from evaluations.c2i.image_sets import ImageSet
+from evaluations.c2i.features import SPLIT, FeatureNetwork, cache_folder
+from evaluations.c2i.image_sets import MADE_WITH, ImageSet
 from evaluations.c2i.scores import NEIGHBOURS, TITLES
 from utils.checkpoint import replacing
 
@@ -19,30 +19,45 @@ ACCEPTANCE = {  # ADM's published numbers for its published sample files, each a
 TOLERANCE = {"is": 0.3, "fid": 0.005, "sfid": 0.005, "precision": 0.003, "recall": 0.003}
 
 
-def check_sets(reference: ImageSet, sample: ImageSet, metrics: list[str], *, network: FeatureNetwork) -> None:
-    """Raise ValueError when the sets cannot give these metrics."""
+def check_reference(reference: ImageSet, metrics: list[str], *, network: FeatureNetwork) -> None:
+    """Raise ValueError when a reference cannot give these metrics."""
+    if reference.size is not None:
+        check_images(reference, metrics)
+    elif {"precision", "recall"} & set(metrics):
+        raise ValueError(f"{reference.name} holds no images (arr_0), which precision and recall need: take the file "
+                         "with images, or leave them out with --metrics fid,sfid,is")
+    elif "sfid" in metrics and "mu_s" not in reference.stored:
+        raise ValueError(f"{reference.name} has neither images nor mu_s and sigma_s, which sFID needs: leave it out "
+                         "with --metrics fid,is")
+    check_stored(reference, network=network)
+
+
+def check_sample(sample: ImageSet, metrics: list[str], *, network: FeatureNetwork) -> None:
+    """Raise ValueError when samples cannot give these metrics."""
     if sample.size is None:
         raise ValueError(f"{sample.name} holds statistics and no images (arr_0): samples must be images")
-    if reference.size is None:
-        if {"precision", "recall"} & set(metrics):
-            raise ValueError(f"{reference.name} holds no images (arr_0), which precision and recall need: take the "
-                             "file with images, or leave them out with --metrics fid,sfid,is")
-        if "sfid" in metrics and "mu_s" not in reference.stored:
-            raise ValueError(f"{reference.name} has neither images nor mu_s and sigma_s, which sFID needs: leave it "
-                             "out with --metrics fid,is")
-    for images in (reference, sample):
-        if images.size is not None and images.count < 2:
-            raise ValueError(f"{images.name} holds {images.count} image: a covariance needs two")
-        if {"precision", "recall"} & set(metrics) and images.count <= NEIGHBOURS:
-            raise ValueError(f"{images.name} holds {images.count} images: precision and recall look at the third "
-                             "neighbour of each, leave them out with --metrics")
-        if images.stored and not network.is_inception:
-            raise ValueError(f"{images.name} brings statistics of Inception features, --features are others: give a "
-                             "file or folder with images alone")
-        for key, width in WIDTHS.items():
-            if key in images.stored and len(images.stored[key]) != width:
-                raise ValueError(f"{images.name} has {key} of length {len(images.stored[key])}, expected {width}: "
-                                 "it is of another network")
+    check_images(sample, metrics)
+    check_stored(sample, network=network)
+
+
+def check_images(images: ImageSet, metrics: list[str]) -> None:
+    """Raise ValueError when there are too few images."""
+    if images.count < 2:
+        raise ValueError(f"{images.name} holds {images.count} image: a covariance needs two")
+    if {"precision", "recall"} & set(metrics) and images.count <= NEIGHBOURS:
+        raise ValueError(f"{images.name} holds {images.count} images: precision and recall look at the third neighbour "
+                         "of each, leave them out with --metrics")
+
+
+def check_stored(images: ImageSet, *, network: FeatureNetwork) -> None:
+    """Raise ValueError when a file's statistics are of other features."""
+    if images.stored and not network.is_inception:
+        raise ValueError(f"{images.name} brings statistics of Inception features, --features are others: give a "
+                         "file or folder with images alone")
+    for key, width in WIDTHS.items():
+        if key in images.stored and len(images.stored[key]) != width:
+            raise ValueError(f"{images.name} has {key} of length {len(images.stored[key])}, expected {width}: it is "
+                             "of another network")
 
 
 def check_preset(preset: str, reference: ImageSet, sample: ImageSet, *, known_as: str | None) -> None:
@@ -57,7 +72,8 @@ def check_preset(preset: str, reference: ImageSet, sample: ImageSet, *, known_as
                              "rfid takes it: give VIRTUAL_imagenet256_labeled.npz, or a reference made by "
                              "evaluations/c2i/reference.py")
     elif reference.stored or known_as:
-        raise ValueError(f"--preset rfid: {reference.name} brings statistics of a training set{known_as or ''}, as "
+        known = f" (known: {known_as})" if known_as else ""
+        raise ValueError(f"--preset rfid: {reference.name} brings statistics of a training set{known}, as "
                          "gfid takes them: give the crops of the reconstructed images, scripts/tokenizer/val.sh")
     elif reference.count != sample.count:
         raise ValueError(f"--preset rfid: {reference.count} reference images and {sample.count} reconstructions: each "
@@ -67,7 +83,7 @@ def check_preset(preset: str, reference: ImageSet, sample: ImageSet, *, known_as
                          f"samples of {sample.size[0]}x{sample.size[1]}: see --image-size-eval")
 
 
-def set_warnings(reference: ImageSet, sample: ImageSet, metrics: list[str]) -> list[str]:
+def set_warnings(reference: ImageSet, sample: ImageSet, metrics: list[str], *, network: FeatureNetwork) -> list[str]:
     """What makes the numbers other than they seem, before anything is computed."""
     found = [*reference.notes, *sample.notes]
     if reference.size and reference.size != sample.size:
@@ -77,17 +93,19 @@ def set_warnings(reference: ImageSet, sample: ImageSet, metrics: list[str]) -> l
         found.append(f"{sample.name} brings statistics: FID and sFID are computed from them as ADM does, not from its "
                      "images")
     for images in (reference, sample):
-        if images.count < 2048 and not (images is reference and reference.stored) and \
-                {"fid", "sfid", "frechet_distance"} & set(metrics):
-            found.append(f"{images.name} holds {images.count} images, fewer than features have dimensions (2048): the "
-                         "distance is dominated by noise")
+        if images.made_with not in (None, network.described.get(MADE_WITH)):
+            found.append(f"the statistics in {images.name} were made with other Inception weights than "
+                         f"{network.described['file']}")
+        if {"fid", "sfid"} & set(metrics) and not images.stored and images.count < WIDTHS["mu"]:
+            found.append(f"{images.name} holds {images.count} images, fewer than features have dimensions "
+                         f"({WIDTHS['mu']}): the distance is dominated by noise")
     if sample.count != PUBLISHED_COUNT and "fid" in metrics:
         found.append(f"{sample.count} samples: published FIDs are of {PUBLISHED_COUNT}, and fewer samples give a "
                      "higher FID of the same model")
-    if sample.labels is not None and sample.labels.max() > sample.labels.min() and \
-            (np.diff(sample.labels) >= 0).all() and "is" in metrics:
-        found.append(f"{sample.name} is in class order: the Inception Score of its chunks of 5000 is too low, see "
-                     "is_shuffled")
+    labels = sample.labels
+    if "is" in metrics and labels is not None and labels.max() > labels.min() and (np.diff(labels) >= 0).all():
+        found.append(f"{sample.name} is in class order: over {SPLIT} images, the Inception Score of chunks comes out "
+                     "far too low, see is_shuffled")
     return found
 
 
@@ -110,7 +128,7 @@ def accept(name: str, results: dict[str, float], reference: ImageSet, sha256: st
         raise ValueError("--acceptance: these are not ADM's numbers: check the hashes of weights, reference, samples")
     if len(rows) == len(TOLERANCE):
         with replacing(cache_folder() / "references.json") as temporary:
-            known = known_references() | {sha256: f" ({reference.name}, proven by {name})"}
+            known = known_references() | {sha256: f"{reference.name}, proven by {name}"}
             temporary.write_text(json.dumps(known, indent=2) + "\n")
 
 

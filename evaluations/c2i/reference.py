@@ -3,8 +3,8 @@
     python3 evaluations/c2i/reference.py --data-path my_images/train --image-size 256 --output my_reference.npz
 
 The file is like ADM's VIRTUAL_imagenet256_labeled.npz: `mu`, `sigma`, `mu_s`, `sigma_s` of the whole set for FID and
-sFID, `arr_0` for precision and recall, `arr_1` the labels. How it came about goes to my_reference.json. Start it with
-torchrun to use several GPUs.
+sFID, `arr_0` for precision and recall, `arr_1` the labels. How it came about goes to my_reference.config.json. Start it
+with torchrun to use several GPUs.
 """
 import sys
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from dataset.augmentation import center_crop
 from dataset.build import DataFlags, ImageDataset, build_dataset
 from dataset.loader import CentreCrops, worker_count
 from evaluations.c2i.features import inception_network, measure
-from evaluations.c2i.image_sets import STATISTICS, Batch, ImageSet
+from evaluations.c2i.image_sets import MADE_WITH, STATISTICS, Batch, ImageSet
 from evaluations.c2i.weights import InceptionFlags
 from utils import cli, dist
 from utils.cli import flag
@@ -33,7 +33,7 @@ from utils.seeding import derive_seed
 class ReferenceFlags(DataFlags, InceptionFlags, BatchFlags, SeedFlags, WorkerFlags, OutputFlags, DeviceFlags):
     """The reference command."""
 
-    keep_images: int | None = flag(None, "images in the file, chosen by --global-seed (ADM has 10000); None: all")
+    keep_images: int = flag(10_000, "at most so many images in the file, chosen by --global-seed; statistics: of all")
     output: str = "reference.npz"
     per_proc_batch_size: int = 64
 
@@ -64,7 +64,7 @@ def main(flags: ReferenceFlags) -> None:
     output = Path(flags.output)
     if output.suffix != ".npz":
         raise ValueError(f"--output {output}: expected a name that ends in .npz")
-    if min(flags.keep_images or 1, flags.per_proc_batch_size) < 1:
+    if min(flags.keep_images, flags.per_proc_batch_size) < 1:
         raise ValueError("--keep-images and --per-proc-batch-size must be at least 1")
     data = build_dataset(flags.dataset, flags.data_path, size=flags.image_size)
     network = inception_network(flags.inception, device=process.device)
@@ -77,12 +77,14 @@ def main(flags: ReferenceFlags) -> None:
     readable = np.array([index for index in range(len(data)) if index not in broken])
     kept = np.sort(np.random.default_rng(derive_seed(flags.global_seed)).permutation(readable)[:flags.keep_images])
     values = [value.cpu().numpy() for name in ("pooled", "spatial") for value in measured.statistics[name]]
+    extra = {**dict(zip(STATISTICS, values, strict=True)), MADE_WITH: np.array(network.described[MADE_WITH])}
     save_npz(output, (center_crop(data.image(int(index)), flags.image_size) for index in kept), count=len(kept),
-             shape=flags.image_size, labels=data.labels[kept], extra=dict(zip(STATISTICS, values, strict=True)))
-    cli.save_config(output.with_suffix(".json"), flags, images=measured.count, kept=len(kept),
+             shape=flags.image_size, labels=data.labels[kept], extra=extra)
+    notes = output.with_suffix(".config.json")
+    cli.save_config(notes, flags, images=measured.count, kept=len(kept),
                     network=network.described, unreadable=[data.name(index) for index in sorted(broken)])
     print(f"{output}: statistics of {measured.count} images, {len(kept)} of them inside"
-          f"{f'; {len(broken)} could not be read and are named in {output.stem}.json' if broken else ''}")
+          f"{f'; {len(broken)} could not be read and are named in {notes.name}' if broken else ''}")
 
 
 if __name__ == "__main__":

@@ -78,9 +78,12 @@ def compute(metrics: list[str], reference: Measured, sample: Measured, *, pr_dty
     return results
 
 
-def result_warnings(results: dict[str, float]) -> list[str]:
+def result_warnings(results: dict[str, float], *measured: Measured) -> list[str]:
     """What the numbers say about themselves."""
     found = []
+    for part in measured if "frechet_distance" in results else ():
+        if part.count <= (dim := len(part.statistics["pooled"][0])):
+            found.append(f"the Fréchet distance is of {part.count} images in {dim} dimensions: mostly noise")
     if "is" in results and abs(results["is"] / results["is_shuffled"] - 1) > 0.05:
         found.append(f"the Inception Score is {results['is']:.2f} in the file's order and {results['is_shuffled']:.2f} "
                      "in a random one: the images are sorted, by class perhaps")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from evaluations.c2i.inception import FIDInception
 from utils import checkpoint
@@ -67,7 +67,9 @@ class InceptionFlags:
 
 
 def load_inception(path: str | Path | None, *, device: torch.device) -> tuple[FIDInception, dict[str, str]]:
-    """The network in eval mode, and {"file", "format", "sha256", "known"} of its weights file.
+    """The network in eval mode, and {"file", "format", "sha256", "known", "weights_sha256"} of its weights file.
+
+    The last is of the values: the same for every format of the same weights.
 
     Raises FileNotFoundError with where to get the weights, ValueError for a file that does not hold them.
     """
@@ -91,8 +93,17 @@ def load_inception(path: str | Path | None, *, device: torch.device) -> tuple[FI
     if digest not in KNOWN and env_rank() == 0:
         print(f"warning: {path} (sha256 {described['sha256'][:12]}…) is none of the published Inception files: the "
               "numbers compare with each other, but with nobody else's", file=sys.stderr)
+    described["weights_sha256"] = weights_hash(network)
     network = network.eval().requires_grad_(False).to(device)
     return network.to(memory_format=torch.channels_last), described
+
+
+def weights_hash(network: nn.Module) -> str:
+    """SHA-256 over a network's state."""
+    digest = hashlib.sha256()
+    for name, value in network.state_dict().items():
+        digest.update(name.encode() + value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def read_weights(path: Path) -> tuple[str, dict[str, Tensor]]:

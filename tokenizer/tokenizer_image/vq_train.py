@@ -104,24 +104,23 @@ class TokenizerTask:
 
 
 class Reconstructions(ImageSet):
-    """The first `count` images of a set as the tokenizer brings them back; sums up how near they come."""
+    """A set as the tokenizer brings it back; sums up how near its images come."""
 
-    def __init__(self, originals: ImageSet, model: nn.Module, count: int) -> None:
-        super().__init__("reconstructions", min(count, originals.count), originals.size)
+    def __init__(self, originals: ImageSet, model: nn.Module) -> None:
+        super().__init__("reconstructions", originals.count, originals.size)
         self.originals, self.model = originals, model
-        self.sums = torch.zeros(3, dtype=torch.float64)  # PSNR, SSIM, images
+        self.sums = torch.zeros(4, dtype=torch.float64)  # PSNR, count of images that changed; SSIM, count of all
 
     def batches(self, size: int, *, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
-        """Without the originals' last batches, cut to `count`."""
+        """The originals' batches, each reconstructed."""
         for indices, pictures in self.originals.batches(size, rank=rank, world_size=world_size):
-            wanted = int((indices < self.count).sum())
-            if not wanted:
-                return
-            made = self.reconstruct(pictures[:wanted])
-            pair = [torch.from_numpy(x).permute(0, 3, 1, 2) for x in (pictures[:wanted], made)]
-            near = torch.stack([psnr(*pair), ssim(*pair)[:, 0], torch.ones(wanted, dtype=torch.float64)])
-            self.sums += near[:, near[0].isfinite()].sum(1)
-            yield indices[:wanted], made
+            made = self.reconstruct(pictures)
+            pair = [torch.from_numpy(x).permute(0, 3, 1, 2) for x in (pictures, made)]
+            decibels = psnr(*pair)
+            changed = decibels.isfinite()
+            self.sums += torch.stack([decibels[changed].sum(), changed.sum(), ssim(*pair).sum(),
+                                      torch.tensor(len(made), dtype=torch.float64)])
+            yield indices, made
 
     def reconstruct(self, pictures: np.ndarray) -> np.ndarray:
         """uint8 (B, H, W, 3) → uint8 (B, H, W, 3)."""
@@ -130,9 +129,9 @@ class Reconstructions(ImageSet):
         return images.to_uint8(decode_images(self.model, encode_images(self.model, pixels), grid))
 
     def similarity(self, device: torch.device) -> dict[str, float]:
-        """Means over all processes; an image that comes back exactly does not count (its PSNR is infinite)."""
-        decibels, similarity, count = dist.total(self.sums.to(device)).tolist()
-        return {"eval_psnr": decibels / count, "eval_ssim": similarity / count} if count else {}
+        """Means over all processes; in the PSNR an image that comes back exactly, infinitely near, does not count."""
+        decibels, changed, similarity, count = dist.total(self.sums.to(device)).tolist()
+        return {"eval_ssim": similarity / count, **({"eval_psnr": decibels / changed} if changed else {})}
 
 
 def open_images(flags: VQTrainFlags) -> ImageDataset:
@@ -178,7 +177,7 @@ def main(flags: VQTrainFlags) -> None:
     check_flags(flags, world_size=process.world_size)
     if flags.finetune and flags.vq_ckpt is None:
         raise ValueError("--finetune needs --vq-ckpt")
-    monitor = Monitor.wanted(flags, process)
+    monitor = Monitor.wanted(flags, process, reconstructs=True)
     if monitor is not None and monitor.reference.size != flags.image_size:
         raise ValueError(f"--eval-reference should hold images of --image-size to reconstruct, it has "
                          f"{monitor.reference.size}")
@@ -225,7 +224,7 @@ def main(flags: VQTrainFlags) -> None:
                       num_workers=flags.num_workers, pin_memory=process.device.type == "cuda")
 
     def evaluate(model: nn.Module) -> dict[str, float]:
-        made = Reconstructions(monitor.reference, model, flags.eval_images)
+        made = Reconstructions(monitor.reference, model)
         return {**monitor(made), **made.similarity(process.device)}
 
     trainer.fit(batches, eval_every=flags.eval_every, evaluate=monitor and evaluate)
