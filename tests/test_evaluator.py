@@ -487,6 +487,12 @@ def for_other_sizes() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(7, 2))
 
 
+def test_what_one_process_cannot_read_all_raise(sets, monkeypatch, capsys):
+    """Else the others would wait for it."""
+    monkeypatch.setattr(features.dist, "gather_lists", lambda values: [*values, "5.png of another process is broken"])
+    refused(capsys, "5.png of another process is broken", *sets, *TINY)
+
+
 class NotFinite(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return images.mean((2, 3)) / 0
