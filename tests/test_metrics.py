@@ -270,7 +270,7 @@ def test_too_few_rows_and_other_shapes_are_refused():
         FeatureStatistics(4).mean()
     with pytest.raises(ValueError, match=r"shape \(5, 3\), expected \(B, 4\)"):
         FeatureStatistics(4).update(torch.ones(5, 3))
-    with pytest.raises(ValueError, match="3 rows of features: the 3-th neighbour needs more than 3"):
+    with pytest.raises(ValueError, match="3 rows of features: neighbour 3 of each needs more than 3"):
         precision_recall(torch.ones(3, 4), torch.ones(9, 4))
     with pytest.raises(ValueError, match=r"\(9, 5\), expected \(N1, D\) and"):
         precision_recall(torch.ones(9, 4), torch.ones(9, 5))
