@@ -368,7 +368,8 @@ def test_bad_samples_are_one_line(make, says, sets, capsys):
 
 @pytest.mark.parametrize(("make", "flags", "says"), [
     (write(mu=np.zeros(96), sigma=np.eye(96)), (), "precision and recall need"),
-    (write(mu=np.zeros(96), sigma=np.eye(96)), ("--metrics", "fid,sfid"), "neither images nor mu_s"),
+    (write(mu=np.zeros(96), sigma=np.eye(96)), ("--metrics", "fid,sfid"), "none for sFID"),
+    (write(mu=np.zeros(96), sigma=np.eye(96), arr_0=pictures(8, seed=0)), (), "none for sFID"),
     (write(mu=np.zeros(96)), (), "only one of mu and sigma"),
     (write(mu=np.zeros(96), sigma=np.eye(95)), (), "expected (D,) and (D, D)"),
     (write(mu=np.zeros(64), sigma=np.eye(64)), ("--metrics", "fid"), "mu of length 64, expected 96"),

@@ -26,10 +26,7 @@ def check_reference(reference: ImageSet, metrics: list[str], *, network: Feature
     elif {"precision", "recall"} & set(metrics):
         raise ValueError(f"{reference.name} holds no images (arr_0), which precision and recall need: take the file "
                          "with images, or leave them out with --metrics fid,sfid,is")
-    elif "sfid" in metrics and "mu_s" not in reference.stored:
-        raise ValueError(f"{reference.name} has neither images nor mu_s and sigma_s, which sFID needs: leave it out "
-                         "with --metrics fid,is")
-    check_stored(reference, network=network)
+    check_stored(reference, metrics, network=network)
 
 
 def check_sample(sample: ImageSet, metrics: list[str], *, network: FeatureNetwork) -> None:
@@ -37,7 +34,7 @@ def check_sample(sample: ImageSet, metrics: list[str], *, network: FeatureNetwor
     if sample.size is None:
         raise ValueError(f"{sample.name} holds statistics and no images (arr_0): samples must be images")
     check_images(sample, metrics)
-    check_stored(sample, network=network)
+    check_stored(sample, metrics, network=network)
 
 
 def check_images(images: ImageSet, metrics: list[str]) -> None:
@@ -49,8 +46,11 @@ def check_images(images: ImageSet, metrics: list[str]) -> None:
                          "of each, leave them out with --metrics")
 
 
-def check_stored(images: ImageSet, *, network: FeatureNetwork) -> None:
-    """Raise ValueError when a file's statistics are of other features."""
+def check_stored(images: ImageSet, metrics: list[str], *, network: FeatureNetwork) -> None:
+    """Raise ValueError when a file's statistics are of other features, or for FID alone when sFID is asked for too."""
+    if images.stored and "sfid" in metrics and "mu_s" not in images.stored:
+        raise ValueError(f"{images.name} brings statistics for FID and none for sFID (mu_s, sigma_s): leave it out "
+                         "with --metrics fid,is,precision,recall")
     if images.stored and not network.is_inception:
         raise ValueError(f"{images.name} brings statistics of Inception features, --features are others: give a "
                          "file or folder with images alone")
