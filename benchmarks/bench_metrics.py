@@ -42,8 +42,8 @@ precision and recall. "ADM" is ADM's way in numpy and scipy (see the script), "o
 Products: the seconds that the matrix products of our side alone take at the speed measured for one block of each kind.
 Medians of the runs, sides in turns.
 
-How to read it: fp16 is what ADM computes; two thirds of its time there is numpy's float16 arithmetic, which has no fast
-instructions on this CPU. fp32 is the same work on both sides, less what symmetry saves; most of ours is products, so
+How to read it: fp16 is what ADM computes; more than half of its time there is numpy's float16 arithmetic, which has no
+fast instructions on this CPU. fp32 is the same work on both sides, less what symmetry saves; most of ours is products, so
 there is little left to gain without leaving pairs out. The partition of the rows runs on all threads, ADM's on one.
 
 | features | distances | CPU, threads | versions | runs | ADM: statistics + Fréchet + P/R = s | ours | products | \
