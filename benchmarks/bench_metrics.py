@@ -43,8 +43,8 @@ Products: the seconds that the matrix products of our side alone take at the spe
 Medians of the runs, sides in turns.
 
 How to read it: fp16 is what ADM computes; more than half of its time there is numpy's float16 arithmetic, which has no
-fast instructions on this CPU. fp32 is the same work on both sides, less what symmetry saves; most of ours is products, so
-there is little left to gain without leaving pairs out. The partition of the rows runs on all threads, ADM's on one.
+fast instructions on this CPU. fp32 is the same work on both sides, less what symmetry saves; most of ours is products,
+so little is left to gain without leaving pairs out. The partition of the rows runs on all threads, ADM's on one.
 
 | features | distances | CPU, threads | versions | runs | ADM: statistics + Fréchet + P/R = s | ours | products | \
 faster | ADM GiB | ours GiB | memory |
