@@ -47,11 +47,14 @@ def two_processes(jobs: list[tuple[str, list]], folder: Path, *, setup: str = ""
     script.write_text(f"""import json, sys
 sys.path.insert(0, {str(ROOT)!r})
 from tests.conftest import entry
+from utils import dist
 from utils.cli import build_parser
 {setup}
 for name, argv in json.loads(sys.argv[1]):
     main, flags = entry(name)
     main(flags(**vars(build_parser(flags).parse_args(argv))))
+dist.barrier()
+dist.shutdown()  # as cli.run does: a process that ends with its group alive may abort
 """)
     words = json.dumps([(name, [str(word) for word in argv]) for name, argv in jobs])
     environment = {**os.environ, "nproc_per_node": "2", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
