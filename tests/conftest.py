@@ -103,3 +103,30 @@ def gpt_ckpt(code_store, tmp_path_factory) -> Path:
     results = tmp_path_factory.mktemp("gpt")
     call("train_gpt", "--code-path", code_store, *TINY_GPT, "--epochs", 2, "--results-dir", results, "--ema")
     return newest(results / "000-GPT-S" / "checkpoints")
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    """The user's cache is neither read nor written."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """Inception's place taken by something fast."""
+    from evaluations.c2i import features, protocol
+    from tests.evaluation import WIDTHS, StandIn
+
+    described = {"file": "stand-in", "format": "none", "sha256": "0" * 64, "known": "no", "weights_sha256": "1"}
+    monkeypatch.setattr(features, "load_inception", lambda path, device: (StandIn(), described))
+    monkeypatch.setattr(protocol, "WIDTHS", WIDTHS)
+
+
+@pytest.fixture
+def sets(tmp_path) -> tuple[Path, Path]:
+    """ref.npz with 40 and sample.npz with 31 images."""
+    from tests.evaluation import pictures
+
+    np.savez(tmp_path / "ref.npz", arr_0=pictures(40, seed=0))
+    np.savez(tmp_path / "sample.npz", arr_0=pictures(31, seed=1))
+    return tmp_path / "ref.npz", tmp_path / "sample.npz"

@@ -1,84 +1,27 @@
-"""The evaluation command: its numbers against plain numpy, what it refuses, what it remembers and reports."""
+"""The evaluation command: its numbers against plain numpy, what it remembers and reports."""
 import json
 import os
 import shutil
 import tracemalloc
-import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
-import torch.nn.functional as F
 from scipy.special import rel_entr
 from torch import nn
 
 from evaluations.c2i import evaluator, features, protocol
 from evaluations.c2i.image_sets import NpzImages, open_image_set
 from tests.conftest import TINY_GPT, TINY_VQ, call, two_processes
+from tests.evaluation import TINY, StandIn, TinyNetwork, evaluate, pictures, refused, save_program, tiny_network
 from utils import checkpoint
 from utils.checkpoint import newest
 from utils.images import load_png, save_png
 from utils.logger import read_metrics
 
-WIDTHS = {"mu": 96, "mu_s": 80}
-TINY = ("--features", "tests.test_evaluator:tiny_network")
-
-
-class TinyNetwork(nn.Module):
-    """Means of the four quarters of each channel, scaled differently: twelve features."""
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return F.adaptive_avg_pool2d(images, 2).flatten(1) * torch.arange(1, 13)
-
-
-def tiny_network() -> nn.Module:
-    return TinyNetwork()
-
-
-class StandIn(nn.Module):
-    """Gives what Inception gives, from fixed random projections, in 96 and 80 dimensions for 2048 and 2023."""
-
-    def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        assert pixels.shape[1:] == (3, 299, 299)
-        patches = F.adaptive_avg_pool2d(pixels, 4).flatten(1) / 255  # (B, 48)
-        generator = torch.Generator().manual_seed(0)
-        maps = [torch.randn(48, width, generator=generator) for width in WIDTHS.values()]
-        return tuple((patches @ m).relu() for m in maps)
-
-    def logits(self, pooled: torch.Tensor) -> torch.Tensor:
-        relative = F.normalize(pooled - pooled.mean(1, keepdim=True))
-        return 200 * relative.repeat(1, 11)[:, :1008]
-
-
-@pytest.fixture
-def stand_in(monkeypatch):
-    """Inception's place taken by something fast."""
-    described = {"file": "stand-in", "format": "none", "sha256": "0" * 64, "known": "no", "weights_sha256": "1"}
-    monkeypatch.setattr(features, "load_inception", lambda path, device: (StandIn(), described))
-    monkeypatch.setattr(protocol, "WIDTHS", WIDTHS)
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
-def pictures(count: int, *, seed: int, size: int = 16) -> np.ndarray:
-    rng = np.random.default_rng(seed)
-    base = rng.integers(60, 200, (count, 4, 4, 3)).repeat(size // 4, 1).repeat(size // 4, 2)
-    return np.clip(base + rng.normal(0, 20, base.shape), 0, 255).astype(np.uint8)
-
-
-@pytest.fixture
-def sets(tmp_path) -> tuple[Path, Path]:
-    """ref.npz with 40 and sample.npz with 31 images."""
-    np.savez(tmp_path / "ref.npz", arr_0=pictures(40, seed=0))
-    np.savez(tmp_path / "sample.npz", arr_0=pictures(31, seed=1))
-    return tmp_path / "ref.npz", tmp_path / "sample.npz"
-
-
+pytestmark = pytest.mark.usefixtures("own_cache")
 TRAININGS = {"train_gpt": "000-GPT-S", "train_vq": "001-VQ-4-S"}
 
 
@@ -119,14 +62,9 @@ def pair(inputs, tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
         two_processes(jobs, folder, setup="""
-import evaluations.c2i.features as f, tests.test_evaluator as t
+import evaluations.c2i.features as f, tests.evaluation as t
 f.load_inception = lambda path, device: (t.StandIn(), {'sha256': '0', 'weights_sha256': '1'})""")
     return folder
-
-
-def evaluate(ref: Path, sample: Path, *flags) -> dict:
-    call("evaluate", ref, sample, *flags)
-    return json.loads(sample.with_name(f"{sample.name.removesuffix('.npz')}.json").read_text())
 
 
 def expected_distance(a: np.ndarray, b: np.ndarray) -> float:
@@ -256,12 +194,6 @@ def test_precision_of_duplicates_is_not_trusted():
     assert not evaluator.result_warnings({"precision": 0.9, "precision_fp16": 0.9, "precision_fp32": 0.895})
 
 
-def save_program(path: Path, network: nn.Module) -> tuple[str, str]:
-    """A network as a TorchScript file → the flags to use it."""
-    torch.jit.trace(network, torch.zeros(2, 3, 16, 16)).save(str(path))
-    return "--features", str(path)
-
-
 class Doubled(TinyNetwork):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return 2 * super().forward(images)
@@ -311,119 +243,6 @@ def test_images_are_streamed(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert count == 4000 and peak < 3e6
-
-
-def truncate(path: Path, *, keep: float) -> None:
-    path.write_bytes(path.read_bytes()[:int(path.stat().st_size * keep)])
-
-
-def corrupt_pixels(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 255
-    path.write_bytes(content)
-
-
-def too_few_pixels(path: Path) -> None:
-    with zipfile.ZipFile(path, "w") as archive, archive.open("arr_0.npy", "w") as member:
-        np.lib.format.write_array_header_1_0(member, {"descr": "|u1", "fortran_order": False, "shape": (9, 16, 16, 3)})
-        member.write(bytes(8 * 16 * 16 * 3))
-
-
-def write(**arrays):
-    return lambda path: np.savez(path, **arrays)
-
-
-@pytest.mark.parametrize(("make", "says"), [
-    (write(arr_0=pictures(8, seed=0).astype(np.float32) / 255), "arr_0 is float32, expected uint8"),
-    (write(arr_0=np.full((8, 16, 16, 3), np.nan)), "arr_0 is float64, expected uint8"),
-    (write(arr_0=pictures(8, seed=0).transpose(0, 3, 1, 2)), "it looks like (N, 3, H, W)"),
-    (write(arr_0=pictures(8, seed=0)[..., 0]), "expected (N, H, W, 3)"),
-    (write(arr_0=np.asfortranarray(pictures(8, seed=0))), "Fortran order"),
-    (write(arr_0=np.zeros((0, 16, 16, 3), np.uint8)), "holds no images"),
-    (write(arr_0=pictures(1, seed=0)), "holds 1 image: a covariance needs two"),
-    (write(arr_0=pictures(3, seed=0)), "third neighbour"),
-    (write(images=pictures(8, seed=0)), "neither images (arr_0) nor statistics (mu): it holds images"),
-    (write(mu=np.zeros(96), sigma=np.eye(96)), "samples must be images"),
-    (write(arr_0=np.array([{}], dtype=object)), "arr_0 is object, expected uint8"),
-    (lambda path: zipfile.ZipFile(path, "w").writestr("arr_0", b"pixels"), "it holds nothing"),
-    (too_few_pixels, "announces 9 images"),
-    (lambda path: path.write_bytes(b"not a zip"), "no whole npz file"),
-    (lambda path: (np.savez(path, arr_0=pictures(8, seed=0)), truncate(path, keep=0.6)), "no whole npz file"),
-    (lambda path: (np.savez(path, arr_0=pictures(80, seed=0)), corrupt_pixels(path)), "is damaged"),
-    (lambda path: (path / "0.png").parent.mkdir() or np.save(path / "x.npy", np.zeros(3)), "holds no images"),
-    (lambda path: None, "no image set at"),
-    (lambda path: path.mkdir(), "holds no images"),
-    (lambda path: [save_png(path / f"{size}{n}.png", pictures(1, seed=0, size=size)[0]) for n in "ab"
-                   for size in (16, 20)], "20a.png is 20x20, 16a.png 16x16"),
-    (lambda path: (save_png(path / "a.png", pictures(1, seed=0)[0]), truncate(path / "a.png", keep=0.5)),
-     "cannot be read as an image"),
-    (lambda path: save_png(path / "a.png", np.zeros((16, 16, 4), np.uint8)), "of mode RGBA"),
-])
-def test_bad_samples_are_one_line(make, says, sets, capsys):
-    sets[1].unlink()
-    make(sets[1])
-    refused(capsys, says, *sets, *TINY)
-    assert not sets[1].with_suffix(".json").exists()
-
-
-@pytest.mark.parametrize(("make", "flags", "says"), [
-    (write(mu=np.zeros(96), sigma=np.eye(96)), (), "precision and recall need"),
-    (write(mu=np.zeros(96), sigma=np.eye(96)), ("--metrics", "fid,sfid"), "none for sFID"),
-    (write(mu=np.zeros(96), sigma=np.eye(96), arr_0=pictures(8, seed=0)), (), "none for sFID"),
-    (write(mu=np.zeros(96)), (), "only one of mu and sigma"),
-    (write(mu=np.zeros(96), sigma=np.eye(95)), (), "expected (D,) and (D, D)"),
-    (write(mu=np.zeros(64), sigma=np.eye(64)), ("--metrics", "fid"), "mu of length 64, expected 96"),
-    (write(mu=np.full(96, np.nan), sigma=np.eye(96)), ("--metrics", "fid"), "should be finite"),
-    (write(mu=np.zeros(96), sigma=-np.eye(96)), ("--metrics", "fid"), "negative eigenvalues"),
-    (write(arr_0=pictures(8, seed=0)), ("--metrics", "fid,kid"), "choose from fid, sfid, is, precision, recall"),
-    (write(arr_0=pictures(8, seed=0)), ("--device", "cuda"), "no GPU"),
-    (write(arr_0=pictures(8, seed=0)), ("--output", "x.txt"), "ends in .json"),
-    (write(arr_0=pictures(8, seed=0)), ("--per-proc-batch-size", 0), "--per-proc-batch-size is 0"),
-    (write(arr_0=pictures(8, seed=0)), ("--acceptance",), "expected one of ADM's sample files"),
-    (write(arr_0=pictures(8, seed=0)), (*TINY, "--metrics", "fid"), "(FID, sFID and IS are Inception's)"),
-    (write(mu=np.zeros(96), sigma=np.eye(96), arr_0=pictures(8, seed=0)), TINY, "--features are others"),
-    (write(arr_0=pictures(8, seed=0)), ("--features", "nowhere:net"), "cannot be had"),
-    (write(arr_0=pictures(8, seed=0)), ("--features", "torch.nn:Linear"), "cannot be had"),
-    (write(arr_0=pictures(8, seed=0)), ("--features", "nowhere.pt"), "neither a TorchScript file nor"),
-])
-def test_bad_references_and_flags_are_one_line(make, flags, says, stand_in, sets, capsys):
-    if torch.cuda.is_available() and "cuda" in flags:
-        pytest.skip("there is a GPU")
-    sets[0].unlink()
-    make(sets[0])
-    refused(capsys, says, *sets, *flags)
-
-
-def refused(capsys, says: str, *argv) -> None:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        call("evaluate", *argv)
-    shown = capsys.readouterr()
-    lines = [line for line in shown.err.splitlines() if line.startswith("error: ")]
-    assert stop.value.code == 2 and len(lines) == 1 and says in lines[0], lines
-    assert "FID" not in shown.out
-
-
-def test_presets_refuse_each_others_reference(stand_in, tmp_path, capsys):
-    np.savez(tmp_path / "images.npz", arr_0=pictures(9, seed=0))
-    np.savez(tmp_path / "trained.npz", arr_0=pictures(5, seed=0), mu=np.zeros(96), sigma=np.eye(96))
-    np.savez(tmp_path / "sample.npz", arr_0=pictures(9, seed=1))
-    np.savez(tmp_path / "fewer.npz", arr_0=pictures(8, seed=1))
-    np.savez(tmp_path / "larger.npz", arr_0=pictures(9, seed=1, size=20))
-    fast = ("--metrics", "precision")
-    assert evaluate(tmp_path / "images.npz", tmp_path / "sample.npz", *fast, "--preset", "rfid")["protocol"][
-        "preset"] == "rfid"
-    assert evaluate(tmp_path / "trained.npz", tmp_path / "sample.npz", *fast, "--preset", "gfid")["protocol"][
-        "reference"]["kind"] == "custom"
-    for reference_name, sample, preset, says in [
-            ("images", "sample", "gfid", "without statistics of a training set"),
-            ("trained", "sample", "rfid", "brings statistics of a training set"),
-            ("images", "fewer", "rfid", "9 reference images and 8 reconstructions"),
-            ("images", "larger", "rfid", "the samples of 20x20"),
-            ("trained", "larger", "gfid", "the samples of 20x20")]:
-        refused(capsys, says, tmp_path / f"{reference_name}.npz", tmp_path / f"{sample}.npz", *fast, "--preset", preset)
-    evaluate(tmp_path / "images.npz", tmp_path / "larger.npz", *fast)  # without a preset: said, not refused
-    assert "the samples of 20x20" in capsys.readouterr().err
 
 
 def test_an_accepted_reference_is_known(stand_in, tmp_path, monkeypatch, capsys):
@@ -479,47 +298,16 @@ def test_torchscript_features_and_wrong_shapes(sets, tmp_path, capsys):
     assert by_file["frechet_distance"] == by_name["frechet_distance"]
     assert by_file["protocol"]["network"]["file"] == "net.pt"
     refused(capsys, "expected (", *sets, *save_program(tmp_path / "net.pt", nn.Identity()))
-    refused(capsys, "failed on images of 16x16", *sets, "--features", "tests.test_evaluator:for_other_sizes")
+    refused(capsys, "failed on images of 16x16", *sets, "--features", "tests.evaluation:for_other_sizes")
     for content in ({"weight": torch.zeros(1)}, "nonsense"):
         torch.save(content, tmp_path / "net.pt")
         refused(capsys, "is no TorchScript program", *sets, "--features", tmp_path / "net.pt")
-
-
-def for_other_sizes() -> nn.Module:
-    return nn.Sequential(nn.Flatten(), nn.Linear(7, 2))
-
-
-def test_what_one_process_cannot_read_all_raise(sets, monkeypatch, capsys):
-    """Else the others would wait for it."""
-    monkeypatch.setattr(features.dist, "gather_lists", lambda values: [*values, "5.png of another process is broken"])
-    refused(capsys, "5.png of another process is broken", *sets, *TINY)
-
-
-class NotFinite(nn.Module):
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return images.mean((2, 3)) / 0
-
-
-def not_finite() -> nn.Module:
-    return NotFinite()
-
-
-def test_features_that_are_not_finite_are_no_number(sets, capsys):
-    refused(capsys, "are not finite", *sets, "--features", "tests.test_evaluator:not_finite")
 
 
 def test_a_set_against_itself_is_noted(sets):
     report = evaluate(sets[0], sets[0], *TINY)
     assert report["frechet_distance"] == pytest.approx(0, abs=1e-6) and report["precision"] == 1
     assert "samples and reference are the same file" in report["protocol"]["warnings"]
-
-
-def test_tokenizers_reconstruct_images_not_statistics(stand_in, image_folder, tmp_path, capsys):
-    np.savez(tmp_path / "trained.npz", arr_0=pictures(5, seed=0), mu=np.zeros(96), sigma=np.eye(96))
-    with pytest.raises(SystemExit):
-        call("train_vq", "--data-path", image_folder, *TINY_VQ, "--results-dir", tmp_path / "none", "--eval-every", 1,
-             "--eval-reference", tmp_path / "trained.npz")
-    assert "brings statistics of a training set" in capsys.readouterr().err
 
 
 def test_lossy_folders_are_noted(sets, tmp_path, capsys):
@@ -550,19 +338,3 @@ def test_evaluation_while_training(name, inputs, pair, tmp_path):
     assert left == usual
     first, second = (checkpoint.read(newest(tmp_path / kind / run / "checkpoints")) for kind in ("with", "without"))
     assert all(torch.equal(value, second["model"][key]) for key, value in first["model"].items())
-
-
-@pytest.mark.parametrize(("flags", "says"), [
-    (["--eval-reference", "x.npz"], "--eval-every needs --vq-ckpt"),
-    (["--vq-ckpt", "vq"], "--eval-every needs --eval-reference"),
-    (["--vq-ckpt", "vq", "--eval-reference", "x.npz"], "no image set at x.npz"),
-    (["--vq-ckpt", "vq", "--eval-reference", "x.npz", "--eval-images", 3], "--eval-images is 3"),
-    (["--eval-every", -1], "--eval-every is -1"),
-])
-def test_bad_evaluations_while_training(flags, says, inputs, tmp_path, capsys):
-    flags = [inputs["vq_ckpt"] if word == "vq" else word for word in flags]
-    with pytest.raises(SystemExit):
-        call("train_gpt", "--code-path", inputs["code_store"], *TINY_GPT, "--results-dir", tmp_path, "--eval-every", 1,
-             *TINY, *flags)
-    assert says in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())

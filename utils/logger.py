@@ -44,11 +44,15 @@ class MetricsLogger:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The rows of a metrics.jsonl; a last line cut short by a kill is left out."""
+    """The rows of a metrics.jsonl, one for each step; a last line cut short by a kill is left out."""
     rows = []
     for line in path.read_text().splitlines() if path.is_file() else []:
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError:
             break
+        if rows and rows[-1]["step"] == row["step"]:
+            rows[-1] |= row
+        else:
+            rows.append(row)
     return rows

@@ -200,14 +200,13 @@ class Trainer:
             if not (saves or evaluates or self.step == 1 or self.step % flags.log_every == 0):
                 continue
             row = {**meter.read(), **self.task.report(), "lr": self.lr(self.step - 1)}  # a resumed meter starts empty
-            if saves:  # before anything that could fail
-                self.save()
-            if evaluates:
-                row |= evaluate(self.shown_model())
             logger.log(self.step, row)
             bar.set_postfix(loss=f"{row['loss']:.4f}")
             if saves:
+                self.save()
                 self.preview(logger)
+            if evaluates:  # long, and may fail: nothing is to be lost then
+                logger.log(self.step, evaluate(self.shown_model()))
             meter.restart_clock()
         bar.close()
         logger.close()

@@ -37,7 +37,6 @@ class GPTTrainFlags(TrainFlags, GPTFlags, TokenizerFlags, StoreFlags, DatasetFla
     """The GPT's training command. --vq-ckpt is for previews and --eval-every: without it there are none."""
 
     cfg_scale: float = 2.0
-
     dataset: str = "imagenet_code"  # with --image-size: the store <code-path>/<name><size>_codes
     dropout_p: float = 0.1
     token_dropout_p: float = flag(0.1, "dropout on the embeddings")

@@ -24,7 +24,7 @@ class MonitorFlags(MetricFlags):
 class Monitor:
     """Holds the network and the measured reference; called by all processes with the images of the moment."""
 
-    def __init__(self, flags: MonitorFlags, process: dist.Process, *, reconstructs: bool) -> None:
+    def __init__(self, flags: MonitorFlags, process: dist.Process, *, reconstructs: tuple[int, int] | None) -> None:
         if flags.eval_reference is None:
             raise ValueError("--eval-every needs --eval-reference: which images should the model's be compared with?")
         if flags.eval_images <= NEIGHBOURS:
@@ -38,6 +38,9 @@ class Monitor:
             if reference.stored or reference.size is None:
                 raise ValueError(f"--eval-reference {flags.eval_reference} brings statistics of a training set: give "
                                  "the images to reconstruct, as scripts/tokenizer/val.sh writes them")
+            if reference.size != reconstructs:
+                raise ValueError(f"--eval-reference {flags.eval_reference} holds images of {reference.size[0]}x"
+                                 f"{reference.size[1]}, expected {reconstructs[0]}x{reconstructs[1]}: see --image-size")
             self.reference = FirstImages(reference, flags.eval_images)
             sha256 += f" first {self.reference.count}"
         self.network = load_network(flags, device=process.device)
@@ -46,8 +49,12 @@ class Monitor:
                                             batch=BATCH, title=f"reference {self.reference.name}", remember_as=sha256)
 
     @classmethod
-    def wanted(cls, flags: MonitorFlags, process: dist.Process, *, reconstructs: bool = False) -> "Monitor | None":
-        """A monitor if --eval-every asks for one; `reconstructs`: what it will see are the reference's first images."""
+    def wanted(cls, flags: MonitorFlags, process: dist.Process, *,
+               reconstructs: tuple[int, int] | None = None) -> "Monitor | None":
+        """A monitor if --eval-every asks for one.
+
+        `reconstructs`: it will see the reference's first images, of this size, reconstructed.
+        """
         if flags.eval_every < 0:
             raise ValueError(f"--eval-every is {flags.eval_every}, expected steps, or 0 for never")
         return cls(flags, process, reconstructs=reconstructs) if flags.eval_every else None

@@ -177,10 +177,7 @@ def main(flags: VQTrainFlags) -> None:
     check_flags(flags, world_size=process.world_size)
     if flags.finetune and flags.vq_ckpt is None:
         raise ValueError("--finetune needs --vq-ckpt")
-    monitor = Monitor.wanted(flags, process, reconstructs=True)
-    if monitor is not None and monitor.reference.size != flags.image_size:
-        raise ValueError(f"--eval-reference should hold images of --image-size to reconstruct, it has "
-                         f"{monitor.reference.size}")
+    monitor = Monitor.wanted(flags, process, reconstructs=flags.image_size)
     data = open_images(flags)
     torch.manual_seed(flags.global_seed)
     content = {} if flags.vq_ckpt is None else checkpoint.read(flags.vq_ckpt)
