@@ -3,6 +3,7 @@
 `GPT_models` is the registry; state-dict names are those of the released checkpoints.
 """
 import math
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +17,9 @@ from autoregressive.models.blocks import RMSNorm, TransformerBlock
 from autoregressive.models.conditions import CaptionEmbedder, LabelEmbedder
 from autoregressive.models.kv_cache import KVCache
 from autoregressive.models.rope import rope_table
+from utils.seeding import derive_seed
+
+UNCONDITIONAL = "cls_embedding.uncond_embedding"
 
 
 @dataclass
@@ -92,14 +96,26 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(config.dim, eps=config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
         self._rope: dict[torch.device, Tensor] = {}  # no buffer: the table must stay fp32 and out of checkpoints
-        self.init_weights()
+        if not self.output.weight.is_meta:
+            self.init_weights(int(torch.randint(2**62, ())))
 
-    def init_weights(self) -> None:
-        """All matrices N(0, 0.02^2); the head zero, so that the first loss is ln V."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=self.config.initializer_range)
-        nn.init.zeros_(self.output.weight)
+    @torch.no_grad()
+    def init_weights(self, seed: int, *, fill: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> None:
+        """Draw every matrix from N(0, 0.02^2), the head zero, so that the first loss is ln V; norms start at one.
+
+        A tensor's values depend on (seed, its name) only, and one is drawn at a time, on the CPU: models that are
+        spread over processes start from the same weights. `fill(own, values)` takes the values over.
+        """
+        for name, tensor in [*self.named_parameters(), *self.named_buffers()]:
+            if name == "output.weight":
+                values = torch.zeros(tensor.shape)
+            elif tensor.ndim < 2:
+                values = torch.ones(tensor.shape)
+            else:
+                std = self.config.caption_dim ** -0.5 if name == UNCONDITIONAL else self.config.initializer_range
+                stream = torch.Generator().manual_seed(derive_seed(seed, zlib.crc32(name.encode())))
+                values = torch.empty(tensor.shape, device="cpu").normal_(std=std, generator=stream)
+            fill(tensor, values)
 
     def set_grid(self, grid: tuple[int, int]) -> None:
         """Make the token grid (h, w): no weight depends on it."""
