@@ -1,14 +1,15 @@
-"""Read every checkpoint container in the wild, strictly and without running its code; write ours atomically.
+"""Read every checkpoint container in the wild, strictly and without running its code; write files atomically.
 
-Containers: {"model": …} (LlamaGen, ours), {"module": …} (DeepSpeed), {"state_dict": …} (ARPG), a bare state dict
-(FSDP's consolidated.pth), and .safetensors. Ours adds "ema", optimizers, "steps" and "config".
+Files: {"model": …} (LlamaGen), {"module": …} (DeepSpeed), {"state_dict": …} (ARPG), a bare state dict, .safetensors.
+Folders: the sharded checkpoints of our training (utils/sharded.py), LlamaGen's with consolidated.pth, exports with
+model.safetensors and config.json, and a run's folder, which stands for its newest checkpoint.
 """
 import argparse
 import contextlib
 import hashlib
+import json
 import os
 import pickle
-import shutil
 import struct
 import tempfile
 import warnings
@@ -27,15 +28,46 @@ DAMAGED = (RuntimeError, EOFError, LookupError, ValueError, TypeError, Arithmeti
 LIGHTNING_CALLBACK = type("ModelCheckpoint", (), {"__module__": "pytorch_lightning.callbacks.model_checkpoint"})
 
 
-def read(path: str | Path) -> dict[str, Any]:
-    """The file's content on the CPU. Raises FileNotFoundError, or ValueError for a file that is no safe checkpoint."""
+def resolve(path: str | Path) -> Path:
+    """The checkpoint that `path` means: a run's folder means its newest one, step.pt the folder of that step."""
     path = Path(path)
-    if not path.is_file():
+    if not path.exists() and path.suffix == ".pt" and path.with_suffix("").is_dir():
+        path = path.with_suffix("")
+    if path.is_dir():
+        for folder in (path, path / "checkpoints"):
+            found = newest(folder)
+            if found is not None:
+                return found
+    return path
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """The content on the CPU. Raises FileNotFoundError, or ValueError for what is no safe checkpoint."""
+    from utils import sharded
+
+    path = resolve(path)
+    if not path.exists():
         raise FileNotFoundError(f"no checkpoint at {path}")
+    if path.is_dir():
+        if sharded.is_sharded(path):
+            return sharded.read_folder(path)
+        names = ("model.safetensors", "consolidated.pth")
+        inside = next((path / name for name in names if (path / name).is_file()), None)
+        if inside is None:
+            raise FileNotFoundError(f"no checkpoint in the folder {path}: expected {sharded.STATE}, {names[0]} or "
+                                    f"{names[1]}, or a run's folder")
+        return read_file(inside)
+    return read_file(path)
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """The content of one file, safely. A config.json beside a .safetensors file describes it."""
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
-            return load_file(path)
+            described = path.with_name("config.json")
+            config = json.loads(described.read_text()) if described.is_file() else {}
+            return {"model": load_file(path), "config": config}
         with torch.serialization.safe_globals([argparse.Namespace, LIGHTNING_CALLBACK]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is wrong with the file is said below, in one line
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -74,15 +106,24 @@ def saved_config(content: dict[str, Any]) -> dict[str, Any]:
 
 def load_strict(module: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
     """Copy `state` into `module`; a missing, extra or mis-shaped key is a ValueError that names it."""
-    own = module.state_dict()
+    check_fit(module.state_dict(), state, source, type(module).__name__)
+    module.load_state_dict(state)
+
+
+def check_fit(own: dict[str, Tensor], state: dict[str, Tensor], source: str | Path, target: str) -> None:
+    """Raise ValueError unless `state` has the names and shapes of `own`."""
     problems = [f"missing {name}" for name in own if name not in state]
     problems += [f"unexpected {name}" for name in state if name not in own]
     problems += [f"{name} is {tuple(state[name].shape)}, expected {tuple(own[name].shape)}"
                  for name in own if name in state and state[name].shape != own[name].shape]
+    refuse(problems, source, target)
+
+
+def refuse(problems: list[str], source: str | Path, target: str) -> None:
+    """Raise ValueError if there are problems, naming the first four."""
     if problems:
         more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
-        raise ValueError(f"{source} does not fit {type(module).__name__}: {'; '.join(problems[:4])}{more}")
-    module.load_state_dict(state)
+        raise ValueError(f"{source} does not fit {target}: {'; '.join(problems[:4])}{more}")
 
 
 def save(content: dict[str, Any], path: Path) -> None:
@@ -93,12 +134,6 @@ def save(content: dict[str, Any], path: Path) -> None:
         except RuntimeError as error:  # how torch's zip writer reports a full disk
             raise OSError(f"could not write {path}: {first_line(error)}: is the disk full? "
                           "Earlier checkpoints are untouched") from None
-
-
-def copy(source: Path, target: Path) -> None:
-    """Copy a file as `save` writes one."""
-    with replacing(target) as temporary:
-        shutil.copyfile(source, temporary)
 
 
 @contextlib.contextmanager
@@ -114,8 +149,19 @@ def replacing(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         temporary.chmod(0o644)
         temporary.replace(path)
+        sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring a folder's names to the disk, so that a rename survives a power cut."""
+    with contextlib.suppress(OSError):  # not every file system can
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def first_line(error: Exception) -> str:
@@ -123,16 +169,20 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def sweep(folder: Path) -> None:
-    """Remove the temporary files that killed writers left in a folder of which we are the only writer."""
-    for path in folder.glob(".*.tmp"):
-        path.unlink(missing_ok=True)
-
-
 def newest(folder: Path) -> Path | None:
-    """The checkpoint with the highest step in a folder, None if there is none. Unfinished files do not count."""
-    found = sorted(path for path in folder.glob("*.pt") if path.stem.isdigit())
-    return found[-1] if found else None
+    """The checkpoint with the highest step in a folder, None if there is none. Unfinished ones do not count."""
+    from utils import sharded
+
+    return next(iter(sharded.candidates(folder)), None)
+
+
+def content_hash(path: str | Path) -> str:
+    """SHA-256 of a checkpoint: of the file, or of a folder's files in the order of their names."""
+    path = resolve(path)
+    if path.is_file():
+        return file_hash(path)
+    parts = [f"{file.name} {file_hash(file)}" for file in sorted(path.iterdir()) if file.is_file()]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def file_hash(path: str | Path) -> str:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from utils import dist
+from utils.recipes import recipe_flags, recipe_path
 
 Config = TypeVar("Config")
 REQUIRED = dataclasses.MISSING
@@ -38,6 +39,7 @@ def build_parser(config_class: type) -> argparse.ArgumentParser:
     """The argparse parser of a dataclass whose fields were declared with `flag`."""
     doc = sys.modules[config_class.__module__].__doc__ or ""
     parser = _Parser(description=doc.strip().split("\n")[0], allow_abbrev=False)
+    parser.recipe_sections = getattr(config_class, "recipe_sections", ())
     hints = typing.get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
         meta = declaration(config_class, field.name)
@@ -123,12 +125,36 @@ def image_size(text: str) -> tuple[int, int]:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong with a command line in one line, without the usage. --a_b means --a-b."""
+    """Says what is wrong with a command line in one line, without the usage. --a_b means --a-b.
+
+    What a --recipe says for the command counts as typed before the rest: what is typed wins.
+    """
+
+    recipe_sections: tuple[str, ...] = ()  # of a recipe; none: the command takes no recipes
 
     def parse_known_args(self, args=None, namespace=None):
         """Some of the commands that users have scripts for spell their flags with underscores."""
-        words = sys.argv[1:] if args is None else args
-        return super().parse_known_args([hyphenated(word) for word in words], namespace)
+        words = [hyphenated(word) for word in (sys.argv[1:] if args is None else args)]
+        try:
+            supplied = self.recipe_words(words) if self.recipe_sections else []
+        except (ValueError, OSError) as error:
+            fail(message(error), quiet=dist.env_rank() > 0)
+        return super().parse_known_args([*supplied, *words], namespace)
+
+    def recipe_words(self, words: list[str]) -> list[str]:
+        """The flags of the recipe that `words` name, as one would type them. Raises ValueError for wrong ones."""
+        finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        finder.add_argument("--recipe", nargs="?")
+        name = finder.parse_known_args(words)[0].recipe
+        supplied = []
+        for key, value in recipe_flags(name, self.recipe_sections).items() if name else ():
+            action = self._option_string_actions.get(f"--{key}")
+            wrong = "is no flag of this command" if action is None else misfit(action, value)
+            if wrong:
+                raise ValueError(f"{recipe_path(name)}: --{key} {wrong}")
+            supplied.append({True: f"--{key}", False: f"--no-{key}"}[value] if isinstance(value, bool)
+                            else f"--{key}={value}")
+        return supplied
 
     def error(self, message: str) -> NoReturn:
         fail(f"{message} (see --help)", quiet=dist.env_rank() > 0)
@@ -136,6 +162,24 @@ class _Parser(argparse.ArgumentParser):
 
 class _Bare(argparse.Namespace):
     """A namespace of flags only."""
+
+
+def misfit(action: argparse.Action, value: Any) -> str | None:
+    """What is wrong with a recipe's value for a flag; None: nothing."""
+    switch = isinstance(action, argparse.BooleanOptionalAction)
+    if switch != isinstance(value, bool):
+        return f"is {value!r}, expected {'true or false' if switch else 'a value'}"
+    if switch:
+        return None
+    if not isinstance(value, str | int | float):
+        return f"is {value!r}, expected a number or a text"
+    try:
+        parsed = action.type(str(value))
+    except (argparse.ArgumentTypeError, TypeError) as error:
+        return f"is {value!r}: {error}"
+    if action.choices is not None and parsed not in action.choices:
+        return f"is {value!r}, choose from {', '.join(map(str, action.choices))}"
+    return None
 
 
 def hyphenated(word: str) -> str:

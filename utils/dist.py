@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 import torch.distributed
 
-Precision = Literal["none", "fp16", "bf16"]
+Precision = Literal["none", "fp32", "tf32", "fp16", "bf16"]  # none and fp32 are one
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,11 @@ def env_rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
-def setup(wanted: str = "auto") -> Process:
+def setup(wanted: str = "auto", *, timeout: float = 1800.0) -> Process:
     """Join the process group if torchrun started us; choose this process's GPU, or the CPU.
 
-    `wanted`: auto, cpu, or cuda, which is a ValueError where there is none.
+    `wanted`: auto, cpu, or cuda, which is a ValueError where there is none. A process that hears nothing of another for
+    `timeout` seconds gives up.
     """
     if wanted == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: there is no GPU that this torch can use")
@@ -45,8 +46,23 @@ def setup(wanted: str = "auto") -> Process:
         device = torch.device("cpu")
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if world_size > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+        torch.distributed.init_process_group(backend(device), timeout=timedelta(seconds=timeout))
     return Process(env_rank(), world_size, device)
+
+
+def backend(device: torch.device) -> str:
+    """Collectives of GPU tensors go through nccl, those of CPU tensors (offloaded weights, say) through gloo."""
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+
+
+def join_alone(device: torch.device) -> None:
+    """A process group of one, for what cannot do without."""
+    torch.distributed.init_process_group(backend(device), store=torch.distributed.HashStore(), rank=0, world_size=1)
+
+
+def new_cpu_group() -> torch.distributed.ProcessGroup | None:
+    """A second group of all processes, for a thread that talks beside the main one; None when alone."""
+    return torch.distributed.new_group(backend="gloo") if torch.distributed.is_initialized() else None
 
 
 def told_by_main(*, seconds: float = 30.0) -> bool:
@@ -91,6 +107,13 @@ def total(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
+def any_of(flags: torch.Tensor) -> torch.Tensor:
+    """Element-wise maximum over all processes: where one has set a flag, all see it."""
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
+    return flags
+
+
 def broadcast_object(value: object) -> object:
     """The value that rank 0 holds (what the others pass is ignored)."""
     if not torch.distributed.is_initialized():
@@ -116,7 +139,7 @@ def world_size() -> int:
 
 def compute_dtype(precision: Precision, device: torch.device) -> torch.dtype:
     """The autocast type for a precision flag. On a CPU without bf16 instructions, half precision becomes fp32."""
-    if precision == "none":
+    if precision in ("none", "fp32", "tf32"):
         return torch.float32
     if device.type == "cpu":  # emulated half precision is slower than fp32, and fp16 has no CPU kernels worth using
         probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # not in every release

@@ -1,24 +1,45 @@
 """Exponential moving average of a model's weights."""
-import copy
+import contextlib
+from collections.abc import Iterable, Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class EMA:
-    """A copy of the model that follows it. Buffers are copied as they are.
+    """Averages of a model's trainable parameters, spread over processes as they are. Buffers stay the model's own.
 
     Decay ramps up as (1 + n) / (10 + n) until it reaches `decay`, so that short runs do not keep their random start.
     """
 
     def __init__(self, model: nn.Module, *, decay: float = 0.9999) -> None:
-        self.decay = decay
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.decay, self.model = decay, model
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.averages: dict[str, Tensor] = {name: p.detach().clone() for name, p in self.parameters.items()}
 
     @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
-        """Move towards `model` after optimizer step number `step` (0-based)."""
+    def update(self, step: int) -> None:
+        """Move towards the model after optimizer step number `step` (0-based)."""
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), weight)
-        for mine, theirs in zip(self.model.buffers(), model.buffers(), strict=True):
-            mine.copy_(theirs)
+        torch._foreach_lerp_(list(self.averages.values()), list(self.parameters.values()), weight)
+
+    def restart(self) -> None:
+        """Begin again at the model's weights."""
+        copy_all(self.averages.values(), self.parameters.values())
+
+    @contextlib.contextmanager
+    def shown(self) -> Iterator[None]:
+        """Within the block the model holds its averages. Its own weights wait beside them."""
+        kept = [p.detach().clone() for p in self.parameters.values()]
+        copy_all(self.parameters.values(), self.averages.values())
+        try:
+            yield
+        finally:
+            copy_all(self.parameters.values(), kept)
+
+
+@torch.no_grad()
+def copy_all(targets: Iterable[Tensor], sources: Iterable[Tensor]) -> None:
+    """Copy tensor by tensor (the foreach form knows no sharded ones)."""
+    for target, source in zip(targets, sources, strict=True):
+        target.copy_(source)

@@ -1,6 +1,10 @@
-"""What a run leaves to read: console lines, metrics.jsonl and TensorBoard, all from the same numbers."""
+"""What a run leaves to read: metrics.jsonl, TensorBoard and, on request, Weights & Biases, all from the same numbers.
+
+metrics.jsonl holds what a repeated run repeats to the last bit; what hangs on the clock is in speed.jsonl beside it.
+"""
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -8,49 +12,81 @@ from utils.checkpoint import replacing
 
 
 class MetricsLogger:
-    """Writes on rank 0 only (`enabled`). A resumed run drops rows from its start step on, then goes on from there."""
+    """Writes on rank 0 only (`enabled`). A resumed run drops rows after its start step, then goes on from there."""
 
     def __init__(self, folder: Path, *, enabled: bool, start_step: int = 0) -> None:
-        self.enabled = enabled
-        self.path = folder / "metrics.jsonl"
-        if not enabled:
+        self.folder, self.enabled, self.start_step = folder, enabled, start_step
+        self.board: Any = None
+        self.wandb: Any = None
+
+    def open(self, *, wandb_project: str | None = None, config: dict[str, Any] | None = None) -> None:
+        """Begin to write. Nothing is touched before."""
+        if not self.enabled or self.board is not None:
             return
         from torch.utils.tensorboard import SummaryWriter
 
-        folder.mkdir(parents=True, exist_ok=True)
-        kept = [row for row in read_metrics(self.path) if row["step"] <= start_step]
-        with replacing(self.path) as temporary:
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        self.board = SummaryWriter(folder / "tensorboard", purge_step=start_step + 1)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for name in ("metrics.jsonl", "speed.jsonl"):
+            kept = [line + "\n" for line in read_lines(self.folder / name) if json.loads(line)["step"] <= self.start_step]
+            with replacing(self.folder / name) as temporary:
+                temporary.write_text("".join(kept))
+        self.board = SummaryWriter(self.folder / "tensorboard", purge_step=self.start_step + 1)
+        if wandb_project:
+            try:
+                import wandb
+            except ImportError:
+                raise ValueError("--wandb-project needs `pip install wandb`") from None
+            self.wandb = wandb.init(project=wandb_project, name=self.folder.name, config=config, dir=self.folder)
 
-    def log(self, step: int, values: dict[str, float]) -> None:
-        """One row: the step and its numbers."""
+    def rows_of(self, step: int) -> int:
+        """How many rows of a step metrics.jsonl has."""
+        return sum(json.loads(line)["step"] == step for line in read_lines(self.folder / "metrics.jsonl"))
+
+    def log(self, step: int, values: dict[str, float], *, clock: dict[str, float] | None = None) -> None:
+        """One row: the step and its numbers; `clock`: those that another run would not repeat."""
+        self.open()
         if not self.enabled:
             return
-        with open(self.path, "a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
-        for name, value in values.items():
+        for name, row in (("metrics.jsonl", values), ("speed.jsonl", clock)):
+            if row:
+                with open(self.folder / name, "a") as file:
+                    file.write(json.dumps({"step": step, **row}) + "\n")
+        both = {**values, **(clock or {})}
+        for name, value in both.items():
             self.board.add_scalar(name, value, step)
+        if self.wandb is not None:
+            self.wandb.log(both, step=step)
 
     def image(self, step: int, name: str, picture: np.ndarray) -> None:
         """A uint8 (H, W, 3) picture for TensorBoard."""
+        self.open()
         if self.enabled:
             self.board.add_image(name, picture, step, dataformats="HWC")
 
     def close(self) -> None:
         """Flush TensorBoard."""
-        if self.enabled:
+        if self.board is not None:
             self.board.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+def read_lines(path: Path) -> list[str]:
+    """The whole lines of a .jsonl file; a last one cut short by a kill is left out."""
+    lines = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            json.loads(line)
+        except json.JSONDecodeError:
+            break
+        lines.append(line)
+    return lines
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The rows of a metrics.jsonl, one for each step; a last line cut short by a kill is left out."""
-    rows = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            break
+    """The rows of a metrics.jsonl, one for each step."""
+    rows: list[dict] = []
+    for row in map(json.loads, read_lines(path)):
         if rows and rows[-1]["step"] == row["step"]:
             rows[-1] |= row
         else:

@@ -1,6 +1,6 @@
 """Flags that commands on more than one floor of the house need, in groups to inherit from."""
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from utils.cli import flag, image_size
 
@@ -64,3 +64,12 @@ class SetFlags:
     sample_dir: str = flag("samples", "folder for image sets; each is named by its settings")
     image_size_eval: tuple[int, int] | None = flag(None, "resize (bicubic) to this for scoring; None: as made",
                                                    parse=image_size)
+
+
+@dataclass(kw_only=True)
+class RecipeFlags:
+    """For commands that a recipe can supply with flags; `recipe_sections` names its sections for this command."""
+
+    recipe_sections: ClassVar[tuple[str, ...]] = ("train",)
+    recipe: str | None = flag(None, "a name in scripts/recipes, or a JSON file like those: its flags where you type "
+                                    "none")

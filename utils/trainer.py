@@ -1,14 +1,14 @@
-"""The training loop: one for tokenizers and GPTs, one process or many.
+"""The training loop: one for tokenizers and GPTs, one process or many, whole models or sharded ones.
 
 A `Task` says what a micro-batch contributes; the loop does the rest: accumulation, clipping, schedules, EMA, logging,
 previews, checkpoints, resume. It lives on the lowest floor because the tokenizer may not import the GPT's rooms.
 
 Every step reseeds torch from (seed, step, rank), and the data order is a function of (seed, step), so a resumed run
-needs no saved random state and repeats the uninterrupted run bit for bit on a CPU.
+needs no saved random state and repeats the uninterrupted run bit for bit on a CPU. A step whose loss or gradient is not
+finite changes nothing; the device decides that, the host reads of it later (utils/guard.py).
 """
 import contextlib
-import resource
-import time
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,28 +17,33 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 
-from utils import checkpoint, dist, images, parallel
+from utils import checkpoint, cli, dist, images, parallel, sharded
 from utils.cli import flag
 from utils.ema import EMA
+from utils.guard import BAD, LossScale, StepGuard, StopRequestedError, step_unless
 from utils.logger import MetricsLogger
+from utils.meter import Meter
 from utils.optim import Schedule, adamw, learning_rate
-from utils.options import CompileFlags, SeedFlags, WorkerFlags
+from utils.options import CompileFlags, RecipeFlags, SeedFlags, WorkerFlags
 from utils.seeding import derive_seed
+from utils.training_state import TrainingState
 
 Backward = Callable[[str, Tensor], None]
-OPTIMIZER_KEYS = {"model": "optimizer", "discriminator": "optimizer_disc"}  # names in the checkpoint file
+Evaluate = Callable[[nn.Module], dict[str, float]]
 
 
 @dataclass(kw_only=True)
-class TrainFlags(SeedFlags, WorkerFlags, CompileFlags):
+class TrainFlags(SeedFlags, WorkerFlags, CompileFlags, RecipeFlags):
     """Flags of every training command."""
 
     results_dir: str = flag("results", "runs go to <results-dir>/<number>-<model>/")
     cloud_save_path: str | None = flag(None, "second folder (a mounted bucket, say) that each checkpoint also goes to")
     local_save: bool = flag(True, "keep checkpoints in the run's own folder; --no-local-save needs --cloud-save-path")
-    resume: str = flag("none", "auto: go on with the newest run of this model in --results-dir; or a checkpoint file")
+    resume: str = flag("none", "auto: go on with the newest run of this model in --results-dir; or a checkpoint")
+    keep: int = flag(0, "checkpoints to keep, the newest; 0: all")
     epochs: int = flag(300, "passes over the data")
     lr: float = flag(1e-4, "peak learning rate")
     lr_schedule: Schedule = flag("constant", "after the warm-up", choices=("constant", "cosine"))
@@ -49,8 +54,13 @@ class TrainFlags(SeedFlags, WorkerFlags, CompileFlags):
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm; 0 switches it off")
     global_batch_size: int = flag(256, "samples per optimizer step over all processes and accumulation steps")
     gradient_accumulation_steps: int = flag(1, "micro-batches per optimizer step")
-    mixed_precision: dist.Precision = flag("bf16", "autocast type; none is fp32, as is anything on a CPU without bf16",
-                                           choices=("none", "fp16", "bf16"))
+    max_skipped_steps: int = flag(10, "stop after so many steps in a row with a loss or gradient that is not finite")
+    mixed_precision: dist.Precision = flag("bf16", "type to compute in, weights stay fp32; none is fp32, as is anything "
+                                                   "on a CPU without bf16; tf32: fp32 with TF32 matrix products",
+                                           choices=("none", "fp32", "tf32", "fp16", "bf16"))
+    dist_timeout: float = flag(1800.0, "seconds after which a process that hears nothing of another gives up")
+    wandb_project: str | None = flag(None, "log to this Weights & Biases project too")
+    wandb: bool = flag(True, "--no-wandb: not even if --wandb-project is given")
     dropout_p: float = flag(0.0, "dropout inside the network's blocks (GPT: off with --drop-path-rate)")
     ema: bool = flag(False, "keep an exponential moving average of the weights (used by sampling when present)")
     log_every: int = flag(100, "steps between log rows")
@@ -82,7 +92,9 @@ def check_flags(flags: TrainFlags, *, world_size: int) -> None:
         raise ValueError("--no-local-save without --cloud-save-path would lose the training: give one of the two up")
     if min(flags.epochs, flags.log_every, flags.ckpt_every) < 1:
         raise ValueError("--epochs, --log-every and --ckpt-every must be at least 1")
-    if flags.resume not in ("auto", "none") and not Path(flags.resume).is_file():
+    if min(flags.keep, flags.max_grad_norm) < 0 or flags.max_skipped_steps < 1:
+        raise ValueError("--keep and --max-grad-norm must be at least 0, --max-skipped-steps at least 1")
+    if flags.resume not in ("auto", "none") and not checkpoint.resolve(flags.resume).exists():
         raise FileNotFoundError(f"--resume {flags.resume}: no such checkpoint (or use auto)")
 
 
@@ -105,7 +117,7 @@ def run_folder(flags: TrainFlags, model_name: str) -> Path:
 
 
 class Trainer:
-    """Holds what a checkpoint holds: modules, optimizers, EMA and the step."""
+    """Runs a task's steps. What a checkpoint holds is in `state`; the step and the meter are the loop's own."""
 
     def __init__(self, task: Task, flags: TrainFlags, process: dist.Process, folder: Path, *, steps: int,
                  saved_config: dict[str, Any]) -> None:
@@ -116,22 +128,36 @@ class Trainer:
         self.optimizers = {name: adamw(module, lr=flags.lr, weight_decay=flags.weight_decay, betas=betas)
                            for name, module in self.plain.items()}
         fp16 = dist.compute_dtype(flags.mixed_precision, process.device) == torch.float16
-        self.scalers = {name: torch.amp.GradScaler(process.device.type, enabled=fp16) for name in self.plain}
+        self.scale = LossScale(process.device, enabled=fp16)
         self.ema = EMA(self.plain["model"]) if flags.ema else None
-        self.step = 0
+        self.state = TrainingState(self.plain, self.optimizers, ema=self.ema, scale=self.scale, rank=process.rank)
+        self.guard = StepGuard(process)
+        self.writer = sharded.CheckpointWriter(self.checkpoint_folders(), keep=flags.keep, is_main=process.is_main)
+        self.meter = Meter(process.device, samples_per_step=flags.global_batch_size)
+        self.losses: list[Tensor] = []
+        self.step = self.skipped_in_a_row = 0
+        if flags.mixed_precision == "tf32":
+            torch.set_float32_matmul_precision("high")
+
+    # ---- checkpoints
 
     def resume(self) -> None:
-        """With --resume, go on from the checkpoint it names or finds."""
+        """With --resume, go on from the checkpoint it names, or from the newest one that is whole."""
         if self.flags.resume == "none":
             return
         if self.flags.resume != "auto":
-            self.restore(Path(self.flags.resume))
+            self.restore(checkpoint.resolve(self.flags.resume))
             return
-        for root in self.checkpoint_folders():
-            path = checkpoint.newest(root)
-            if path is not None:
-                self.restore(path)
-                return
+        for folder in self.checkpoint_folders():
+            while (path := dist.broadcast_object(checkpoint.newest(folder))) is not None:
+                try:
+                    self.restore(path)
+                    return
+                except sharded.DamagedError as error:
+                    self.say(f"warning: {error}; it is set aside, looking for the one before")
+                    if self.process.is_main:
+                        sharded.set_aside(path)
+                    dist.barrier()
 
     def checkpoint_folders(self) -> list[Path]:
         """Where checkpoints go; the first is written, the others get copies."""
@@ -139,77 +165,103 @@ class Trainer:
         cloud = self.flags.cloud_save_path
         return local + ([Path(cloud) / self.folder.name / "checkpoints"] if cloud else [])
 
-    def restore(self, path: Path, content: dict[str, Any] | None = None) -> None:
-        """Load modules, optimizers, EMA and step from a training checkpoint (`content`, if it has been read)."""
-        content = checkpoint.read(path) if content is None else content
-        for name, module in self.plain.items():
-            if not {name, OPTIMIZER_KEYS[name], "steps"} <= content.keys():
-                raise ValueError(f"{path} has no {name} with its optimizer: it is no training checkpoint of this kind "
-                                 "(to start from its weights alone, see --finetune and --gpt-ckpt)")
-            checkpoint.load_strict(module, checkpoint.weights(content, path, prefer=(name,)), path)
-            load_optimizer(self.optimizers[name], content[OPTIMIZER_KEYS[name]], path)
-        if self.ema is not None:
-            prefer = ("ema", "model")  # a run that switches EMA on starts it at the weights
-            checkpoint.load_strict(self.ema.model, checkpoint.weights(content, path, prefer=prefer), path)
-        for name, state in content.get("scalers", {}).items():
-            self.scalers[name].load_state_dict(state)
-        self.step = int(content["steps"])
-        self.say(f"continuing from {path} at step {self.step}")
+    def restore(self, path: Path) -> None:
+        """Go on from a training checkpoint, saying which flags are others now."""
+        facts = self.state.load(path)
+        self.step = int(facts["steps"])
+        self.skipped_in_a_row = facts.get("skipped_in_a_row", 0)
+        self.meter.restore(facts.get("meter", {}), self.process.rank)
+        before, now = facts.get("flags", {}), cli.as_dict(self.flags)
+        changed = [f"--{name.replace('_', '-')} {now[name]} (was {value})" for name, value in before.items()
+                   if name in now and now[name] != value and name not in ("resume", "results_dir", "num_workers")]
+        self.say(f"continuing from {path} at step {self.step}" + (f", with {', '.join(changed)}" if changed else ""))
 
     def save(self) -> None:
-        """Write <step>.pt to every checkpoint folder (rank 0), then meet the others."""
-        if self.process.is_main:
-            content: dict[str, Any] = {"steps": self.step, "config": self.saved_config}
-            for name, module in self.plain.items():
-                content[name] = module.state_dict()
-                content[OPTIMIZER_KEYS[name]] = self.optimizers[name].state_dict()
-            if self.ema is not None:
-                content["ema"] = self.ema.model.state_dict()
-            if any(scaler.is_enabled() for scaler in self.scalers.values()):
-                content["scalers"] = {name: scaler.state_dict() for name, scaler in self.scalers.items()}
-            first, *others = [root / f"{self.step:07d}.pt" for root in self.checkpoint_folders()]
-            checkpoint.save(content, first)
-            for other in others:
-                checkpoint.copy(first, other)
-        dist.barrier()
+        """Begin to write the checkpoint of this step; it is there after `writer.wait`."""
+        facts = {"steps": self.step, "config": self.saved_config, "flags": cli.as_dict(self.flags),
+                 "meter": self.meter.state(), "skipped_in_a_row": self.skipped_in_a_row}
+        self.writer.save(self.step, self.state.tensors(), facts)
 
-    def fit(self, make_batches: Callable[[int], Iterable[Any]], *,
-            evaluate: Callable[[nn.Module], dict[str, float]] | None = None, eval_every: int = 0) -> None:
+    # ---- the loop
+
+    def fit(self, make_batches: Callable[[int], Iterable[Any]], *, evaluate: Evaluate | None = None,
+            eval_every: int = 0) -> None:
         """Train to the last step. make_batches(step) yields this rank's micro-batches from that step on.
 
-        evaluate(model in eval mode, averaged weights if there are) → numbers to log, on all processes at once.
+        evaluate(model in eval mode, averaged weights if there are) → numbers to log, on all processes at once. SIGTERM
+        saves and returns; so does the end. Raises ValueError after --max-skipped-steps, OSError when nothing can be saved.
         """
-        flags = self.flags
-        if self.step >= self.steps:
-            self.say(f"already trained to step {self.step} of {self.steps}: nothing to do")
-            return
-        for root in self.checkpoint_folders() if self.process.is_main else []:
-            checkpoint.sweep(root)
         logger = MetricsLogger(self.folder, enabled=self.process.is_main, start_step=self.step)
-        meter = Meter(self.process.device, samples_per_step=flags.global_batch_size)
-        bar = tqdm(total=self.steps, initial=self.step, desc=self.folder.name, unit="step", mininterval=1.0,
-                   disable=not self.process.is_main, dynamic_ncols=True)
-        batches = iter(make_batches(self.step))
-        while self.step < self.steps:
-            meter.add(self.optimizer_step(batches))
-            self.step += 1
-            bar.update()
-            last = self.step == self.steps
-            saves = last or self.step % flags.ckpt_every == 0
-            evaluates = evaluate is not None and (last or self.step % eval_every == 0)
-            if not (saves or evaluates or self.step == 1 or self.step % flags.log_every == 0):
-                continue
-            row = {**meter.read(), **self.task.report(), "lr": self.lr(self.step - 1)}  # a resumed meter starts empty
-            logger.log(self.step, row)
-            bar.set_postfix(loss=f"{row['loss']:.4f}")
-            if saves:
-                self.save()
-                self.preview(logger)
-            if evaluates:  # long, and may fail: nothing is to be lost then
-                logger.log(self.step, evaluate(self.shown_model()))
-            meter.restart_clock()
-        bar.close()
-        logger.close()
+        evaluates = (lambda step: evaluate is not None and (step == self.steps or step % eval_every == 0))
+        try:
+            with self.guard.on_sigterm():
+                if self.step > 0:  # what a kill after the checkpoint has left undone
+                    drawn, rows = dist.broadcast_object((self.preview_path().is_file(), logger.rows_of(self.step)))
+                    self.show(logger, evaluate if evaluates(self.step) and rows < 2 else None,
+                              preview=self.saves(self.step) and not drawn)
+                if self.step >= self.steps:
+                    self.say(f"already trained to step {self.step} of {self.steps}: nothing to do")
+                    return
+                self.run(make_batches, logger, lambda step: evaluate if evaluates(step) else None)
+        except StopRequestedError:
+            self.say(f"stopped by SIGTERM at step {self.step} of {self.steps}, all is saved: to continue run it again "
+                     "with --resume auto")
+        finally:
+            self.writer.close()
+            logger.close()
+
+    def run(self, make_batches: Callable[[int], Iterable[Any]], logger: MetricsLogger,
+            evaluation: Callable[[int], Evaluate | None]) -> None:
+        """The steps that are left. Raises StopRequestedError when asked to stop, everything saved."""
+        flags, meter = self.flags, self.meter
+        self.writer.sweep()
+        logger.open(wandb_project=flags.wandb_project if flags.wandb else None, config=cli.as_dict(flags))
+        meter.restart_clock()
+        with tqdm(total=self.steps, initial=self.step, desc=self.folder.name, unit="step", mininterval=1.0,
+                  disable=not self.process.is_main, dynamic_ncols=True) as bar:
+            batches = iter(make_batches(self.step))
+            while self.step < self.steps:
+                self.optimizer_step(batches)
+                self.step += 1
+                bar.update()
+                saves = self.saves(self.step)
+                evaluate = evaluation(self.step)
+                stop = self.judge(drain=saves)
+                if saves or evaluate or self.step == 1 or self.step % flags.log_every == 0:
+                    row = {**meter.read(), **self.task.report(), "lr": self.lr(self.step - 1)}
+                    clock = meter.read_clock()
+                    logger.log(self.step, row, clock=clock)
+                    bar.set_postfix_str(" ".join([f"loss={row.get('loss', float('nan')):.4f}",
+                                                  f"{clock.get('images_per_second', 0):.1f} images/s",
+                                                  f"{clock['memory_gib']:.1f} GiB"]))
+                if saves or stop:
+                    self.save()
+                if stop:
+                    self.writer.wait()
+                    raise StopRequestedError
+                if saves or evaluate:
+                    self.show(logger, evaluate, preview=saves)
+                    meter.restart_clock()
+        self.writer.wait()
+
+    def judge(self, *, drain: bool) -> bool:
+        """Act on the flags of the steps that are due. Whether to stop now."""
+        stop = False
+        for verdict in self.guard.verdicts(drain=drain):
+            self.skipped_in_a_row = self.skipped_in_a_row + 1 if verdict.bad else 0
+            if verdict.bad:
+                self.say(f"step {verdict.step} skipped: its loss or gradient is not finite "
+                         f"({self.skipped_in_a_row} in a row)")
+            if self.skipped_in_a_row >= self.flags.max_skipped_steps:
+                path = self.guard.save_batch(self.folder, verdict.step)
+                dist.barrier()
+                raise ValueError(f"stopped at step {verdict.step}: {self.skipped_in_a_row} steps in a row had a loss or "
+                                 f"gradient that is not finite; the batch is in {path}, the weights are as before: look "
+                                 "at the batch, or continue by --resume auto with a lower --lr or --mixed-precision none")
+            if verdict.unsaved:
+                self.writer.wait()
+            stop = stop or verdict.stop
+        return stop
 
     def lr(self, step: int) -> float:
         """Learning rate of 0-based step `step`."""
@@ -217,24 +269,35 @@ class Trainer:
         return learning_rate(step, peak=flags.lr, total_steps=self.steps, warmup_steps=flags.warmup_steps,
                              schedule=flags.lr_schedule)
 
-    def optimizer_step(self, batches: Iterator[Any]) -> dict[str, Tensor]:
-        """Accumulate the micro-batches of one step and update. Returns the mean of their scalars, on the device."""
+    def optimizer_step(self, batches: Iterator[Any]) -> None:
+        """Accumulate the micro-batches of one step and update; its scalars go to the meter."""
         flags, accumulation = self.flags, self.flags.gradient_accumulation_steps
         torch.manual_seed(derive_seed(flags.global_seed, self.step, self.process.rank))
         self.set_train_mode()
+        self.losses.clear()
         parts: list[dict[str, Tensor]] = []
+        seen = []
         for i in range(accumulation):
             batch = to_device(next(batches), self.process.device)
             with parallel.gradient_sync(self.task.modules.values(), enabled=i == accumulation - 1):
                 parts.append(self.task.micro_step(batch, step=self.step, backward=self.backward))
+            seen.append(batch)
         means = {name: torch.stack([part[name].detach().float() for part in parts]).mean() for name in parts[0]}
-        for name, optimizer in self.optimizers.items():
-            for group in optimizer.param_groups:
-                group["lr"] = self.lr(self.step)
-            means.update(self.update(name, optimizer))
+        raised = self.guard.flags(self.losses, unsaved=self.writer.failed())
+        gradients = {name: [p.grad for p in module.parameters() if p.grad is not None]
+                     for name, module in self.plain.items()}
+        norms = {name: parallel.whole(get_total_norm(grads)) / self.scale.scale
+                 for name, grads in gradients.items() if grads}
+        raised[BAD] = torch.maximum(raised[BAD], (~torch.stack(list(norms.values())).isfinite()).any().float())
+        bad = raised[BAD] > 0
+        for name, norm in norms.items():
+            self.update(name, gradients[name], norm, bad)
+            means["grad_norm" if name == "model" else f"grad_norm_{name}"] = norm
         if self.ema is not None:
-            self.ema.update(self.plain["model"], self.step)
-        return means
+            self.ema.update(self.step)
+        self.scale.update(bad)
+        self.meter.add(means, bad=bad)
+        self.guard.watch(self.step + 1, raised, seen)
 
     def set_train_mode(self) -> None:
         """Previews leave modules in eval mode; training wants the other."""
@@ -244,86 +307,60 @@ class Trainer:
 
     def backward(self, name: str, loss: Tensor) -> None:
         """Backward of a micro-batch's share of the step's mean loss."""
-        self.scalers[name].scale(loss / self.flags.gradient_accumulation_steps).backward()
+        self.losses.append(loss)
+        (loss * self.scale.scale / self.flags.gradient_accumulation_steps).backward()
 
-    def update(self, name: str, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-        """Clip and step one optimizer, if its module took part in this step."""
-        parameters = [p for p in self.plain[name].parameters() if p.grad is not None]
-        if not parameters:
-            return {}
-        self.scalers[name].unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.flags.max_grad_norm or float("inf"))
-        self.scalers[name].step(optimizer)
-        self.scalers[name].update()
+    def update(self, name: str, gradients: list[Tensor], norm: Tensor, bad: Tensor) -> None:
+        """Clip and step one optimizer, unless the step is `bad`."""
+        optimizer = self.optimizers[name]
+        for group in optimizer.param_groups:
+            group["lr"] = self.lr(self.step)
+        factor = 1 / self.scale.scale
+        if self.flags.max_grad_norm:
+            factor = factor * (self.flags.max_grad_norm / (norm + 1e-6)).clamp(max=1)  # as clip_grad_norm_ has it
+        torch._foreach_mul_(gradients, factor)
+        step_unless(optimizer, bad)
         optimizer.zero_grad(set_to_none=True)
-        return {"grad_norm" if name == "model" else f"grad_norm_{name}": norm.detach()}
 
-    def shown_model(self) -> nn.Module:
-        """The model as a sampler would take it: averaged weights if there are, in eval mode."""
-        return (self.ema.model if self.ema is not None else self.plain["model"]).eval()
+    # ---- looking at the model
 
-    def preview(self, logger: MetricsLogger) -> None:
-        """Show what the model does now: previews/<step>.png and TensorBoard."""
-        if self.process.is_main:
-            picture = self.task.preview(self.shown_model())
-            if picture is not None:
-                images.save_png(self.folder / "previews" / f"{self.step:07d}.png", picture)
-                logger.image(self.step, "preview", picture)
-        dist.barrier()
+    @contextlib.contextmanager
+    def shown_model(self) -> Iterator[nn.Module]:
+        """The model as a sampler would take it: averaged weights if there are, in eval mode, whole on every process."""
+        model = self.plain["model"].eval()
+        with self.ema.shown() if self.ema is not None else contextlib.nullcontext(), parallel.gathered(model):
+            yield model
+
+    def show(self, logger: MetricsLogger, evaluate: Evaluate | None, *, preview: bool) -> None:
+        """Preview and evaluation of this step, whose checkpoint is on its way."""
+        if not preview and evaluate is None:
+            return
+        with self.shown_model() as model:
+            if preview and self.process.is_main:
+                picture = self.task.preview(model)
+                if picture is not None:
+                    images.save_png(self.preview_path(), picture)
+                    logger.image(self.step, "preview", picture)
+            dist.barrier()
+            if evaluate is not None:  # long, and may fail: nothing is to be lost then
+                self.writer.wait()
+                with self.guard.interruptible():
+                    numbers = evaluate(model)
+                logger.log(self.step, numbers)
+
+    def preview_path(self) -> Path:
+        """Where the preview of this step goes."""
+        return self.folder / "previews" / f"{self.step:07d}.png"
+
+    def saves(self, step: int) -> bool:
+        """Whether a checkpoint is due after step number `step` (from 1 on)."""
+        return step == self.steps or step % self.flags.ckpt_every == 0
 
     def say(self, text: str) -> None:
         """Print on rank 0."""
         if self.process.is_main:
-            print(text, flush=True)
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any], source: str | Path) -> None:
-    """Take over an optimizer's moments; its settings (decay, betas) stay those of the flags."""
-    own = optimizer.state_dict()["param_groups"]
-    if [len(group["params"]) for group in state["param_groups"]] != [len(group["params"]) for group in own]:
-        raise ValueError(f"{source} holds an optimizer of other parameter groups: to start from its weights alone, "
-                         "see --finetune and --gpt-ckpt")
-    optimizer.load_state_dict({"state": state["state"], "param_groups": own})
-
-
-class Meter:
-    """Sums scalars on the device and looks at them only when read, so that steps do not wait for the host."""
-
-    def __init__(self, device: torch.device, *, samples_per_step: int) -> None:
-        self.device, self.samples_per_step = device, samples_per_step
-        self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, int] = {}
-        self.clocked, self.start = 0, time.perf_counter()
-
-    def add(self, values: dict[str, Tensor]) -> None:
-        """Count one step's scalars."""
-        for name, value in values.items():
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
-            self.counts[name] = self.counts.get(name, 0) + 1
-        self.clocked += 1
-
-    def restart_clock(self) -> None:
-        """Leave out of the speed what has just happened (a checkpoint)."""
-        self.clocked, self.start = 0, time.perf_counter()
-
-    def read(self) -> dict[str, float]:
-        """Means over the steps and processes since the last read, speed and peak memory."""
-        names = sorted(self.sums)
-        means = dist.mean(torch.stack([self.sums[name] / self.counts[name] for name in names]))
-        row = dict(zip(names, means.tolist(), strict=True))
-        if self.clocked:
-            row["images_per_second"] = self.clocked * self.samples_per_step / (time.perf_counter() - self.start)
-        row["memory_gib"] = peak_memory(self.device)
-        self.sums, self.counts = {}, {}
-        self.restart_clock()
-        return row
-
-
-def peak_memory(device: torch.device) -> float:
-    """Peak memory of this process in GiB: on the GPU if it uses one, else resident."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+            tqdm.write(text)
+            sys.stdout.flush()
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

@@ -9,6 +9,7 @@ from evaluations.c2i.monitor import MonitorFlags
 from tokenizer.build import TokenizerFlags
 from utils.cli import flag
 from utils.options import SizeFlags
+from utils.parallel import ParallelFlags
 from utils.trainer import TrainFlags
 
 
@@ -33,7 +34,7 @@ class GuidanceFlags:
 
 
 @dataclass(kw_only=True)
-class GPTTrainFlags(TrainFlags, GPTFlags, TokenizerFlags, StoreFlags, DatasetFlags, GuidanceFlags, MonitorFlags):
+class GPTTrainFlags(TrainFlags, ParallelFlags, GPTFlags, TokenizerFlags, StoreFlags, DatasetFlags, GuidanceFlags, MonitorFlags):
     """The GPT's training command. --vq-ckpt is for previews and --eval-every: without it there are none."""
 
     cfg_scale: float = 2.0

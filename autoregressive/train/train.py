@@ -121,7 +121,7 @@ def open_codes(flags: GPTTrainFlags) -> CodeStore:
 
 
 def build_model(flags: GPTTrainFlags, name: str, store: CodeStore) -> Transformer:
-    """An untrained GPT of preset `name` that fits the store."""
+    """An untrained GPT of preset `name` that fits the store; under torch.device("meta") without weights."""
     dropout = 0.0 if flags.drop_path_rate > 0 else flags.dropout_p
     return GPT_models[name](
         grid=store.grid, vocab_size=flags.vocab_size or store.vocab_size or DEFAULT_VOCAB,
@@ -131,21 +131,25 @@ def build_model(flags: GPTTrainFlags, name: str, store: CodeStore) -> Transforme
         class_dropout_prob=flags.class_dropout)
 
 
-def start_from(path: Path, content: dict[str, Any], trainer: Trainer) -> None:
-    """Begin from --gpt-ckpt (`content`): a training checkpoint with all it holds, any other with its weights."""
-    if "optimizer" in content and "steps" in content:
-        trainer.restore(path, content)
-        return
-    checkpoint.load_strict(trainer.plain["model"], checkpoint.weights(content, path), path)
-    if trainer.ema is not None:
-        trainer.ema.model.load_state_dict(trainer.plain["model"].state_dict())
-    trainer.say(f"starting from the weights of {path}")
+def load_weights(model: Transformer, content: dict[str, Any], source: str) -> None:
+    """Fill a model, of which this process may hold a part, with the weights of a checkpoint."""
+    state = checkpoint.weights(content, source)
+    own = {name: tensor.detach() for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+    checkpoint.check_fit(own, state, source, type(model).__name__)
+    for name, tensor in own.items():
+        parallel.fill(tensor, state[name])
+
+
+def is_training_checkpoint(content: dict[str, Any]) -> bool:
+    """Whether a checkpoint holds more than weights: the step, and the optimizer where it is one file."""
+    return "steps" in content and ("optimizer" in content or "flags" in content)
 
 
 def main(flags: GPTTrainFlags) -> None:
     """Train to the end of --epochs."""
-    process = dist.setup()
+    process = dist.setup(timeout=flags.dist_timeout)
     check_flags(flags, world_size=process.world_size)
+    flags.check(process.world_size)
     if flags.gpt_type != "c2i":
         raise ValueError("--gpt-type t2i: this command trains on classes, the store holds no captions")
     store = open_codes(flags)
@@ -157,15 +161,19 @@ def main(flags: GPTTrainFlags) -> None:
     if flags.eval_every > 0 and tokenizer is None:
         raise ValueError("--eval-every needs --vq-ckpt: the tokenizer that turns codes into images")
     monitor = Monitor.wanted(flags, process)
-    torch.manual_seed(flags.global_seed)
     content = {} if flags.gpt_ckpt is None else checkpoint.read(flags.gpt_ckpt)
     name = flags.gpt_model or checkpoint.saved_config(content).get("gpt_model") or "GPT-B"
-    model = build_model(flags, name, store).to(process.device)
+    dtype = dist.compute_dtype(flags.mixed_precision, process.device)
+    with torch.device("meta"):
+        model = build_model(flags, name, store)
+    parallel.place(model, flags, process.device, dtype=dtype, compiled=flags.compile)
+    model.init_weights(flags.global_seed, fill=parallel.fill)
+    if content and not is_training_checkpoint(content):
+        load_weights(model, content, flags.gpt_ckpt)
     config = model.config
-    wrapped = parallel.apply_ddp(parallel.apply_compile(model) if flags.compile else model, process.device)
-    task = GPTTask(wrapped, dtype=dist.compute_dtype(flags.mixed_precision, process.device), classes=store.classes,
-                   tokenizer=tokenizer, seed=flags.global_seed, token_noise=flags.token_noise,
-                   cfg_scale=flags.cfg_scale)
+    task = GPTTask(parallel.apply_ddp(model, process.device), dtype=torch.float32 if flags.sharded else dtype,
+                   classes=store.classes, tokenizer=tokenizer, seed=flags.global_seed, token_noise=flags.token_noise,
+                   cfg_scale=flags.cfg_scale)  # FSDP casts by itself
     steps = total_steps(flags, len(store))
     saved: dict[str, Any] = {"kind": "gpt", "gpt_model": name, "gpt_type": flags.gpt_type, "grid": list(config.grid),
                              "vocab_size": config.vocab_size, "num_classes": config.num_classes,
@@ -174,15 +182,18 @@ def main(flags: GPTTrainFlags) -> None:
                              "image_size": store.manifest.get("image_size")}
     folder = run_folder(flags, name)
     trainer = Trainer(task, flags, process, folder, steps=steps, saved_config=saved)
-    if flags.gpt_ckpt is not None:
-        start_from(Path(flags.gpt_ckpt), content, trainer)
-    del content  # as large as model and optimizer together
+    if is_training_checkpoint(content):
+        trainer.restore(checkpoint.resolve(flags.gpt_ckpt))
+    elif content:
+        trainer.say(f"starting from the weights of {flags.gpt_ckpt}")
+    del content  # as large as the model, or with its optimizer
     trainer.resume()
     if process.is_main and trainer.step < steps:
         cli.save_config(folder / "config.json", flags, steps=steps, images=len(store), model=saved)
     trainer.say(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {len(store)} images x "
                 f"{store.views} views, {config.num_classes} classes, {config.grid[0]}x{config.grid[1]} tokens of "
-                f"{config.vocab_size}, {steps} steps on {process.world_size} x {process.device}, {task.dtype}; "
+                f"{config.vocab_size}, {steps} steps on {process.world_size} x {process.device}, {dtype}"
+                f"{', ' + flags.data_parallel if process.world_size > 1 or flags.sharded else ''}; "
                 f"run folder {folder}")
 
     def batches(start: int):

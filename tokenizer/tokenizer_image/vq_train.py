@@ -160,20 +160,20 @@ def preview_samples(data: ImageDataset, size: tuple[int, int]) -> Tensor:
 def warm_start(flags: VQTrainFlags, content: dict[str, Any], trainer: Trainer) -> None:
     """Begin from --vq-ckpt (`content`): its weights alone with --finetune, else everything it holds."""
     if not flags.finetune:
-        trainer.restore(Path(flags.vq_ckpt), content)
+        trainer.restore(checkpoint.resolve(flags.vq_ckpt))
         return
     checkpoint.load_strict(trainer.plain["model"], checkpoint.weights(content, flags.vq_ckpt), flags.vq_ckpt)
     if "discriminator" in content and "discriminator" in trainer.plain:
         state = checkpoint.weights(content, flags.vq_ckpt, prefer=("discriminator",))
         checkpoint.load_strict(trainer.plain["discriminator"], state, flags.vq_ckpt)
     if trainer.ema is not None:
-        trainer.ema.model.load_state_dict(trainer.plain["model"].state_dict())
+        trainer.ema.restart()
     trainer.say(f"fine-tuning from the weights of {flags.vq_ckpt}")
 
 
 def main(flags: VQTrainFlags) -> None:
     """Train to the end of --epochs."""
-    process = dist.setup()
+    process = dist.setup(timeout=flags.dist_timeout)
     check_flags(flags, world_size=process.world_size)
     if flags.finetune and flags.vq_ckpt is None:
         raise ValueError("--finetune needs --vq-ckpt")

@@ -1,0 +1,144 @@
+"""What can go wrong within a step, seen on the device: non-finite losses and gradients, a request to stop, a checkpoint
+that could not be written.
+
+One small tensor of flags is reduced over the processes at each step, so that all decide alike. A GPU's flags are looked
+at some steps later, when they have long been copied, so the host never waits for the device.
+"""
+import contextlib
+import signal
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from utils import dist
+from utils.checkpoint import save
+
+BAD, STOP, UNSAVED = range(3)  # the flags
+GPU_LAG = 4  # steps after which a GPU's flags are read
+
+
+class StopRequestedError(Exception):
+    """SIGTERM has come while nothing would be lost by leaving at once."""
+
+
+@dataclass
+class Verdict:
+    """What the flags of a step say."""
+
+    step: int
+    bad: bool
+    stop: bool
+    unsaved: bool
+
+
+class StepGuard:
+    """Judges steps; keeps the latest batches, so that the one that made trouble can be saved."""
+
+    def __init__(self, process: dist.Process) -> None:
+        self.process = process
+        self.lag = GPU_LAG if process.device.type == "cuda" else 0
+        self.pending: deque[tuple[int, Tensor, Any]] = deque()
+        self.batches: deque[tuple[int, list]] = deque(maxlen=self.lag + 1)
+        self.stop_asked = self.leave_at_once = False
+
+    def flags(self, losses: list[Tensor], *, unsaved: bool) -> Tensor:
+        """The step's flags (3,), reduced over the processes: is a loss not finite, is anybody asked to stop, …"""
+        flags = torch.zeros(3, device=self.process.device)
+        flags[BAD] = (~torch.stack([loss.detach().float().isfinite().all() for loss in losses])).any()
+        if self.stop_asked:
+            flags[STOP] = 1
+        if unsaved:
+            flags[UNSAVED] = 1
+        return dist.any_of(flags)
+
+    def watch(self, step: int, flags: Tensor, batches: list) -> None:
+        """Hand over the flags and micro-batches of a step."""
+        event = None
+        if self.lag:
+            flags = torch.empty(3, pin_memory=True).copy_(flags, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self.pending.append((step, flags, event))
+        self.batches.append((step, batches))
+
+    def verdicts(self, *, drain: bool) -> Iterator[Verdict]:
+        """Those that are due, of older steps first; all with `drain`."""
+        while len(self.pending) > (0 if drain else self.lag):
+            step, flags, event = self.pending.popleft()
+            if event is not None:
+                event.synchronize()
+            bad, stop, unsaved = (flags > 0).tolist()
+            yield Verdict(step, bad, stop, unsaved)
+
+    def save_batch(self, folder: Path, step: int) -> Path:
+        """Write the micro-batches of a step, this process's share, and say where."""
+        path = folder / f"bad-batch-{step:07d}-rank{self.process.rank}.pt"
+        kept = next((batches for known, batches in self.batches if known == step), [])
+        save({"step": step, "micro_batches": [{name: value.cpu() if isinstance(value, Tensor) else value
+                                               for name, value in batch.items()} for batch in kept]}, path)
+        return path
+
+    @contextlib.contextmanager
+    def on_sigterm(self) -> Iterator[None]:
+        """Within the block SIGTERM asks to stop instead of ending the process."""
+        def ask(number: int, frame: Any) -> None:
+            self.stop_asked = True
+            if self.leave_at_once:
+                raise StopRequestedError
+
+        try:
+            before = signal.signal(signal.SIGTERM, ask)
+        except ValueError:  # not in the main thread: the signal is somebody else's
+            yield
+            return
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    @contextlib.contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Within the block all is saved, and SIGTERM raises StopRequestedError at once."""
+        if self.stop_asked:
+            raise StopRequestedError
+        self.leave_at_once = True
+        try:
+            yield
+        finally:
+            self.leave_at_once = False
+
+
+class LossScale:
+    """Loss scaling for fp16, on the device: halved when gradients overflow, doubled after 2000 steps in which none did.
+
+    (The rule of "Mixed Precision Training", arXiv 1710.03740, §3.2. torch's GradScaler finds overflows per process,
+    which sharded gradients do not allow.)
+    """
+
+    def __init__(self, device: torch.device, *, enabled: bool) -> None:
+        self.enabled = enabled
+        self.scale = torch.tensor(2.0**16 if enabled else 1.0, device=device)
+        self.streak = torch.zeros((), device=device)
+
+    def update(self, bad: Tensor) -> None:
+        """Take note of whether (bool, on the device) a step overflowed."""
+        if self.enabled:
+            self.streak.copy_(torch.where(bad, 0, self.streak + 1))
+            grown = torch.where(self.streak >= 2000, self.scale * 2, self.scale)
+            self.scale.copy_(torch.where(bad, self.scale / 2, grown))
+            self.streak.copy_(torch.where(self.streak >= 2000, 0, self.streak))
+
+
+def step_unless(optimizer: torch.optim.Optimizer, bad: Tensor) -> None:
+    """optimizer.step(), or nothing where `bad` (bool): decided on the device if the optimizer is a fused one."""
+    if optimizer.defaults.get("fused"):
+        optimizer.found_inf = bad.float()  # what GradScaler sets
+        optimizer.step()
+        del optimizer.found_inf
+    elif not bool(bad):
+        optimizer.step()

@@ -1,0 +1,244 @@
+"""Training checkpoints: folders that every process writes its part of, in the background (torch.distributed.checkpoint).
+
+<folder>/<step>/ holds DCP's shards and index, and `state.json`: the step, the model's description and everything else
+that is no tensor. It is written as <folder>/.<step>.tmp and takes its name when it is whole and on the disk, so whatever
+interrupts the writing leaves the one before. Shards are cut by tensor, not by process: any number of processes, sharded
+or not, reads them.
+
+DCP's index is a pickle. It is read by an unpickler that knows the index's own classes and nothing else, and all that is
+no tensor is in the JSON, so that a checkpoint cannot run code.
+"""
+import contextlib
+import json
+import os
+import pickle
+import shutil
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from utils import dist
+from utils.checkpoint import first_line, replacing, sync_folder
+
+FORMAT = "llamagen-checkpoint-1"
+STATE, INDEX = "state.json", ".metadata"
+INDEX_CLASSES = {  # all that DCP's index of tensors is made of
+    "torch.distributed.checkpoint.metadata": {
+        "Metadata", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata", "MetadataIndex", "StorageMeta",
+        "_MEM_FORMAT_ENCODING"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {"Size"},
+    "collections": {"OrderedDict"},
+    "pathlib": {"Path", "PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"},
+    "pathlib._local": {"PosixPath", "WindowsPath"},
+}
+
+
+class DamagedError(ValueError):
+    """A checkpoint is not whole."""
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if name in INDEX_CLASSES.get(module, ()) or (module == "torch" and isinstance(getattr(torch, name, None),
+                                                                                       torch.dtype)):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+
+class SafeReader(dcp.FileSystemReader):
+    """DCP's reader, but its index cannot run code. (DCP itself reads the shards with weights_only.)"""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """The index. Raises ValueError when it is damaged or holds anything else."""
+        path = Path(self.path) / INDEX
+        try:
+            with open(path, "rb") as file:
+                index = _IndexUnpickler(file).load()
+            assert isinstance(index, Metadata)
+            assert all(isinstance(entry, TensorStorageMetadata) for entry in index.state_dict_metadata.values())
+        except Exception as error:  # a damaged pickle raises anything
+            raise DamagedError(f"{path} is refused: it is damaged, or holds objects that would run code when loaded "
+                             f"({first_line(error)[:160]})") from None
+        return index
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of one run, one at a time, while training goes on. All processes call it alike."""
+
+    def __init__(self, folders: list[Path], *, keep: int, is_main: bool) -> None:
+        """The first of `folders` is written, the others get copies; `keep` newest stay in each, 0 keeps all."""
+        self.folders, self.keep, self.is_main = folders, keep, is_main
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is meant
+        self.group = dist.new_cpu_group()  # of its own: the writing thread and the training must not meet in one
+        self.publisher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self.written: Future | None = None
+        self.published: Future | None = None
+
+    def sweep(self) -> None:
+        """Remove what killed writers left."""
+        for folder in self.folders if self.is_main else []:
+            for path in folder.glob(".*.tmp"):
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+    def save(self, step: int, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        """Begin to write: what `tensors` hold now is what will be read. Waits for the checkpoint before."""
+        self.wait()
+        target = self.folders[0] / f"{step:07d}"
+        temporary = target.with_name(f".{target.name}.tmp")
+        if self.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        dist.barrier()
+        self.written = dcp.async_save(tensors, storage_writer=dcp.FileSystemWriter(temporary), process_group=self.group)
+        if self.is_main:
+            self.published = self.publisher.submit(self._publish, self.written, temporary, target, facts)
+
+    def _publish(self, written: Future, temporary: Path, target: Path, facts: dict[str, Any]) -> None:
+        try:
+            written.result()  # all processes have written
+            sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
+            with replacing(temporary / STATE) as file:
+                file.write_text(json.dumps({"format": FORMAT, "files": sizes, **facts}))
+            _take_place(temporary, target)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        for folder in self.folders[1:]:
+            copy = folder / temporary.name
+            shutil.rmtree(copy, ignore_errors=True)
+            shutil.copytree(target, copy)
+            _take_place(copy, folder / target.name)
+        for folder in self.folders if self.keep else []:
+            older = [path for path in candidates(folder) if int(path.stem) < int(target.name)]
+            for old in older[self.keep - 1:]:
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
+
+    def failed(self) -> bool:
+        """Whether this process knows that the last checkpoint could not be written. `wait` says why."""
+        return any(future is not None and future.done() and future.exception() is not None
+                   for future in (self.written, self.published))
+
+    def wait(self) -> None:
+        """Until the last checkpoint is on the disk. Raises OSError, on all processes, when it could not be written."""
+        problems = []
+        for future in (self.written, self.published):
+            try:
+                if future is not None:
+                    future.result()
+            except (dcp.CheckpointException, OSError, RuntimeError) as error:
+                failures = getattr(error, "failures", None) or {0: (error, None)}
+                problems.append(first_line(next(iter(failures.values()))[0])[:200])
+        self.written = self.published = None
+        problems = dist.gather_lists(problems)  # the main process publishes: nobody goes on before it has
+        if problems:
+            raise OSError(f"a checkpoint could not be written to {self.folders[0]}: {problems[0]}: is the disk full? "
+                          "Earlier checkpoints are untouched")
+
+    def close(self) -> None:
+        """Give what is being written a minute to end, without a word to the other processes: they may be gone."""
+        wait([future for future in (self.written, self.published) if future is not None], timeout=60)
+        self.publisher.shutdown(wait=False)
+
+
+def _take_place(temporary: Path, target: Path) -> None:
+    """Give a written folder its name, replacing one of that name (of an earlier run of the same step)."""
+    if target.exists():
+        old = target.with_name(f".{target.name}.old.tmp")
+        shutil.rmtree(old, ignore_errors=True)
+        target.rename(old)
+        temporary.rename(target)
+        shutil.rmtree(old)
+    else:
+        temporary.rename(target)
+    sync_folder(target.parent)
+
+
+# ---- reading
+
+
+def candidates(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, newest first, unfinished ones left out; .pt files of earlier versions count."""
+    files = [path for path in folder.glob("*.pt") if path.stem.isdigit()]
+    folders = [path for path in folder.glob("*") if path.name.isdigit() and is_sharded(path)]
+    return sorted(files + folders, key=lambda path: (int(path.stem), path.is_dir()), reverse=True)
+
+
+def set_aside(path: Path) -> None:
+    """Rename a damaged checkpoint so that it is no candidate any more."""
+    aside = path.with_name(f"{path.name}.damaged")
+    shutil.rmtree(aside, ignore_errors=True)
+    path.rename(aside)
+
+
+def is_sharded(path: Path) -> bool:
+    """Whether a path is a folder of this format."""
+    return (path / STATE).is_file()
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """state.json of a checkpoint, its files' sizes checked. Raises ValueError naming what is wrong."""
+    try:
+        facts = json.loads((path / STATE).read_text())
+        sizes = dict(facts["files"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise DamagedError(f"{path / STATE} is damaged ({first_line(error)})") from None
+    if facts.get("format") != FORMAT:
+        raise ValueError(f"{path} is of format {facts.get('format')}, expected {FORMAT}")
+    for name, size in sizes.items():
+        file = path / name
+        if not file.is_file() or file.stat().st_size != size:
+            found = f"{file.stat().st_size} bytes" if file.is_file() else "missing"
+            raise DamagedError(f"{path} is damaged: {name} is {found}, expected {size} bytes")
+    return facts
+
+
+def sizes_in(path: Path) -> dict[str, torch.Size]:
+    """Name → shape of the tensors in a checkpoint."""
+    return {name: entry.size for name, entry in SafeReader(path).read_metadata().state_dict_metadata.items()}
+
+
+def load_into(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Fill `tensors`, whole or sharded, in place. All processes call it, each with the tensors it wants."""
+    with _damage_named(path):
+        dcp.load(tensors, storage_reader=SafeReader(path))
+
+
+def read_folder(path: Path, *, optimizers: bool = False) -> dict[str, Any]:
+    """A checkpoint as one would read it from a file: {"model": {name: tensor}, "ema": …, "config": …, "steps": …}.
+
+    Read by this process alone, on the CPU; without the optimizers' tensors unless asked for.
+    """
+    facts = read_facts(path)
+    index = SafeReader(path).read_metadata().state_dict_metadata
+    tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in index.items()
+               if optimizers or not name.startswith("optimizer")}
+    with _damage_named(path), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.load(tensors, storage_reader=SafeReader(path), no_dist=True)
+    content: dict[str, Any] = {"steps": facts["steps"], "config": facts["config"]}
+    for name, tensor in tensors.items():
+        part, rest = name.split(".", 1)
+        content.setdefault(part, {})[rest] = tensor
+    if "ema" in content:
+        content["ema"] = {**content["model"], **content["ema"]}  # buffers, and what is not trained
+    return content
+
+
+@contextlib.contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except dcp.CheckpointException as error:
+        cause = next(iter(error.failures.values()))[0]
+        raise DamagedError(str(cause) if isinstance(cause, DamagedError) else
+                           f"{path} cannot be read: {first_line(cause)[:200]}") from None
