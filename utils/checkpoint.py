@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import pickle
+import shutil
 import struct
 import tempfile
 import warnings
@@ -167,6 +168,12 @@ def sync_folder(folder: Path) -> None:
 def first_line(error: Exception) -> str:
     """What an exception says, in one line; its type when it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def sweep(folder: Path) -> None:
+    """Remove the temporary files and folders that killed writers left where we are the only writer."""
+    for path in folder.glob(".*.tmp"):
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def newest(folder: Path) -> Path | None:

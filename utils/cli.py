@@ -83,6 +83,11 @@ def run(main: Callable[[Config], None], config_class: type[Config], argv: list[s
         if os.environ.get("LLAMAGEN_TRACEBACK"):
             raise
         fail(message(error), quiet=dist.told_by_main())
+    except RuntimeError as error:
+        if not dist.lost_contact(error):
+            raise
+        fail(f"lost contact with another process, which has died or hangs ({message(error)[:200]}); training continues "
+             "with --resume auto", quiet=False)
     except KeyboardInterrupt:
         print("interrupted; to continue run it again, training with --resume auto", file=sys.stderr)
         sys.exit(130)

@@ -83,6 +83,13 @@ def told_by_main(*, seconds: float = 30.0) -> bool:
     return True
 
 
+def lost_contact(error: RuntimeError) -> bool:
+    """Whether a collective failed because another process is gone or silent."""
+    known = isinstance(error, torch.distributed.DistError) or any(
+        word in str(error) for word in ("gloo", "Connection closed by peer", "Connection reset", "NCCL"))
+    return torch.distributed.is_initialized() and world_size() > 1 and known
+
+
 def shutdown() -> None:
     """Leave the process group, if in one."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():

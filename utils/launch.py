@@ -3,11 +3,14 @@
     python utils/launch.py autoregressive/train/train.py --code-path ...
 
 The variables nnodes, nproc_per_node, node_rank, master_addr and master_port are passed to torchrun; with one process
-the entry runs directly. The exit code is that of the process that failed first.
+the entry runs directly. The exit code is that of the process that failed first. SIGTERM is passed on, so that a training
+saves, ends well and the exit code is 0.
 """
+import contextlib
 import logging
 import os
 import runpy
+import signal
 import sys
 from pathlib import Path
 
@@ -27,6 +30,7 @@ def main(argv: list[str]) -> None:
         return
 
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import get_args_parser
     from torch.distributed.run import main as torchrun
     logging.disable(logging.CRITICAL)  # torchrun's; the entry itself says in one line what is wrong
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // local)))
@@ -35,10 +39,28 @@ def main(argv: list[str]) -> None:
               if name in os.environ]
     if nodes == 1 and "master_port" not in os.environ:
         flags.append("--standalone")
+    if any(action.dest == "signals_to_handle" for action in get_args_parser()._actions) and Path("/proc/self").is_dir():
+        flags.append("--signals-to-handle=SIGINT,SIGHUP,SIGQUIT")  # its own way with SIGTERM is to kill after 30 seconds
+        signal.signal(signal.SIGTERM, lambda number, frame: pass_on(number))
     try:
         torchrun([*flags, *argv])
     except ChildFailedError as error:
-        sys.exit(error.get_first_failure()[1].exitcode)
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:
+            name = signal.Signals(-failure.exitcode).name
+            reason = " (out of memory, most often)" if name == "SIGKILL" else ""
+            print(f"error: process {rank} of {local * nodes} was killed by {name}{reason}, the others were stopped: "
+                  "training continues with --resume auto", file=sys.stderr)
+            sys.exit(128 - failure.exitcode)
+        sys.exit(failure.exitcode)
+
+
+def pass_on(number: int) -> None:
+    """Send a signal to this process's children."""
+    for listing in Path("/proc/self/task").glob("*/children"):
+        for child in listing.read_text().split():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(child), number)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from utils import dist
-from utils.checkpoint import first_line, replacing, sync_folder
+from utils.checkpoint import first_line, replacing, sweep, sync_folder
 
 FORMAT = "llamagen-checkpoint-1"
 STATE, INDEX = "state.json", ".metadata"
@@ -87,8 +87,7 @@ class CheckpointWriter:
     def sweep(self) -> None:
         """Remove what killed writers left."""
         for folder in self.folders if self.is_main else []:
-            for path in folder.glob(".*.tmp"):
-                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+            sweep(folder)
 
     def save(self, step: int, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         """Begin to write: what `tensors` hold now is what will be read. Waits for the checkpoint before."""
@@ -225,7 +224,7 @@ def read_folder(path: Path, *, optimizers: bool = False) -> dict[str, Any]:
     with _damage_named(path), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         dcp.load(tensors, storage_reader=SafeReader(path), no_dist=True)
-    content: dict[str, Any] = {"steps": facts["steps"], "config": facts["config"]}
+    content: dict[str, Any] = {key: value for key, value in facts.items() if key not in ("format", "files")}
     for name, tensor in tensors.items():
         part, rest = name.split(".", 1)
         content.setdefault(part, {})[rest] = tensor

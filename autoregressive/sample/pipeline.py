@@ -99,8 +99,8 @@ def load_pipeline(flags: SampleFlags, *, device: torch.device) -> Pipeline:
         tokenizer.decoder.compile()
     settings = {name: getattr(flags, name) for name in ("cfg_scale", "cfg_interval", "temperature", "top_k", "top_p")}
     described = {"gpt_model": flags.gpt_model or saved.get("gpt_model") or "GPT-B", "vq_model": vq_name,
-                 "gpt_ckpt_sha256": checkpoint.file_hash(flags.gpt_ckpt),
-                 "vq_ckpt_sha256": checkpoint.file_hash(flags.vq_ckpt), "dtype": str(next(gpt.parameters()).dtype),
+                 "gpt_ckpt_sha256": checkpoint.content_hash(flags.gpt_ckpt),
+                 "vq_ckpt_sha256": checkpoint.content_hash(flags.vq_ckpt), "dtype": str(next(gpt.parameters()).dtype),
                  "weights": saved["weights"], "num_classes": config.num_classes, "image_size": list(config_size),
                  **settings}
     return Pipeline(gpt, tokenizer, saved.get("classes"), settings, described)

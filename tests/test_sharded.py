@@ -1,0 +1,277 @@
+"""Checkpoint folders: whole or not there, safe, kept as asked, and a killed run goes on as if nothing had been."""
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from argparse import Namespace
+
+import pytest
+import torch
+
+from tests.conftest import ROOT, TINY_GPT, call
+from tests.test_training import OFTEN, last, rows, same
+from utils import checkpoint, sharded
+from utils.sharded import CheckpointWriter, DamagedError
+
+RUN = "000-GPT-S"
+
+
+@pytest.fixture(scope="module")
+def command(code_store, vq_ckpt):
+    """A training of nine steps with checkpoints after 4, 8 and 9; --results-dir's value is missing."""
+    return [*map(str, ["train_gpt", "--code-path", code_store, "--vq-ckpt", vq_ckpt, *TINY_GPT, *OFTEN, "--resume", "auto",
+                       "--results-dir"])]
+
+
+@pytest.fixture(scope="module")
+def whole(command, tmp_path_factory):
+    """The run, never interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    call(*command, folder)
+    return folder / RUN
+
+
+def assert_same_run(run, whole) -> None:
+    assert same(last(run), last(whole))
+    assert (run / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+    for name in ("0000004.png", "0000008.png", "0000009.png"):
+        assert (run / "previews" / name).read_bytes() == (whole / "previews" / name).read_bytes()
+    assert not list(run.rglob("*.tmp"))
+
+
+# ---- killed
+
+DIE = f"""import os, signal, sys, json
+sys.path.insert(0, {str(ROOT)!r})
+import torch.distributed.checkpoint as dcp
+from tests.conftest import call
+from utils import sharded
+from utils.trainer import Trainer
+where, argv = sys.argv[1], json.loads(sys.argv[2])
+def die(*args, **kwargs):
+    os.kill(os.getpid(), signal.SIGNUMBER)
+original_step, original_show = Trainer.optimizer_step, Trainer.show
+def step(self, batches):
+    if where == "step" and self.step + 1 == 7:
+        die()
+    return original_step(self, batches)
+def show(self, *args, **kwargs):
+    if where == "preview" and self.step == 8:
+        self.writer.wait()  # the checkpoint is there, its picture is not
+        die()
+    return original_show(self, *args, **kwargs)
+Trainer.optimizer_step, Trainer.show = step, show
+if where == "writing":
+    dcp.FileSystemWriter.finish = die
+if where == "publishing":
+    sharded._take_place = die
+call(*argv)
+"""
+
+
+def killed(where: str, argv: list, *, by: str = "SIGKILL") -> subprocess.CompletedProcess:
+    """Run the training in a process that a signal meets at a certain place."""
+    return subprocess.run([sys.executable, "-c", DIE.replace("SIGNUMBER", by), where, json.dumps([*map(str, argv)])],
+                          env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, check=False)
+
+
+def test_a_run_killed_again_and_again_is_the_uninterrupted_run(command, whole, tmp_path):
+    command = [*command, tmp_path]
+    found = []
+    for where in ("writing", "publishing", "step", "preview"):
+        assert killed(where, command).returncode == -signal.SIGKILL
+        found.append([path.name for path in sharded.candidates(tmp_path / RUN / "checkpoints")])
+    assert found == [[], [], ["0000004"], ["0000008", "0000004"]]
+    call(*command)
+    assert_same_run(tmp_path / RUN, whole)
+
+
+def test_sigterm_saves_and_ends_well(command, whole, tmp_path):
+    """In the middle of a step; the checkpoint lies between the scheduled ones and is no row of the log."""
+    done = killed("step", [*command, tmp_path], by="SIGTERM")
+    assert done.returncode == 0, done.stderr
+    assert "stopped by SIGTERM at step 7 of 9, all is saved" in done.stdout
+    assert sharded.candidates(tmp_path / RUN / "checkpoints")[0].name == "0000007"
+    call(*command, tmp_path)
+    assert_same_run(tmp_path / RUN, whole)
+
+
+def test_two_processes_stop_together_on_sigterm(command, tmp_path):
+    environment = {**os.environ, "nproc_per_node": "2", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    argv = [*command[1:], str(tmp_path), "--epochs", "100000", "--ckpt-every", "50000"]
+    process = subprocess.Popen([sys.executable, str(ROOT / "utils" / "launch.py"),
+                                str(ROOT / "autoregressive" / "train" / "train.py"), *argv],
+                               env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    metrics = tmp_path / RUN / "metrics.jsonl"
+    patience = time.monotonic() + 120
+    while not (metrics.is_file() and len(rows(tmp_path / RUN)) > 2):
+        assert process.poll() is None and time.monotonic() < patience
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    text, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, text
+    assert text.count("stopped by SIGTERM") == 1
+    newest = checkpoint.newest(tmp_path / RUN / "checkpoints")
+    assert int(newest.name) > 3
+    assert sharded.read_facts(newest)["steps"] == int(newest.name)
+
+
+def test_a_process_that_dies_ends_the_others(command, tmp_path):
+    environment = {**os.environ, "nproc_per_node": "2", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    script = tmp_path / "dies.py"
+    script.write_text(f"""import os, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+from autoregressive.train import train
+from utils import cli
+from utils.trainer import Trainer
+step = Trainer.optimizer_step
+def patched(self, batches):
+    if self.step == 5 and self.process.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, batches)
+Trainer.optimizer_step = patched
+cli.run(train.main, train.GPTTrainFlags)
+""")
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, str(ROOT / "utils" / "launch.py"), str(script), *command[1:], str(tmp_path)],
+                          env=environment, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 128 + signal.SIGKILL
+    assert "error: process 1 of 2 was killed by SIGKILL" in done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
+    assert time.monotonic() - start < 100
+    assert sharded.candidates(tmp_path / RUN / "checkpoints")[0].name == "0000004"
+
+
+# ---- damaged
+
+
+def cut_short(path):
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def bomb(path):
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, (str(path.parent / "exploded"),)
+
+    path.write_bytes(pickle.dumps(Bomb()))
+    facts = json.loads((path.parent / "state.json").read_text())
+    facts["files"][".metadata"] = path.stat().st_size
+    (path.parent / "state.json").write_text(json.dumps(facts))
+
+
+DAMAGES = {"a shard is cut short": ("__0_0.distcp", cut_short, "__0_0.distcp is"),
+           "a shard is missing": ("__0_0.distcp", lambda path: path.unlink(), "__0_0.distcp is missing"),
+           "the index is a bomb": (".metadata", bomb, "would run code"),
+           "the state is no JSON": ("state.json", lambda path: path.write_text("{"), "state.json is damaged")}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_newest_checkpoint_is_set_aside(damage, command, whole, tmp_path, capsys):
+    name, harm, words = DAMAGES[damage]
+    call(*command, tmp_path, "--epochs", 2)
+    newest = checkpoint.newest(tmp_path / RUN / "checkpoints")
+    harm(newest / name)
+    with pytest.raises(DamagedError, match=words):
+        checkpoint.read(newest)
+    capsys.readouterr()
+    call(*command, tmp_path)
+    out = capsys.readouterr().out
+    assert words in out and "continuing from" in out and "at step 8" in out
+    assert not (newest.with_name("0000009.damaged") / "exploded").exists()
+    assert newest.with_name("0000009.damaged").is_dir()
+    assert same(last(tmp_path / RUN), last(whole))
+
+
+def test_an_index_cannot_name_functions(tmp_path):
+    for harmful in (os.system, eval, torch.load, checkpoint.read):
+        (tmp_path / ".metadata").write_bytes(pickle.dumps(harmful))
+        with pytest.raises(DamagedError, match="would run code"):
+            sharded.SafeReader(tmp_path).read_metadata()
+
+
+def test_a_flipped_bit_in_a_shard_is_no_crash(whole, tmp_path):
+    """torch notices damage to the structure; whatever it says becomes one line."""
+    content = bytearray((checkpoint.newest(whole / "checkpoints") / "__0_0.distcp").read_bytes())
+    content[:200] = bytes(200)
+    copy = tmp_path / "0000009"
+    copy.mkdir()
+    for path in checkpoint.newest(whole / "checkpoints").iterdir():
+        (copy / path.name).write_bytes(bytes(content) if path.suffix == ".distcp" else path.read_bytes())
+    with pytest.raises(DamagedError, match="cannot be read"):
+        checkpoint.read(copy)
+
+
+# ---- written and kept
+
+
+def test_what_is_written_is_what_was_there_when_saving_began(tmp_path):
+    tensor = torch.arange(2**20, dtype=torch.float32)
+    writer = CheckpointWriter([tmp_path], keep=0, is_main=True)
+    writer.save(3, {"model.a": tensor}, {"steps": 3, "config": {}})
+    tensor.zero_()
+    writer.wait()
+    assert torch.equal(checkpoint.read(tmp_path / "0000003")["model"]["a"], torch.arange(2**20, dtype=torch.float32))
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    here, there = tmp_path / "here", tmp_path / "there"
+    writer = CheckpointWriter([here, there], keep=2, is_main=True)
+    for step in (1, 5, 10, 20):
+        writer.save(step, {"model.a": torch.full((3,), float(step))}, {"steps": step, "config": {}})
+    writer.wait()
+    for folder in (here, there):
+        assert sorted(path.name for path in folder.iterdir()) == ["0000010", "0000020"]
+    writer.save(15, {"model.a": torch.zeros(3)}, {"steps": 15, "config": {}})  # resumed from an older one
+    writer.wait()
+    assert sorted(path.name for path in here.iterdir()) == ["0000010", "0000015", "0000020"]
+
+
+def test_a_run_keeps_as_many_as_asked(command, tmp_path):
+    call(*command, tmp_path, "--keep", 1)
+    assert [path.name for path in (tmp_path / RUN / "checkpoints").iterdir()] == ["0000009"]
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(command, tmp_path, capsys):
+    (tmp_path / RUN).mkdir()
+    (tmp_path / RUN / "checkpoints").write_text("in the way")
+    with pytest.raises(SystemExit) as caught:
+        call(*command, tmp_path)
+    assert caught.value.code == 2
+    assert "checkpoints" in capsys.readouterr().err.splitlines()[-1]
+
+
+# ---- what a path may mean
+
+
+def test_a_run_and_an_old_name_mean_a_checkpoint(whole):
+    newest = whole / "checkpoints" / "0000009"
+    assert checkpoint.resolve(whole) == newest
+    assert checkpoint.resolve(whole / "checkpoints") == newest
+    assert checkpoint.resolve(whole / "checkpoints" / "0000008.pt") == whole / "checkpoints" / "0000008"
+    assert checkpoint.resolve(whole / "absent.pt") == whole / "absent.pt"
+
+
+def test_training_goes_on_from_a_file_of_llamagen(command, whole, tmp_path):
+    """{"model", "optimizer", "steps", "args"}, moments numbered in the order of its two parameter groups."""
+    content = sharded.read_folder(whole / "checkpoints" / "0000008", optimizers=True)
+    decayed = [name for name, value in content["model"].items() if value.ndim >= 2]
+    names = decayed + [name for name, value in content["model"].items() if value.ndim < 2]
+    moments = {i: {key: content["optimizer"][f"{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+               for i, name in enumerate(names)}
+    split = len(decayed)
+    optimizer = {"state": moments, "param_groups": [{"lr": 1.0, "params": list(range(split))},
+                                                    {"lr": 1.0, "params": list(range(split, len(names)))}]}
+    torch.save({"model": content["model"], "ema": content["ema"], "optimizer": optimizer, "steps": 8,
+                "args": Namespace(lr=1.0)}, tmp_path / "0000008.pt")
+    argv = [word if word != "auto" else "none" for word in command]
+    call(*argv, tmp_path, "--gpt-ckpt", tmp_path / "0000008.pt")
+    assert same(last(tmp_path / RUN), last(whole))
+
+    optimizer["param_groups"] = [{"params": list(range(len(names)))}]
+    torch.save({"model": content["model"], "optimizer": optimizer, "steps": 8}, tmp_path / "other.pt")
+    with pytest.raises(SystemExit):
+        call(*argv, tmp_path, "--gpt-ckpt", tmp_path / "other.pt")
