@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from utils.lora import merge_lora
+
 WEIGHT_KEYS = ("ema", "model", "module", "state_dict")  # in order of preference
 DAMAGED = (RuntimeError, EOFError, LookupError, ValueError, TypeError, ArithmeticError, AssertionError, AttributeError,
            MemoryError, struct.error)  # what torch.load has been seen to raise for files cut short or with flipped bits
@@ -88,7 +90,7 @@ def read_file(path: Path) -> dict[str, Any]:
 
 
 def weights(content: dict[str, Any], source: str | Path, *, prefer: tuple[str, ...] = WEIGHT_KEYS) -> dict[str, Tensor]:
-    """The state dict inside a container, wrapper prefixes removed. Raises ValueError when there is none."""
+    """The state dict inside a container, wrapper prefixes removed, LoRA merged. ValueError when there is none."""
     inner: Any = next((content[key] for key in prefer if isinstance(content.get(key), dict)), content)
     state = {name: value for name, value in inner.items() if isinstance(value, Tensor)}
     if not state or len(state) != len(inner):
@@ -96,7 +98,7 @@ def weights(content: dict[str, Any], source: str | Path, *, prefer: tuple[str, .
     for prefix in ("module.", "_orig_mod.", "module."):  # DDP, compile, and the one in the other
         if all(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): value for name, value in state.items()}
-    return state
+    return merge_lora(state, saved_config(content), source=source)
 
 
 def saved_config(content: dict[str, Any]) -> dict[str, Any]:

@@ -60,9 +60,11 @@ def join_alone(device: torch.device) -> None:
     torch.distributed.init_process_group(backend(device), store=torch.distributed.HashStore(), rank=0, world_size=1)
 
 
-def new_cpu_group() -> torch.distributed.ProcessGroup | None:
+def new_cpu_group(*, timeout: float) -> torch.distributed.ProcessGroup | None:
     """A second group of all processes, for a thread that talks beside the main one; None when alone."""
-    return torch.distributed.new_group(backend="gloo") if torch.distributed.is_initialized() else None
+    if not torch.distributed.is_initialized():
+        return None
+    return torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
 
 
 def told_by_main(*, seconds: float = 30.0) -> bool:

@@ -49,7 +49,7 @@ class StepGuard:
     def flags(self, losses: list[Tensor], *, unsaved: bool) -> Tensor:
         """The step's flags (3,), reduced over the processes: is a loss not finite, is anybody asked to stop, …"""
         flags = torch.zeros(3, device=self.process.device)
-        flags[BAD] = (~torch.stack([loss.detach().float().isfinite().all() for loss in losses])).any()
+        flags[BAD] = (~torch.stack([loss.float().isfinite() for loss in losses])).any()
         if self.stop_asked:
             flags[STOP] = 1
         if unsaved:

@@ -75,11 +75,11 @@ class SafeReader(dcp.FileSystemReader):
 class CheckpointWriter:
     """Writes the checkpoints of one run, one at a time, while training goes on. All processes call it alike."""
 
-    def __init__(self, folders: list[Path], *, keep: int, is_main: bool) -> None:
+    def __init__(self, folders: list[Path], *, keep: int, is_main: bool, timeout: float = 1800.0) -> None:
         """The first of `folders` is written, the others get copies; `keep` newest stay in each, 0 keeps all."""
         self.folders, self.keep, self.is_main = folders, keep, is_main
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is meant
-        self.group = dist.new_cpu_group()  # of its own: the writing thread and the training must not meet in one
+        self.group = dist.new_cpu_group(timeout=timeout)  # of its own: the writing thread and the training must not meet in one
         self.publisher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self.written: Future | None = None
         self.published: Future | None = None
@@ -143,9 +143,9 @@ class CheckpointWriter:
             raise OSError(f"a checkpoint could not be written to {self.folders[0]}: {problems[0]}: is the disk full? "
                           "Earlier checkpoints are untouched")
 
-    def close(self) -> None:
-        """Give what is being written a minute to end, without a word to the other processes: they may be gone."""
-        wait([future for future in (self.written, self.published) if future is not None], timeout=60)
+    def close(self, *, patience: float) -> None:
+        """Give what is being written so many seconds to end, without a word to the other processes."""
+        wait([future for future in (self.written, self.published) if future is not None], timeout=patience)
         self.publisher.shutdown(wait=False)
 
 

@@ -132,7 +132,8 @@ class Trainer:
         self.ema = EMA(self.plain["model"]) if flags.ema else None
         self.state = TrainingState(self.plain, self.optimizers, ema=self.ema, scale=self.scale, rank=process.rank)
         self.guard = StepGuard(process)
-        self.writer = sharded.CheckpointWriter(self.checkpoint_folders(), keep=flags.keep, is_main=process.is_main)
+        self.writer = sharded.CheckpointWriter(self.checkpoint_folders(), keep=flags.keep, is_main=process.is_main,
+                                              timeout=flags.dist_timeout)
         self.meter = Meter(process.device, samples_per_step=flags.global_batch_size)
         self.losses: list[Tensor] = []
         self.step = self.skipped_in_a_row = 0
@@ -192,6 +193,7 @@ class Trainer:
         saves and returns; so does the end. Raises ValueError after --max-skipped-steps, OSError when nothing can be saved.
         """
         logger = MetricsLogger(self.folder, enabled=self.process.is_main, start_step=self.step)
+        patience = 60.0
         evaluates = (lambda step: evaluate is not None and (step == self.steps or step % eval_every == 0))
         try:
             with self.guard.on_sigterm():
@@ -206,8 +208,11 @@ class Trainer:
         except StopRequestedError:
             self.say(f"stopped by SIGTERM at step {self.step} of {self.steps}, all is saved: to continue run it again "
                      "with --resume auto")
+        except RuntimeError:  # other processes may be gone, and what they were to write
+            patience = 0.0
+            raise
         finally:
-            self.writer.close()
+            self.writer.close(patience=patience)
             logger.close()
 
     def run(self, make_batches: Callable[[int], Iterable[Any]], logger: MetricsLogger,
@@ -307,7 +312,7 @@ class Trainer:
 
     def backward(self, name: str, loss: Tensor) -> None:
         """Backward of a micro-batch's share of the step's mean loss."""
-        self.losses.append(loss)
+        self.losses.append(loss.detach())
         (loss * self.scale.scale / self.flags.gradient_accumulation_steps).backward()
 
     def update(self, name: str, gradients: list[Tensor], norm: Tensor, bad: Tensor) -> None:
@@ -318,7 +323,7 @@ class Trainer:
         factor = 1 / self.scale.scale
         if self.flags.max_grad_norm:
             factor = factor * (self.flags.max_grad_norm / (norm + 1e-6)).clamp(max=1)  # as clip_grad_norm_ has it
-        torch._foreach_mul_(gradients, factor)
+        torch._foreach_mul_(gradients, factor.to(gradients[0].device))  # offloaded gradients are on the CPU
         step_unless(optimizer, bad)
         optimizer.zero_grad(set_to_none=True)
 
