@@ -1,4 +1,5 @@
 """The commands that the documents show are commands that exist, with flags that exist; the walk runs as written."""
+import argparse
 import importlib
 import os
 import re
@@ -21,8 +22,11 @@ CONFIGS = {
     "autoregressive/train/extract_codes.py": "ExtractFlags",
     "autoregressive/train/verify_codes.py": "VerifyFlags",
     "autoregressive/train/train.py": "GPTTrainFlags",
+    "autoregressive/train/doctor.py": "DoctorFlags",
+    "autoregressive/train/export.py": "ExportFlags",
     "autoregressive/sample/sample_c2i.py": "GridFlags",
     "autoregressive/sample/sample_ddp.py": "SampleSetFlags",
+    "autoregressive/sample/sample_and_score.py": "SampleAndScoreFlags",
     "evaluations/c2i/class_accuracy.py": "AccuracyFlags",
     "evaluations/report.py": "ReportFlags",
     "evaluations/c2i/evaluator.py": "EvaluatorFlags",
@@ -30,6 +34,7 @@ CONFIGS = {
     "evaluations/t2i/evaluation.py": "T2IEvaluationFlags",
     "evaluations/t2i/geneval.py": "GenEvalFlags",
 }
+WALKS = ["quickstart.sh", "test.sh", "finetune_emoji.sh"]  # scripts that run several commands and take no flags
 
 
 def blocks(name: str, *, kind: str = "") -> list[str]:
@@ -38,6 +43,7 @@ def blocks(name: str, *, kind: str = "") -> list[str]:
 
 def commands(text: str) -> list[list[str]]:
     lines = text.replace("\\\n", " ").splitlines()
+    lines = [re.sub(r"^\w+=\S+ ", "", line) for line in lines]  # a variable set for the command
     return [shlex.split(line, comments=True) for line in lines if line.strip() and not line.startswith("#")]
 
 
@@ -47,6 +53,11 @@ def entry_of(script: Path) -> tuple[str, list[str]]:
     target = next(word for word in launch if word.endswith(".py"))
     extra = launch[launch.index(target) + 1:-1]
     return target, extra
+
+
+def parser_of(target: str) -> argparse.ArgumentParser:
+    module = importlib.import_module(target.removesuffix(".py").replace("/", "."))
+    return build_parser(getattr(module, CONFIGS[target]))
 
 
 SHOWN = [(name, command) for name in DOCUMENTS if (ROOT / name).is_file() for block in blocks(name)
@@ -60,18 +71,29 @@ def test_shown_commands_parse(document, command):
         return
     path = ROOT / command[1]
     assert path.is_file(), f"{document} shows {command[1]}, which is not there"
-    if path.name in ("quickstart.sh", "test.sh"):
+    if path.name in WALKS:
+        assert not command[2:]
         return
     target, extra = entry_of(path) if path.suffix == ".sh" else (command[1], [])
-    module = importlib.import_module(target.removesuffix(".py").replace("/", "."))
-    build_parser(getattr(module, CONFIGS[target])).parse_args([*extra, *command[2:]])
+    parser_of(target).parse_args([*extra, *command[2:]])
 
 
 def test_every_launch_script_is_known():
     for script in (ROOT / "scripts").glob("*/*.sh"):
-        target, _ = entry_of(script)
-        assert target in CONFIGS
-        assert (ROOT / target).is_file()
+        if script.name not in WALKS:
+            target, _ = entry_of(script)
+            assert target in CONFIGS
+            assert (ROOT / target).is_file()
+
+
+def test_flags_in_a_walk_exist():
+    text = (ROOT / "scripts" / "autoregressive" / "finetune_emoji.sh").read_text()
+    found = [words for line in text.replace("\\\n", " ").splitlines() if (words := line.split())[:1] == ["bash"]]
+    assert len(found) > 5
+    for _, script, *words in found:
+        target = words[0] if script == "scripts/_torchrun.sh" else entry_of(ROOT / script)[0]
+        unknown = {word for word in words if word.startswith("--")} - parser_of(target)._option_string_actions.keys()
+        assert not unknown, (target, unknown)
 
 
 def test_readme_tree_names_every_file():

@@ -23,6 +23,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -43,17 +44,18 @@ from tokenizer.tokenizer_image.lpips import LPIPSFlags, perceptual_loss
 from tokenizer.tokenizer_image.quantize import USAGE_WINDOW
 from tokenizer.vae import VAE
 from utils import cli, dist, images
-from utils.checkpoint import file_hash, replacing, sweep
+from utils.checkpoint import content_hash, file_hash, replacing, resolve, sweep
 from utils.cli import flag
-from utils.options import BatchFlags, SetFlags, WorkerFlags
+from utils.options import BatchFlags, RecipeFlags, SetFlags, WorkerFlags
 
 GRID_IMAGES = 16
 
 
 @dataclass(kw_only=True)
-class ReconstructFlags(DataFlags, ReconstructorFlags, LPIPSFlags, BatchFlags, SetFlags, WorkerFlags):
+class ReconstructFlags(DataFlags, ReconstructorFlags, LPIPSFlags, BatchFlags, SetFlags, WorkerFlags, RecipeFlags):
     """The reconstruction command."""
 
+    recipe_sections: ClassVar[tuple[str, ...]] = ("reconstruct",)
     lpips: bool = flag(False, "measure LPIPS too (--lpips-backbone implies it)")
     sample_dir: str = "reconstructions"
     num_workers: int = 4
@@ -120,7 +122,7 @@ def origin(flags: ReconstructFlags, reconstructor: Reconstructor, *, lpips: bool
     """Where the numbers come from, for results.json."""
     packages = ["torch", *(["diffusers"] if isinstance(reconstructor, VAE) else []), *(["lpips"] if lpips else [])]
     return {"reconstructor": flags.reconstructor, "tokenizer": reconstructor.name,
-            "checkpoint_sha256": reconstructor.weights and file_hash(reconstructor.weights),
+            "checkpoint_sha256": reconstructor.weights and content_hash(reconstructor.weights),
             "lpips_backbone_sha256": flags.lpips_backbone and file_hash(flags.lpips_backbone),
             "dataset": flags.dataset, "image_size": list(flags.image_size),
             "image_size_eval": list(flags.image_size_eval or flags.image_size), "seed": flags.global_seed,
@@ -133,7 +135,7 @@ def set_folder(flags: ReconstructFlags, name: str) -> Path:
     weights = flags.vq_ckpt if flags.reconstructor == "vq" else flags.local_weights
     return Path(flags.sample_dir) / "-".join([
         f"val_{flags.dataset}" if flags.reconstructor == "identity" else f"{name}-{flags.dataset}",
-        f"size-{size}-eval-{size_eval}", *([Path(weights).stem] if weights else [])])
+        f"size-{size}-eval-{size_eval}", *([resolve(weights).stem] if weights else [])])
 
 
 def main(flags: ReconstructFlags) -> None:

@@ -9,7 +9,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 from tqdm import tqdm
@@ -19,15 +19,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from autoregressive.sample.options import SampleFlags
 from autoregressive.sample.pipeline import labels_for, load_pipeline
 from utils import cli, dist, images
-from utils.checkpoint import replacing
+from utils.checkpoint import replacing, resolve
 from utils.cli import flag
-from utils.options import BatchFlags, SeedFlags, SetFlags
+from utils.options import BatchFlags, RecipeFlags, SeedFlags, SetFlags
 
 
 @dataclass(kw_only=True)
-class SampleSetFlags(SampleFlags, SeedFlags, BatchFlags, SetFlags):
+class SampleSetFlags(SampleFlags, SeedFlags, BatchFlags, SetFlags, RecipeFlags):
     """The sample set command."""
 
+    recipe_sections: ClassVar[tuple[str, ...]] = ("sample",)
     sample_dir: str = "samples"
     num_fid_samples: int = flag(50000, "number of images")
     label_mode: Literal["random", "balanced"] = flag("random", "classes: drawn uniformly, or index mod classes",
@@ -41,7 +42,7 @@ def folder_name(described: dict, flags: SampleSetFlags) -> str:
         return str(value[0]) if value[0] == value[1] else "x".join(map(str, value))
 
     interval = f"-interval-{flags.cfg_interval}" if flags.cfg_interval > -1 else ""
-    return (f"{described['gpt_model']}-{Path(flags.gpt_ckpt).stem}-size-{size(described['image_size'])}"
+    return (f"{described['gpt_model']}-{resolve(flags.gpt_ckpt).stem}-size-{size(described['image_size'])}"
             f"-size-{size(described['image_size_eval'])}-{described['vq_model']}-topk-{flags.top_k}-topp-{flags.top_p}"
             f"-temperature-{flags.temperature}-cfg-{flags.cfg_scale}{interval}-{flags.label_mode}"
             f"-seed-{flags.global_seed}")
@@ -60,8 +61,8 @@ def claim(folder: Path, described: dict) -> None:
         temporary.write_text(json.dumps(described, indent=2) + "\n")
 
 
-def main(flags: SampleSetFlags) -> None:
-    """Sample what is missing, then pack the npz."""
+def main(flags: SampleSetFlags) -> Path:
+    """Sample what is missing, then pack the npz. Returns its path."""
     process = dist.setup()
     if flags.num_fid_samples < 1 or flags.per_proc_batch_size < 1:
         raise ValueError("--num-fid-samples and --per-proc-batch-size must be at least 1")
@@ -86,10 +87,12 @@ def main(flags: SampleSetFlags) -> None:
                 images.save_png(folder / names[i], picture)
             bar.update(len(batch))
     dist.barrier()
+    packed = folder.with_name(f"{folder.name}.npz")
     if process.is_main:
-        path = images.pack_folder(folder, names, labels=np.array(labels))
-        print(f"{len(names)} images in {folder} and {path}")
+        images.pack_folder(folder, names, labels=np.array(labels))
+        print(f"{len(names)} images in {folder} and {packed}")
     dist.barrier()
+    return packed
 
 
 if __name__ == "__main__":

@@ -1,0 +1,281 @@
+"""Is a training where it should be? Its metrics.jsonl against published losses, and against what any sound one does.
+
+LlamaGen published no logs; what its users posted stands in PUBLISHED with its conditions. Two early curves of different
+batch size and learning rate are at least 0.405 nats apart at equal steps (500 … 900): a run within half of that of one
+of them, TOLERANCE, cannot be mistaken for the other. Losses are cross-entropies per code in nats.
+"""
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+IMAGENET = 1_281_167  # images
+TOLERANCE = 0.2
+FIRST_LOSS = 1e-3  # the head starts at zero, so the first loss is ln V up to rounding
+ENOUGH_STEPS = 5000  # an epoch of ImageNet at batch 256: by then a loss is below the entropy of single codes
+RULE = 1e-4 / 256  # learning rate per image of the batch (LlamaGen's authors, GitHub thread 14)
+RECITING = 0.25  # a loss below this share of the entropy of single codes: the training set by heart, perhaps
+SPIKE = 0.3  # nats above the median of the ten rows before
+MANY_SKIPPED = 0.01  # of all steps
+
+Grade = Literal["ok", "warning", "problem"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A line of the report; `text` says what was found and, unless it is ok, what to do."""
+
+    topic: str
+    grade: Grade
+    text: str
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A posted training loss. What is None was not posted and is not asked for."""
+
+    name: str
+    source: str
+    points: dict[int, float]
+    unit: Literal["step", "epoch"] = "step"
+    model: str | None = None
+    side: int = 16  # tokens per side
+    batch: int | None = None
+    lr: float | None = None
+
+
+PUBLISHED = (
+    Curve("LlamaGen at batch 1024", "a log in RandAR's GitHub thread 12; size of the model not said, batch inferred",
+          {100: 9.579, 200: 9.361, 300: 9.192, 400: 9.038, 500: 8.877, 600: 8.728, 700: 8.599, 800: 8.514, 900: 8.445},
+          batch=1024, lr=4e-4),
+    Curve("GPT-B at lr 1e-4", "a log in PyTorch's GitHub thread 113180, perhaps of a compiled run that was the "
+          "worse of two; batch inferred",
+          {500: 9.282, 600: 9.210, 700: 9.134, 800: 9.066, 900: 8.998, 1000: 8.928, 1100: 8.868, 1200: 8.810},
+          model="GPT-B", batch=256, lr=1e-4),
+    Curve("GPT-L after 50 epochs", "LlamaGen's GitHub thread 46", {50: 7.86}, unit="epoch", model="GPT-L"),
+    Curve("GPT-1B after 50 epochs", "LlamaGen's GitHub thread 46", {50: 7.33}, unit="epoch", model="GPT-1B"),
+    Curve("GPT-XL at 384 pixels after 300 epochs", "LlamaGen's GitHub thread 56", {300: 6.9}, unit="epoch",
+          model="GPT-XL", side=24),
+)
+
+
+class Run:
+    """A training's log and settings."""
+
+    def __init__(self, rows: list[dict[str, Any]], config: dict[str, Any]) -> None:
+        if "vocab_size" not in config.get("model", {}):
+            raise ValueError("the run's config.json describes no GPT: which run of autoregressive/train/train.py?")
+        self.rows = [row for row in rows if "loss" in row]  # others hold evaluations
+        if not self.rows:
+            raise ValueError("the run's metrics.jsonl has no loss yet: wait for the first row")
+        self.config, self.model = config, config["model"]
+        self.steps = np.array([row["step"] for row in self.rows])
+        self.losses = np.array([row["loss"] for row in self.rows], dtype=float)
+        self.batch, self.images = config["global_batch_size"], config["images"]
+
+    @property
+    def epochs(self) -> float:
+        """Passes over the data so far."""
+        return float(self.steps[-1] * self.batch / self.images)
+
+    @property
+    def warm_started(self) -> bool:
+        """Whether it began with trained weights."""
+        return any(self.config.get(name) for name in ("gpt_ckpt", "init_from"))
+
+    def series(self, name: str) -> np.ndarray:
+        """The finite values of a column."""
+        values = np.array([row.get(name, np.nan) for row in self.rows], dtype=float)
+        return values[np.isfinite(values)]
+
+    def loss_at(self, step: float) -> float | None:
+        """The loss around a step, between rows; None where there are none."""
+        windows = np.diff(self.steps, prepend=0)  # rows are means since the row before, published ones over 100 steps
+        centres = self.steps - np.maximum(windows - 100, 0) / 2
+        return float(np.interp(step, centres, self.losses)) if centres[0] <= step <= 1.01 * centres[-1] else None
+
+
+def objections(curve: Curve, run: Run) -> list[str]:
+    """Why a published curve says nothing about a run; empty when it does."""
+    config, model, side = run.config, run.model, curve.side
+    wanted = [(model["vocab_size"] == 16384, f"{model['vocab_size']} codes, not 16384"),
+              (model["num_classes"] == 1000, f"{model['num_classes']} classes, not 1000"),
+              (abs(run.images / IMAGENET - 1) < 0.02, f"{run.images} images, not ImageNet's {IMAGENET}"),
+              (tuple(model["grid"]) == (side, side), f"{'x'.join(map(str, model['grid']))} tokens, not {side}x{side}"),
+              (model["gpt_model"] != "GPT-S", "GPT-S, which is no model of the paper"),
+              (curve.model in (None, model["gpt_model"], "GPT-S"), f"{model['gpt_model']}, not {curve.model}"),
+              (curve.batch in (None, run.batch), f"batch {run.batch}, not {curve.batch}"),
+              (curve.lr is None or math.isclose(curve.lr, config["lr"], rel_tol=0.01),
+               f"lr {config['lr']:g}, not {curve.lr or 0:g}"),
+              (curve.unit == "epoch" or not config.get("warmup_steps"), "a warm-up"),
+              (not config.get("token_noise"), "token noise"), (not run.warm_started, "a start from trained weights")]
+    return [text for fits, text in wanted if not fits]
+
+
+def against(curve: Curve, run: Run) -> list[tuple[float, float, float]]:
+    """(step, the run's loss, the published one) at the points that the run has reached; none if it does not apply."""
+    if objections(curve, run):
+        return []
+    scale = run.images / run.batch if curve.unit == "epoch" else 1
+    found = [(point * scale, run.loss_at(point * scale), loss) for point, loss in curve.points.items()]
+    return [(step, mine, theirs) for step, mine, theirs in found if mine is not None]
+
+
+def check_published(run: Run) -> Iterator[Finding]:
+    """One finding for each published curve; one for all when all fail for the same reasons."""
+    reasons = {curve.name: objections(curve, run) for curve in PUBLISHED}
+    shared = [text for text in reasons[PUBLISHED[0].name] if all(text in texts for texts in reasons.values())]
+    if shared:
+        yield Finding("published", "ok", f"none applies ({'; '.join(reasons)}): the run has {', '.join(shared)}")
+        return
+    for curve in PUBLISHED:
+        points = against(curve, run)
+        if reasons[curve.name]:
+            text = f"{curve.name}: does not apply, the run has {', '.join(reasons[curve.name])}"
+            yield Finding("published", "ok", text)
+        elif not points:
+            yield Finding("published", "ok", f"{curve.name}: applies, from {curve.unit} {min(curve.points)} on")
+        else:
+            yield compared(curve, points)
+
+
+def compared(curve: Curve, points: list[tuple[float, float, float]]) -> Finding:
+    """The point that is farthest off decides."""
+    step, mine, theirs = max(points, key=lambda point: abs(point[1] - point[2]))
+    text = (f"{curve.name}: {len(points)} points compared, farthest at step {step:.0f} with {mine:.3f} where "
+            f"{theirs:.3f} was published ({curve.source}), tolerance {TOLERANCE}")
+    if mine > theirs + TOLERANCE:
+        return Finding("published", "problem", f"{text}: too slow. Look at the decoded codes and the lr; train without "
+                                               "--compile")
+    if mine < theirs - TOLERANCE:
+        return Finding("published", "warning", f"{text}: too good. Are these ImageNet's images, each under its class?")
+    return Finding("published", "ok", text)
+
+
+def check_start(run: Run) -> Finding:
+    """ln V before the first update."""
+    step, loss, expected = run.steps[0], run.losses[0], math.log(run.model["vocab_size"])
+    if run.warm_started:
+        return Finding("first loss", "ok", f"{loss:.4f} at step {step}: the run began with trained weights, so it need "
+                                           f"not be ln V = {expected:.4f}")
+    if step != 1:
+        return Finding("first loss", "warning", f"the log begins at step {step}: whether the first loss was ln V = "
+                                                f"{expected:.4f} cannot be seen")
+    if abs(loss - expected) < FIRST_LOSS:
+        return Finding("first loss", "ok", f"{loss:.4f} = ln {run.model['vocab_size']}")
+    return Finding("first loss", "problem", f"{loss:.4f}, expected ln {run.model['vocab_size']} = {expected:.4f}: the "
+                                            "head did not start at zero, or the vocabulary is another one")
+
+
+def check_level(run: Run, unigram: float | None) -> Finding:
+    """Against the entropy of single codes: above it nothing is learned, far below it perhaps too much."""
+    loss, step = float(np.median(run.losses[-5:])), int(run.steps[-1])
+    if unigram is None:
+        return Finding("level", "ok", f"{loss:.3f} at step {step}")
+    text = f"{loss:.3f} at step {step}, entropy of single codes {unigram:.3f}"
+    if loss < RECITING * unigram:
+        return Finding("level", "warning", f"{text}: after {run.epochs:.0f} passes over {run.images} images the model "
+                                           "may recite them. Compare samples with the images; try fewer epochs, "
+                                           "dropout, --token-noise")
+    if loss < unigram:
+        return Finding("level", "ok", f"{text}: it has learned how codes follow each other")
+    if step >= ENOUGH_STEPS:
+        return Finding("level", "problem", f"{text}: it knows no more than how frequent each code is. Look at the "
+                                           "decoded codes and at --lr")
+    return Finding("level", "ok", f"{text}: not below it yet, a sound run is by step {ENOUGH_STEPS}")
+
+
+def check_trend(run: Run) -> Finding:
+    """The slope of the last quarter by Theil and Sen, which outliers do not move."""
+    start = len(run.losses) * 3 // 4
+    steps, losses = run.steps[start:].astype(float), run.losses[start:]
+    if len(losses) < 5:
+        return Finding("trend", "ok", f"{len(losses)} rows in the last quarter: too few to tell")
+    keep = np.unique(np.linspace(0, len(losses) - 1, 200).astype(int))
+    x, y = steps[keep], losses[keep]
+    first, second = np.triu_indices(len(x), 1)
+    slope = np.median((y[second] - y[first]) / (x[second] - x[first]))
+    change, noise = slope * (x[-1] - x[0]), 1.4826 * np.median(np.abs(y - slope * x - np.median(y - slope * x)))
+    text = f"{change:+.3f} over the last quarter, rows scatter by {noise:.3f}"
+    if change > max(noise, 0.01):
+        return Finding("trend", "problem", f"{text}: the loss rises. Lower --lr, or go back to an earlier checkpoint")
+    if change >= -min(noise, 0.01):
+        return Finding("trend", "warning", f"{text}: the loss stands still. Near the end of training that is well, "
+                                           "else try another --lr")
+    return Finding("trend", "ok", f"{text}: it falls")
+
+
+def check_spikes(run: Run) -> Finding:
+    """Rows far above the ten before them; of the gradient norm too."""
+    before = [float(np.median(run.losses[max(0, i - 10):i])) for i in range(1, len(run.losses))]
+    high = [int(run.steps[i + 1]) for i, level in enumerate(before) if run.losses[i + 1] > level + SPIKE]
+    norms = run.series("grad_norm")
+    half = len(norms) // 2
+    growth = float(np.median(norms[-(half // 2):]) / max(np.median(norms[:half]), 1e-12)) if half >= 5 else 1.0
+    text = f"{len(high)} rows more than {SPIKE} above those before" + (f", the last at step {high[-1]}" if high else "")
+    text += f"; gradient norm x{growth:.1f} since the first half" if half >= 5 else ""
+    if growth > 10 or (high and high[-1] == run.steps[-1]):
+        return Finding("stability", "problem", f"{text}: it diverges. Go back to an earlier checkpoint and "
+                                               "lower --lr")
+    if high:
+        return Finding("stability", "warning", f"{text}: it recovered; if that repeats, lower --lr")
+    return Finding("stability", "ok", text)
+
+
+def check_skipped(run: Run) -> Finding:
+    """Steps left out because the loss or a gradient was not finite."""
+    broken = [int(step) for step, loss in zip(run.steps, run.losses, strict=True) if not math.isfinite(loss)]
+    if broken:
+        return Finding("finite", "problem", f"the loss is not finite at step {broken[0]}: lower --lr, or bf16 in place "
+                                            "of fp16")
+    skipped = int(run.series("skipped_steps").sum())
+    grade: Grade = "ok" if not skipped else "problem" if skipped > MANY_SKIPPED * run.steps[-1] else "warning"
+    more = ": a lower --lr, or bf16 in place of fp16, may help" if skipped else ""
+    return Finding("finite", grade, f"every loss is finite, {skipped} steps were skipped{more}")
+
+
+def check_speed(run: Run) -> Finding:
+    """Images per second now, against the better part of the run."""
+    speeds = run.series("images_per_second")
+    if len(speeds) < 8:
+        return Finding("speed", "ok", f"{speeds[-1]:.1f} images/s" if len(speeds) else "not in the log")
+    now, usual = float(np.median(speeds[-max(3, len(speeds) // 8):])), float(np.percentile(speeds, 75))
+    text = f"{now:.1f} images/s now, {usual:.1f} in the better quarter of the run"
+    if now < usual / 2:
+        return Finding("speed", "warning", f"{text}: look for another job on this machine, a full disk or a slow store")
+    return Finding("speed", "ok", text)
+
+
+def check_rate(config: dict[str, Any], gpt_model: str) -> Finding:
+    """The learning rate against LlamaGen's rule."""
+    lr, batch, rule = config["lr"], config["global_batch_size"], RULE * config["global_batch_size"]
+    text = f"lr {lr:g} at batch {batch}"
+    if gpt_model == "GPT-S" or config.get("optimizer", "adamw") != "adamw":
+        return Finding("lr", "ok", f"{text}: there is no rule for this model and optimizer")
+    text += f", LlamaGen's rule (1e-4 per 256 images, its GitHub thread 14) gives {rule:g}"
+    return Finding("lr", "ok" if 0.49 < lr / rule < 2.01 else "warning", text)
+
+
+def check_run(run: Run, unigram: float | None) -> list[Finding]:
+    """All that a log can tell. `unigram`: the entropy of single codes in nats."""
+    finite = check_skipped(run)
+    if not np.isfinite(run.losses).all():
+        return [check_start(run), finite]
+    return [check_start(run), finite, check_level(run, unigram), check_trend(run), check_spikes(run),
+            check_speed(run), check_rate(run.config, run.model["gpt_model"]), *check_published(run)]
+
+
+def conclusion(run: Run, findings: list[Finding], unigram: float | None) -> str:
+    """The verdict on a run in one line."""
+    problems = [finding.topic for finding in findings if finding.grade == "problem"]
+    if problems:
+        return f"not on track: {', '.join(dict.fromkeys(problems))}"
+    names = [curve.name for curve in PUBLISHED if against(curve, run)]
+    if names:
+        return f"on track: no slower than {' and '.join(names)}, within {TOLERANCE}"
+    if unigram is not None and np.median(run.losses[-5:]) < unigram:
+        return "on track, as far as one can tell without a published loss for these settings"
+    return (f"cannot tell: no published loss applies at step {run.steps[-1]}, and the loss is not below the entropy of "
+            "single codes yet")

@@ -1,0 +1,259 @@
+"""Is my run right? Looks at a store of codes and, if there is one, at the log of a training on it.
+
+    python3 autoregressive/train/doctor.py --code-path /data/codes --vq-ckpt vq_ds16_c2i.pt --gpt-model GPT-B \\
+        --run-folder results/000-GPT-B
+
+One line per check, with what to do. Takes the flags of the training command, so that the same words can be tried first.
+A new model of the size is built for its first loss, in one process: where memory is short, name a smaller --gpt-model.
+Pictures go to <run-folder>/doctor, without a run to <results-dir>/doctor: random codes, decoded, beside their labels;
+how many images each class has; the loss with the published ones. Exit code 0: no problem, 1: a problem, 2: misuse.
+"""
+import json
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from autoregressive.train.anchors import FIRST_LOSS, PUBLISHED, Finding, Run, against, check_rate, check_run, conclusion
+from autoregressive.train.config import GPTTrainFlags
+from autoregressive.train.train import DEFAULT_VOCAB, build_model, open_codes
+from dataset.codes import CodeStore
+from tokenizer.build import ImageTokenizer, decode_images, fingerprint, load_tokenizer
+from utils import cli, dist, images
+from utils.cli import flag
+from utils.logger import read_metrics
+
+SAMPLE = 2000  # images whose codes are looked at
+SHOWN = 24  # images in the picture
+NAMED = 40  # classes that have room for their names in the histogram
+BATCH = 4  # images whose loss an untrained model is asked for
+SPLITS = {"train", "training", "val", "valid", "validation", "test"}
+
+
+@dataclass(kw_only=True)
+class DoctorFlags(GPTTrainFlags):
+    """The checking command."""
+
+    run_folder: str | None = flag(None, "folder of a GPT training whose metrics.jsonl and config.json are to be judged")
+
+
+@dataclass
+class Sample:
+    """Random images of a store, each in a random view."""
+
+    codes: np.ndarray  # (n, L)
+    labels: np.ndarray  # (n,)
+    vocab: int
+
+    @property
+    def counts(self) -> np.ndarray:
+        """How often each code occurs, (V,) or longer if there are codes beyond V."""
+        return np.bincount(self.codes.ravel(), minlength=self.vocab)
+
+    @property
+    def entropy(self) -> float:
+        """Entropy of single codes in nats, with Miller's correction for a finite sample: + (used - 1) / 2n."""
+        share = self.counts[self.counts > 0] / self.codes.size
+        return float(-(share * np.log(share)).sum() + (len(share) - 1) / (2 * self.codes.size))
+
+
+def draw_sample(store: CodeStore, *, vocab: int, seed: int) -> Sample:
+    """Up to SAMPLE random images."""
+    rows = np.sort(np.random.default_rng(seed).choice(len(store), min(SAMPLE, len(store)), replace=False))
+    return Sample(*store.draw(np.zeros_like(rows), rows, seed=seed), vocab)
+
+
+def check_classes(store: CodeStore) -> Finding:
+    """The label histogram, and the trap of a folder above the classes."""
+    counts = np.bincount(store.labels, minlength=store.num_classes)
+    names = store.classes or [str(label) for label in range(len(counts))]
+    empty, full = np.flatnonzero(counts == 0), counts[counts > 0]
+    text = f"{len(counts)} classes of {full.min()} to {full.max()} images"
+    if store.classes and {name.lower() for name in store.classes} <= SPLITS:
+        return Finding("classes", "problem", f"{text}, named {', '.join(store.classes)}: these are parts of a set, no "
+                                             "classes. Extract again with --data-path one folder further down")
+    if not store.classes and len(counts) == 2 and full.max() > 20 * full.min():
+        return Finding("classes", "warning", f"{text}: train/ and val/ of ImageNet look so, when --data-path was the "
+                                             "folder above them")
+    if len(empty):
+        return Finding("classes", "warning", f"{text}; {len(empty)} have none, such as {names[empty[0]]}: the model "
+                                             "cannot learn those")
+    if full.max() > 10 * full.min():
+        rare = names[int(counts.argmin())]
+        return Finding("classes", "warning", f"{text}: rare ones such as {rare} will be learned less well")
+    return Finding("classes", "ok", text)
+
+
+def check_tokenizer(store: CodeStore, tokenizer: ImageTokenizer, source: str) -> Iterator[Finding]:
+    """Whether a tokenizer is the one that made the codes, by its size and its hash."""
+    made = store.manifest.get("tokenizer", {})
+    if store.vocab_size not in (None, tokenizer.codebook_size):
+        yield Finding("vocabulary", "problem", f"the codes are of a codebook of {store.vocab_size}, {source} has "
+                                               f"{tokenizer.codebook_size}: give the tokenizer that made them")
+        return
+    if made.get("downsample") not in (None, tokenizer.downsample):
+        yield Finding("grid", "problem", f"the codes have {made['downsample']} pixels per side of a token, {source} "
+                                         f"{tokenizer.downsample}")
+    else:
+        size = "x".join(str(side * tokenizer.downsample) for side in store.grid)
+        yield Finding("grid", "ok", f"{store.grid[0]}x{store.grid[1]} tokens, {size} pixels")
+    if "weights_sha256" not in made:
+        yield Finding("tokenizer", "warning", "the store does not say which tokenizer made it: judge by the picture")
+    elif made["weights_sha256"] != fingerprint(tokenizer):
+        yield Finding("tokenizer", "problem", f"{source} is not the tokenizer that made the codes (its weights have "
+                                              "another hash): its pictures of them will be wrong")
+    else:
+        yield Finding("tokenizer", "ok", f"{source} made the codes")
+
+
+def check_codes(sample: Sample) -> Iterator[Finding]:
+    """Range, share of the codebook, entropy, and images that come again."""
+    counts, size = sample.counts, sample.vocab
+    if len(counts) > size:
+        yield Finding("vocabulary", "problem", f"the store holds code {len(counts) - 1}, the vocabulary is {size}: "
+                                               "give the tokenizer's by --vocab-size")
+    used, possible = int((counts > 0).sum()), min(size, sample.codes.size)
+    text = (f"{used / size:.1%} of {size} codes occur in {len(sample.codes)} images, perplexity "
+            f"{math.exp(sample.entropy):.0f}")
+    if used < 0.05 * possible:
+        yield Finding("codebook", "problem", f"{text}: it has collapsed. Train the tokenizer again with a lower --lr "
+                                             "or --entropy-loss-ratio 0.1, or look for a broken extraction")
+    elif used < 0.3 * possible:
+        yield Finding("codebook", "warning", f"{text}: most codes are dead, a smaller codebook would do as well")
+    else:
+        yield Finding("codebook", "ok", text)
+    again = 1 - len(np.unique(sample.codes, axis=0)) / len(sample.codes)
+    text = f"{again:.1%} of {len(sample.codes)} images have the codes of another one"
+    if again > 0.2:
+        yield Finding("duplicates", "problem", f"{text}: the extraction or the data are broken, look at the picture")
+    else:
+        yield Finding("duplicates", "warning" if again > 0.01 else "ok",
+                      text + (": copies in the data, or the tokenizer sees no difference" if again > 0.01 else ""))
+    yield Finding("reference", "ok", f"ln {size} = {math.log(size):.3f} nats is a loss that knows nothing; a trained "
+                                     f"model gets below {sample.entropy:.3f}, the entropy of single codes")
+
+
+def check_untrained(flags: DoctorFlags, name: str, store: CodeStore, sample: Sample, device: torch.device) -> Finding:
+    """Loss and gradient of a new model, on real codes."""
+    torch.manual_seed(flags.global_seed)
+    model = build_model(flags, name, store)
+    if next(model.parameters()).is_meta:
+        model.to_empty(device=device)
+        model.init_weights(flags.global_seed)
+    model = model.to(device).train()
+    codes, labels = (torch.from_numpy(part[:BATCH]).to(device) for part in (sample.codes, sample.labels))
+    _, loss = model(codes[:, :-1], labels, targets=codes)
+    loss.backward()
+    expected, found = math.log(model.config.vocab_size), float(loss.detach())
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    text = f"{found:.4f} of a new {name}, ln {model.config.vocab_size} = {expected:.4f}"
+    if not abs(found - expected) < FIRST_LOSS:
+        return Finding("first loss", "problem", f"{text}: the head does not start at zero, or targets are out of range")
+    if not all(bool(gradient.isfinite().all()) for gradient in gradients):
+        return Finding("first loss", "problem", f"{text}, but the gradient is not finite")
+    return Finding("first loss", "ok", f"{text}; the gradient is finite")
+
+
+def check_store(flags: DoctorFlags, name: str, store: CodeStore, sample: Sample, tokenizer: ImageTokenizer | None,
+                device: torch.device) -> list[Finding]:
+    """All that can be told before a training."""
+    size = f"{store.views} views of {store.grid[0]}x{store.grid[1]} codes"
+    found = [Finding("store", "ok", f"{len(store)} images, {size}"), check_classes(store)]
+    if tokenizer is None:
+        found.append(Finding("tokenizer", "warning", "not given: with --vq-ckpt the codes are decoded to look at"))
+    else:
+        found += check_tokenizer(store, tokenizer, flags.vq_ckpt)
+    found += check_codes(sample)
+    if sample.codes.max() < sample.vocab:
+        found.append(check_untrained(flags, name, store, sample, device))
+    return found
+
+
+def open_run(folder: Path, store: CodeStore) -> tuple[Run, list[Finding]]:
+    """A run's log, and whether it was on these codes. Raises FileNotFoundError or ValueError when there is none."""
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"--run-folder {folder} has no config.json: expected a run, such as results/000-GPT-B")
+    rows = {row["step"]: row for row in read_metrics(folder / "metrics.jsonl")}
+    for row in read_metrics(folder / "speed.jsonl"):
+        rows[row["step"]] = rows.get(row["step"], {}) | row
+    run = Run([rows[step] for step in sorted(rows)], json.loads((folder / "config.json").read_text()))
+    differs = [what for what, mine, theirs in (("number of images", run.images, len(store)),
+                                               ("grid", tuple(run.model["grid"]), store.grid),
+                                               ("list of classes", run.model.get("classes"), store.classes))
+               if mine != theirs]
+    if differs:
+        return run, [Finding("data", "problem", f"the run was trained on other codes, with another {', '.join(differs)}"
+                                                ": judge it with the --code-path that it was trained on")]
+    return run, [Finding("data", "ok", "the run is of these codes: images, grid and class names agree")]
+
+
+def decoded(store: CodeStore, sample: Sample, tokenizer: ImageTokenizer) -> np.ndarray:
+    """Some images from their codes, above their labels → uint8 (H, W, 3)."""
+    chosen = np.linspace(0, len(sample.codes) - 1, min(SHOWN, len(sample.codes))).round().astype(int)
+    names = [store.classes[label] if store.classes else str(label) for label in sample.labels[chosen]]
+    codes = torch.from_numpy(sample.codes[chosen]).to(next(tokenizer.parameters()).device)
+    return images.grid(images.to_uint8(decode_images(tokenizer, codes, store.grid)), columns=8, labels=names)
+
+
+def plot(folder: Path, store: CodeStore, sample: Sample, run: Run | None) -> None:
+    """labels.png, and of a run loss.png, in `folder`."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3))
+    axes = figure.subplots()
+    axes.bar(range(store.num_classes), np.bincount(store.labels, minlength=store.num_classes), width=1.0)
+    axes.set(xlabel="label", ylabel="images", title=f"{len(store.labels)} images of {store.num_classes} classes")
+    if store.classes and store.num_classes <= NAMED:
+        axes.set_xticks(range(store.num_classes), store.classes, rotation=90)
+    figure.savefig(folder / "labels.png", dpi=110, bbox_inches="tight")
+    if run is None:
+        return
+    figure = Figure(figsize=(8, 4))
+    axes = figure.subplots()
+    axes.plot(run.steps, run.losses, label="this run")
+    axes.axhline(math.log(sample.vocab), color="grey", linestyle=":", label=f"ln {sample.vocab} (knows nothing)")
+    axes.axhline(sample.entropy, color="grey", linestyle="--", label="entropy of single codes")
+    for curve in PUBLISHED:
+        points = [(step, loss) for step, _, loss in against(curve, run)]
+        if points:
+            axes.plot(*zip(*points, strict=True), "x", label=curve.name)
+    axes.set(xlabel="step", ylabel="loss, nats per code")
+    axes.legend()
+    figure.savefig(folder / "loss.png", dpi=110, bbox_inches="tight")
+
+
+def main(flags: DoctorFlags) -> None:
+    """Check, draw, print; exit 1 when there is a problem."""
+    process = dist.setup()
+    store = open_codes(flags)
+    tokenizer = None if flags.vq_ckpt is None else load_tokenizer(flags, device=process.device)[1]
+    run, found = (None, []) if flags.run_folder is None else open_run(Path(flags.run_folder), store)
+    sample = draw_sample(store, vocab=flags.vocab_size or store.vocab_size or DEFAULT_VOCAB, seed=flags.global_seed)
+    name = flags.gpt_model or (run and run.model["gpt_model"]) or "GPT-B"
+    found = check_store(flags, name, store, sample, tokenizer, process.device) + found
+    judged = check_run(run, sample.entropy) if run else [check_rate(vars(flags), name)]
+    found += judged
+    folder = Path(flags.run_folder or flags.results_dir) / "doctor"
+    folder.mkdir(parents=True, exist_ok=True)
+    if tokenizer is not None and sample.codes.max() < tokenizer.codebook_size:
+        images.save_png(folder / "codes.png", decoded(store, sample, tokenizer))
+    plot(folder, store, sample, run)
+    for finding in found:
+        print(f"{finding.grade:<8}{finding.topic:<12}{finding.text}")
+    print(f"pictures: {folder}")
+    if run:
+        print(f"verdict: {conclusion(run, found, sample.entropy)}")
+    if any(finding.grade == "problem" for finding in found):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    cli.run(main, DoctorFlags)
