@@ -32,7 +32,8 @@ class DatasetFlags:
     """Which data set."""
 
     dataset: str = flag("imagenet", "imagenet (a folder per class), coco or pexels (no classes), openimage (JSON "
-                        "list), emoji or emoji_heldout (embedded); for codes the same with _code")
+                        "list), emoji or emoji_heldout (embedded; emoji_without_CLASS, emoji_only_CLASS: a part of "
+                        "emoji); for codes the same with _code")
 
 
 @dataclass(kw_only=True)
@@ -45,10 +46,10 @@ class DataFlags(DatasetFlags, SizeFlags):
 
 def build_dataset(name: str, data_path: str | None, *, size: tuple[int, int]) -> ImageDataset:
     """The data set `name`. Raises ValueError or FileNotFoundError when it cannot be had."""
-    if name in ("emoji", "emoji_heldout"):
-        from dataset.emoji import EmojiDataset
+    if name == "emoji" or name.startswith("emoji_"):
+        from dataset.emoji import open_emoji
 
-        return EmojiDataset("train" if name == "emoji" else "heldout", size=max(size))
+        return open_emoji(name, size=max(size))
     if name not in FOLDERS:
         raise ValueError(f"--dataset {name} is unknown: choose from {', '.join([*FOLDERS, 'emoji', 'emoji_heldout'])}")
     if data_path is None:

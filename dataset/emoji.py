@@ -73,20 +73,23 @@ class EmojiDataset:
     """Emoji of one side of a fixed split, `size` x `size` pixels on white, all drawn when the data set is made.
 
     `classes` are the names in label order, `labels` is (N,) int64, `captions` has a few lower-case words per emoji.
+    `without` leaves one class out as if it did not exist, `only` draws one alone and keeps the names of all.
     Raises FileNotFoundError when the font package is missing, ValueError for an unknown split or a size below 8.
     """
 
-    def __init__(self, split: Literal["train", "heldout", "all"] = "train", *, size: int = 64) -> None:
+    def __init__(self, split: Literal["train", "heldout", "all"] = "train", *, size: int = 64,
+                 without: str | None = None, only: str | None = None) -> None:
         if split not in ("train", "heldout", "all"):
             raise ValueError(f"emoji split {split!r}: expected 'train', 'heldout' or 'all'")
         if size < 8:
             raise ValueError(f"emoji size {size}: expected at least 8 pixels")
         font, glyphs = load_font()
-        self.classes = list(CLASS_RANGES)
+        self.classes = [name for name in CLASS_RANGES if name != without]
         members = [(label, sequence) for label, name in enumerate(self.classes) for sequence in _members(name, glyphs)]
         if split != "all":
             heldout = _heldout_bases(members)
             members = [m for m in members if (_base(m[1]) in heldout) == (split == "heldout")]
+        members = [m for m in members if only in (None, self.classes[m[0]])]
         self.labels = np.array([label for label, _ in members], dtype=np.int64)  # (N,)
         self.captions = [_caption(sequence) for _, sequence in members]
         self._sequences = [sequence for _, sequence in members]
@@ -102,6 +105,21 @@ class EmojiDataset:
     def name(self, index: int) -> str:
         """Return the code points in hexadecimal and the caption, such as "1F600 grinning face"."""
         return f"{'-'.join(f'{point:X}' for point in self._sequences[index])} {self.captions[index]}"
+
+
+def open_emoji(name: str, *, size: int) -> EmojiDataset:
+    """`emoji` (the training side), `emoji_heldout`, or a part of the training side, to try fine-tuning with.
+
+    `emoji_without_clocks` knows the seven other classes; `emoji_only_clocks` has the clocks alone, under the names and
+    labels of all eight. Raises ValueError for another name.
+    """
+    kind, _, chosen = name.removeprefix("emoji").removeprefix("_").partition("_")
+    if chosen in CLASS_RANGES and kind in ("without", "only"):
+        return EmojiDataset("train", size=size, **{kind: chosen})
+    if name not in ("emoji", "emoji_heldout"):
+        raise ValueError(f"--dataset {name} is unknown: choose emoji, emoji_heldout, or emoji_without_CLASS or "
+                         f"emoji_only_CLASS with one of {', '.join(CLASS_RANGES)}")
+    return EmojiDataset(kind or "train", size=size)
 
 
 def load_font() -> tuple[bytes, dict[Sequence, str]]:

@@ -16,20 +16,46 @@ from utils.seeding import derive_seed
 BROKEN_IMAGE = (OSError, SyntaxError, ValueError, DecompressionBombError)  # what Pillow raises for damaged files
 MAX_BROKEN_RUN = 100  # more unreadable images in a row than this is no accident
 
-Key = tuple[int, int]  # (epoch, index)
-
 
 class Batched(Protocol):
-    """A data set that makes a whole batch (a dict) from its keys."""
+    """A data set that makes a whole batch (a dict) from its keys (B, 2) int64: an epoch and an index each."""
 
-    def __getitems__(self, keys: list[Key]) -> dict[str, Any]: ...
+    def __getitems__(self, keys: np.ndarray) -> dict[str, Any]: ...
 
 
-class StepSampler(Sampler[list[Key]]):
-    """This rank's micro-batches of keys from `start_step` to `end_step`.
+class EndlessOrder:
+    """Samples 0 … count-1 pass after pass, each pass in its own order: a permutation fixed by (seed, pass, *key)."""
+
+    def __init__(self, count: int, seed: int, *key: int, kept: int = 2) -> None:
+        self.count, self.seed, self.key = count, seed, key
+        self.kept = kept  # orders in memory: as many passes as are visited in turns
+        self.orders: dict[int, np.ndarray] = {}
+
+    def visit(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Positions (B,) in the endless stream → (passes, samples), both (B,) int64."""
+        passes, places = np.divmod(positions, self.count)
+        samples = np.empty_like(places)
+        for number in np.unique(passes).tolist():
+            mine = passes == number
+            samples[mine] = self.order(number)[places[mine]]
+        return passes, samples
+
+    def order(self, number: int) -> np.ndarray:
+        """The order of one pass, (count,)."""
+        if number not in self.orders:
+            if len(self.orders) >= self.kept:
+                del self.orders[min(self.orders)]
+            rng = np.random.default_rng(derive_seed(self.seed, number, *self.key))
+            self.orders[number] = rng.permutation(self.count)
+        return self.orders[number]
+
+
+class StepSampler(Sampler[np.ndarray]):
+    """This rank's micro-batches of keys (B, 2), an epoch and an index each, from `start_step` to `end_step`.
 
     Samples are visited epoch after epoch, each epoch in its own order, without a gap: every sample exactly once per
-    epoch for any number of ranks. Step s takes positions [s * G, (s + 1) * G) of that stream.
+    epoch for any number of ranks. Step s takes positions [s * G, (s + 1) * G) of that stream, so a run goes on anywhere
+    without a look at what came before.
     """
 
     def __init__(self, count: int, *, global_batch: int, accumulation: int, rank: int, world_size: int, seed: int,
@@ -41,21 +67,12 @@ class StepSampler(Sampler[list[Key]]):
     def __len__(self) -> int:
         return (self.end_step - self.start_step) * self.accumulation
 
-    def __iter__(self) -> Iterator[list[Key]]:
+    def __iter__(self) -> Iterator[np.ndarray]:
         micro = self.global_batch // (self.world_size * self.accumulation)
-        orders: dict[int, np.ndarray] = {}
-        for step in range(self.start_step, self.end_step):
-            for part in range(self.accumulation):
-                first = step * self.global_batch + (part * self.world_size + self.rank) * micro
-                keys = []
-                for position in range(first, first + micro):
-                    epoch, place = divmod(position, self.count)
-                    if epoch not in orders:
-                        orders = {known: order for known, order in orders.items() if known >= epoch - 1}
-                        rng = np.random.default_rng(derive_seed(self.seed, epoch))
-                        orders[epoch] = rng.permutation(self.count)
-                    keys.append((epoch, int(orders[epoch][place])))
-                yield keys
+        order = EndlessOrder(self.count, self.seed)
+        for part in range(self.start_step * self.accumulation, self.end_step * self.accumulation):
+            first = (part * self.world_size + self.rank) * micro
+            yield np.stack(order.visit(np.arange(first, first + micro)), axis=1)
 
 
 class TrainImages(Dataset):
@@ -64,10 +81,10 @@ class TrainImages(Dataset):
     def __init__(self, images: ImageDataset, size: tuple[int, int], *, seed: int) -> None:
         self.images, self.size, self.seed = images, size, seed
 
-    def __getitems__(self, keys: list[Key]) -> dict[str, Any]:
+    def __getitems__(self, keys: np.ndarray) -> dict[str, Any]:
         """{"images" float (B, 3, H, W) in [-1, 1], "labels" (B,), "broken" names of unreadable files met}."""
         views, labels, broken = [], [], []
-        for epoch, index in keys:
+        for epoch, index in np.asarray(keys).tolist():
             image, found = self.readable(index, broken)
             views.append(train_view(image, self.size, np.random.default_rng(derive_seed(self.seed, epoch, index))))
             labels.append(self.images.labels[found])
@@ -101,7 +118,7 @@ class CentreCrops(Dataset):
             return index, None
 
 
-def loader(dataset: Batched, sampler: Sampler[list[Key]], *, num_workers: int, pin_memory: bool) -> DataLoader:
+def loader(dataset: Batched, sampler: Sampler[np.ndarray], *, num_workers: int, pin_memory: bool) -> DataLoader:
     """A DataLoader over whole batches made by `dataset.__getitems__`."""
     return DataLoader(dataset, batch_sampler=sampler, collate_fn=_as_is, num_workers=worker_count(num_workers),
                       pin_memory=pin_memory)

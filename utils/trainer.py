@@ -26,7 +26,7 @@ from utils.ema import EMA
 from utils.guard import BAD, LossScale, StepGuard, StopRequestedError, step_unless
 from utils.logger import MetricsLogger
 from utils.meter import Meter
-from utils.optim import Schedule, adamw, learning_rate
+from utils.optim import Kind, Schedule, build_optimizer, learning_rate
 from utils.options import CompileFlags, RecipeFlags, SeedFlags, WorkerFlags
 from utils.seeding import derive_seed
 from utils.training_state import TrainingState
@@ -45,6 +45,8 @@ class TrainFlags(SeedFlags, WorkerFlags, CompileFlags, RecipeFlags):
     resume: str = flag("none", "auto: go on with the newest run of this model in --results-dir; or a checkpoint")
     keep: int = flag(0, "checkpoints to keep, the newest; 0: all")
     epochs: int = flag(300, "passes over the data")
+    optimizer: Kind = flag("adamw", "muon: Muon for the matrices of the blocks, AdamW for the rest; --lr means the same",
+                           choices=("adamw", "muon"))
     lr: float = flag(1e-4, "peak learning rate")
     lr_schedule: Schedule = flag("constant", "after the warm-up", choices=("constant", "cosine"))
     warmup_steps: int = flag(0, "steps of linear warm-up")
@@ -125,7 +127,8 @@ class Trainer:
         self.saved_config = saved_config
         self.plain = {name: parallel.unwrap(module) for name, module in task.modules.items()}
         betas = (flags.beta1, flags.beta2)
-        self.optimizers = {name: adamw(module, lr=flags.lr, weight_decay=flags.weight_decay, betas=betas)
+        self.optimizers = {name: build_optimizer(module, kind=flags.optimizer, lr=flags.lr, betas=betas,
+                                                 weight_decay=flags.weight_decay)
                            for name, module in self.plain.items()}
         fp16 = dist.compute_dtype(flags.mixed_precision, process.device) == torch.float16
         self.scale = LossScale(process.device, enabled=fp16)

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
+from autoregressive.models import lean
 from autoregressive.models.kv_cache import KVCache
 from autoregressive.models.rope import apply_rope
 
@@ -29,10 +30,16 @@ class FeedForward(nn.Module):
         self.w1 = nn.Linear(dim, hidden, bias=False)
         self.w3 = nn.Linear(dim, hidden, bias=False)
         self.w2 = nn.Linear(hidden, dim, bias=False)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = lean.Dropout(dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)))
+    def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
+        """x (B, T, D), of which `norm` makes the input → (B, T, D)."""
+        if lean.applies(self.w1, self.w3, self.w2):
+            out = lean.normed_swiglu(x, norm.weight, norm.eps, self.w1.weight, self.w3.weight, self.w2.weight)
+        else:
+            x = norm(x)
+            out = self.w2(F.silu(self.w1(x)) * self.w3(x))
+        return self.dropout(out)
 
 
 class Attention(nn.Module):
@@ -44,13 +51,18 @@ class Attention(nn.Module):
         self.attn_dropout = attn_dropout
         self.wqkv = nn.Linear(dim, (heads + 2 * kv_heads) * self.head_dim, bias=False)
         self.wo = nn.Linear(dim, dim, bias=False)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = lean.Dropout(dropout)
 
-    def forward(self, x: Tensor, rope: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
-        """x (B, T, D), rope (T, K/2, 2), mask (B or 1, 1, T, S) bool or None for plain causal → (B, T, D)."""
-        sizes = [n * self.head_dim for n in (self.heads, self.kv_heads, self.kv_heads)]
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.wqkv(x).split(sizes, dim=-1))
-        q, k = apply_rope(q, rope), apply_rope(k, rope)
+    def forward(self, x: Tensor, norm: RMSNorm, rope: Tensor, mask: Tensor | None, cache: KVCache | None,
+                layer: int) -> Tensor:
+        """x (B, T, D), of which `norm` makes the input; rope (T, K/2, 2); mask (B or 1, 1, T, S) bool or None for plain
+        causal → (B, T, D)."""
+        if cache is None and lean.applies(self.wqkv):
+            q, k, v = lean.normed_qkv(x, norm.weight, norm.eps, self.wqkv.weight, rope, (self.heads, self.kv_heads))
+        else:
+            sizes = [n * self.head_dim for n in (self.heads, self.kv_heads, self.kv_heads)]
+            q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.wqkv(norm(x)).split(sizes, dim=-1))
+            q, k = apply_rope(q, rope), apply_rope(k, rope)
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (B, heads, T, K)
         if cache is None:
             out = F.scaled_dot_product_attention(
@@ -90,5 +102,5 @@ class TransformerBlock(nn.Module):
         self.drop_path = StochasticDepth(drop_path, mode="row")
 
     def forward(self, x: Tensor, rope: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
-        x = x + self.drop_path(self.attention(self.attention_norm(x), rope, mask, cache, layer))
-        return x + self.drop_path(self.feed_forward(self.ffn_norm(x)))
+        x = x + self.drop_path(self.attention(x, self.attention_norm, rope, mask, cache, layer))
+        return x + self.drop_path(self.feed_forward(x, self.ffn_norm))

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from autoregressive.models.blocks import RMSNorm, TransformerBlock
 from autoregressive.models.conditions import CaptionEmbedder, LabelEmbedder
 from autoregressive.models.kv_cache import KVCache
+from autoregressive.models.lean import Dropout
+from autoregressive.models.linear_cross_entropy import linear_cross_entropy
 from autoregressive.models.rope import rope_table
 from utils.seeding import derive_seed
 
@@ -87,7 +89,7 @@ class Transformer(nn.Module):
             self.cls_embedding = CaptionEmbedder(config.caption_dim, config.dim, token_num=config.cls_token_num,
                                                  dropout_prob=config.class_dropout_prob)
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.dim)
-        self.tok_dropout = nn.Dropout(config.token_dropout_p)
+        self.tok_dropout = Dropout(config.token_dropout_p)
         rates = torch.linspace(0, config.drop_path_rate, config.n_layer, device="cpu").tolist()
         self.layers = nn.ModuleList(
             TransformerBlock(config.dim, config.n_head, config.n_kv_head, config.hidden, norm_eps=config.norm_eps,
@@ -140,13 +142,13 @@ class Transformer(nn.Module):
         return self.norm(x)
 
     def forward(self, idx: Tensor, cond_idx: Tensor, targets: Tensor | None = None, mask: Tensor | None = None,
-                valid: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+                valid: Tensor | None = None, *, loss_only: bool = False) -> tuple[Tensor | None, Tensor | None]:
         """Teacher-forced logits and loss.
 
         idx (B, n) codes x_1 … x_n, n < L; cond_idx (B,) labels or (B, N, caption_dim) features; targets (B, n+1);
         mask (B, T, T) or (B, 1, T, T) bool, True where attended (default: causal); valid (B,), 0 for samples that
         carry no loss. Returns logits (B, n+1, V) — from the last prefix position on — and the mean cross-entropy in
-        fp32, or None without targets.
+        fp32, or None without targets. With targets and `loss_only` the logits are None and never made as a whole.
         """
         prefix = self.cls_embedding(cond_idx, drop=self.training)  # (B, N, D)
         assert prefix.shape[1] == self.config.cls_token_num, (prefix.shape, self.config.cls_token_num)
@@ -154,13 +156,16 @@ class Transformer(nn.Module):
         if mask is not None and mask.ndim == 3:
             mask = mask[:, None]
         x = self.hidden_states(x, mask=mask, cache=None, start=0)
-        logits = self.output(x[:, self.config.cls_token_num - 1:])  # (B, n+1, V)
+        x = x[:, self.config.cls_token_num - 1:]  # (B, n+1, D)
+        weight = None if valid is None else valid.float()[:, None].expand(targets.shape).flatten()
+        if loss_only and targets is not None:
+            return None, linear_cross_entropy(x.flatten(0, 1), self.output.weight, targets.flatten(), valid=weight)
+        logits = self.output(x)  # (B, n+1, V)
         if targets is None:
             return logits, None
-        if valid is None:
+        if weight is None:
             return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
         per_token = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
-        weight = valid.float()[:, None].expand(targets.shape).flatten()
         return logits, (per_token * weight).sum() / weight.sum().clamp_min(1)
 
     def decode(self, tokens: Tensor | None, *, prefix: Tensor | None = None, cache: KVCache,

@@ -3,6 +3,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from autoregressive.models.gpt import GPT_models
+from autoregressive.train.finetune import FinetuneFlags
 from dataset.build import DatasetFlags
 from dataset.codes import StoreFlags
 from evaluations.c2i.monitor import MonitorFlags
@@ -22,7 +23,7 @@ class GPTFlags(SizeFlags):
     gpt_type: Literal["c2i", "t2i"] = flag("c2i", "condition: class or text", choices=("c2i", "t2i"))
     cls_token_num: int | None = flag(None, "prefix tokens; None: 1 for c2i, 120 for t2i")
     vocab_size: int | None = flag(None, "number of codes; None: the codes' or checkpoint's, else 16384")
-    num_classes: int | None = flag(None, "classes; None: the codes' or checkpoint's")
+    num_classes: int | None = flag(None, "classes; None: the codes' or checkpoint's; training with 1: without classes")
     downsample_size: int | None = flag(None, "pixels per token side; None: the tokenizer's")
 
 
@@ -34,9 +35,11 @@ class GuidanceFlags:
 
 
 @dataclass(kw_only=True)
-class GPTTrainFlags(TrainFlags, ParallelFlags, GPTFlags, TokenizerFlags, StoreFlags, DatasetFlags, GuidanceFlags, MonitorFlags):
+class GPTTrainFlags(TrainFlags, ParallelFlags, GPTFlags, FinetuneFlags, TokenizerFlags, StoreFlags, DatasetFlags,
+                    GuidanceFlags, MonitorFlags):
     """The GPT's training command. --vq-ckpt is for previews and --eval-every: without it there are none."""
 
+    gpt_resume: str | None = flag(None, "the same as --resume CHECKPOINT (LlamaGen's name for it when sharded)")
     cfg_scale: float = 2.0
     dataset: str = "imagenet_code"  # with --image-size: the store <code-path>/<name><size>_codes
     dropout_p: float = 0.1

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -18,23 +19,27 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from dataset import codes as stores
+from dataset import code_writer
 from dataset.augmentation import code_views
 from dataset.build import DataFlags, ImageDataset, build_dataset
+from dataset.code_layouts import FORMAT
+from dataset.codes import CodePathFlags
 from dataset.loader import BROKEN_IMAGE, worker_count
+from dataset.remote import is_url
 from tokenizer.build import TokenizerFlags, check_image_size, encode_images, fingerprint, load_tokenizer
 from tokenizer.tokenizer_image.vq_model import VQModel
 from utils import cli, dist, images
 from utils.cli import flag
-from utils.options import BatchFlags, SeedFlags, WorkerFlags
+from utils.options import BatchFlags, RecipeFlags, SeedFlags, WorkerFlags
 
 DEBUG_IMAGES = 64
 
 
 @dataclass(kw_only=True)
-class ExtractFlags(stores.StoreFlags, DataFlags, TokenizerFlags, BatchFlags, SeedFlags, WorkerFlags):
+class ExtractFlags(CodePathFlags, DataFlags, TokenizerFlags, BatchFlags, SeedFlags, WorkerFlags, RecipeFlags):
     """The extraction command."""
 
+    recipe_sections: ClassVar[tuple[str, ...]] = ("extract",)
     ten_crop: bool = flag(False, "ten views: corners, centre and their mirror images; else centre and mirror image")
     crop_range: float | None = flag(None, "crops are cut from a centre crop this many times larger; "
                                           "None: 1.1 with --ten-crop, else 1")
@@ -78,6 +83,12 @@ def encode_shard(tokenizer: VQModel, batches: Iterator[list[tuple[int, np.ndarra
     return (np.concatenate(parts) if parts else np.empty((0, 0, 0))), read, broken
 
 
+def image_names(data: ImageDataset, count: int, *, root: str | None) -> str:
+    """Hash of the first `count` images' names below `root`: another for other images, not for a moved folder."""
+    above = "" if root is None else str(Path(root))
+    return code_writer.names_hash(data.name(index).removeprefix(above) for index in range(count))
+
+
 def main(flags: ExtractFlags) -> None:
     """Extract the shards that are not there yet, then write the manifest."""
     process = dist.setup()
@@ -86,6 +97,8 @@ def main(flags: ExtractFlags) -> None:
         raise ValueError(f"--crop-range is {crop_range}, expected at least 1")
     if flags.per_proc_batch_size < 1:
         raise ValueError(f"--per-proc-batch-size is {flags.per_proc_batch_size}, expected at least 1")
+    if is_url(flags.code_path):
+        raise ValueError(f"--code-path {flags.code_path} is a URL: extract to a folder, and upload that")
     outer = tuple(int(side * crop_range) for side in flags.image_size)
     data = build_dataset(flags.dataset, flags.data_path, size=outer)
     name, tokenizer = load_tokenizer(flags, device=process.device)
@@ -94,23 +107,25 @@ def main(flags: ExtractFlags) -> None:
     views = (5 if flags.ten_crop else 1) * (1 + flags.mirror)
     size = "x".join(map(str, flags.image_size if flags.image_size[0] != flags.image_size[1] else flags.image_size[:1]))
     folder = Path(flags.code_path) / f"{flags.dataset}{size}_codes"
-    recipe = {"format": stores.FORMAT, "dataset": flags.dataset, "images": count, "image_size": list(flags.image_size),
+    recipe = {"format": FORMAT, "dataset": flags.dataset, "images": count,
+              "image_names": image_names(data, count, root=flags.data_path), "image_size": list(flags.image_size),
               "grid": list(grid), "views": views,
               "crop": {"ten_crop": flags.ten_crop, "range": crop_range, "mirror": flags.mirror},
-              "dtype": str(stores.code_dtype(tokenizer.codebook_size)),
+              "dtype": str(code_writer.code_dtype(tokenizer.codebook_size)),
               "classes": data.classes, "tokenizer": {"name": name, "downsample": tokenizer.downsample,
                                                      "codebook_size": tokenizer.codebook_size,
                                                      "weights_sha256": fingerprint(tokenizer)}}
     if process.is_main:
-        stores.begin(folder, recipe)
+        code_writer.begin(folder, recipe)
     dist.barrier()
     if (folder / "manifest.json").is_file():
         if process.is_main:
             print(f"{folder} is complete: nothing to do")
         return
 
-    shards = [range(first, min(first + stores.SHARD_ROWS, count)) for first in range(0, count, stores.SHARD_ROWS)]
-    mine = [i for i in range(process.rank, len(shards), process.world_size) if not stores.is_done(folder, i)]
+    rows = code_writer.SHARD_ROWS
+    shards = [range(first, min(first + rows, count)) for first in range(0, count, rows)]
+    mine = [i for i in range(process.rank, len(shards), process.world_size) if not code_writer.is_done(folder, i)]
     with tqdm(total=sum(len(shards[i]) for i in mine), desc=f"{name} codes", unit="image", mininterval=1.0,
               disable=not process.is_main) as bar:
         for i in mine:
@@ -118,11 +133,11 @@ def main(flags: ExtractFlags) -> None:
                                  num_workers=worker_count(flags.num_workers), collate_fn=list)
             codes, read, broken = encode_shard(tokenizer, batches, device=process.device, bar=bar)
             codes = codes.astype(recipe["dtype"]).reshape(len(read), views, grid[0] * grid[1])
-            stores.write_shard(folder, i, codes, [int(data.labels[index]) for index in read],
-                               [data.name(index) for index in broken])
+            code_writer.write_shard(folder, i, codes, [int(data.labels[index]) for index in read],
+                                    [data.name(index) for index in broken])
     dist.barrier()
     if process.is_main:
-        manifest = stores.finish(folder, len(shards))
+        manifest = code_writer.finish(folder, len(shards))
         skipped = manifest["skipped"]
         more = f"; {len(skipped)} unreadable images left out, such as {skipped[0]}" if skipped else ""
         print(f"{manifest['count']} images x {views} views of {grid[0]}x{grid[1]} codes in {folder}{more}")

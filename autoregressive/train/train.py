@@ -18,6 +18,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from autoregressive.models.generate import generate
 from autoregressive.models.gpt import GPT_models, Transformer
 from autoregressive.train.config import GPTTrainFlags
+from autoregressive.train.finetune import (
+    add_lora,
+    check_finetune,
+    check_own_run,
+    check_same_classes,
+    freeze,
+    initial_weights,
+    without_classes,
+)
 from dataset.codes import CodeBatches, CodeStore, open_stores
 from dataset.loader import StepSampler, loader
 from evaluations.c2i.image_sets import Batch, ImageSet
@@ -46,7 +55,7 @@ class GPTTask:
         codes = batch["codes"]
         inputs = corrupt(codes[:, :-1], self.token_noise, vocab_size=self.vocab_size)
         with dist.autocast(codes.device, self.dtype):
-            _, loss = self.modules["model"](inputs, batch["labels"], targets=codes)
+            _, loss = self.modules["model"](inputs, batch["labels"], targets=codes, loss_only=True)
         backward("model", loss)
         return {"loss": loss}
 
@@ -101,7 +110,10 @@ def open_codes(flags: GPTTrainFlags) -> CodeStore:
         subfolder = f"{flags.dataset.removesuffix('_code')}{size}_codes"
         p = flags.downsample_size or 16
         grid = (height // p, width // p) if height != width else None
-    store = open_stores(flags.code_path, subfolder=subfolder, grid=grid)
+    store = open_stores(flags.code_path, subfolder=subfolder, grid=grid, weights=flags.store_weights,
+                        corrupt=flags.corrupt_shards)
+    if flags.num_classes == 1:
+        store = without_classes(store)
     made = store.manifest
     if made and flags.image_size is not None and list(flags.image_size) != made["image_size"]:
         raise ValueError(f"--image-size is {flags.image_size}, but the codes are of {tuple(made['image_size'])} images")
@@ -131,13 +143,24 @@ def build_model(flags: GPTTrainFlags, name: str, store: CodeStore) -> Transforme
         class_dropout_prob=flags.class_dropout)
 
 
-def load_weights(model: Transformer, content: dict[str, Any], source: str) -> None:
-    """Fill a model, of which this process may hold a part, with the weights of a checkpoint."""
-    state = checkpoint.weights(content, source)
+def first_weights(model: Transformer, flags: GPTTrainFlags, content: dict[str, Any], *,
+                  classes: list[str] | None) -> str:
+    """Fill a model, of which this process may hold a part: from the seed, or with the weights of a file (`content`).
+
+    Returns what to say of a file, nothing for a --gpt-ckpt that `Trainer.restore` is to read.
+    """
+    model.init_weights(flags.global_seed, fill=parallel.fill)
+    if flags.init_from is not None:
+        state, said = initial_weights(content, flags.init_from, model=model, classes=classes, seed=flags.global_seed)
+    elif content and not is_training_checkpoint(content):
+        state, said = checkpoint.weights(content, flags.gpt_ckpt), f"starting from the weights of {flags.gpt_ckpt}"
+    else:
+        return ""
     own = {name: tensor.detach() for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
-    checkpoint.check_fit(own, state, source, type(model).__name__)
+    checkpoint.check_fit(own, state, flags.init_from or flags.gpt_ckpt, type(model).__name__)
     for name, tensor in own.items():
         parallel.fill(tensor, state[name])
+    return said
 
 
 def is_training_checkpoint(content: dict[str, Any]) -> bool:
@@ -148,8 +171,10 @@ def is_training_checkpoint(content: dict[str, Any]) -> bool:
 def main(flags: GPTTrainFlags) -> None:
     """Train to the end of --epochs."""
     process = dist.setup(timeout=flags.dist_timeout)
+    flags.resume = flags.gpt_resume or flags.resume
     check_flags(flags, world_size=process.world_size)
     flags.check(process.world_size)
+    check_finetune(flags, gpt_ckpt=flags.gpt_ckpt, resume=flags.resume)
     if flags.gpt_type != "c2i":
         raise ValueError("--gpt-type t2i: this command trains on classes, the store holds no captions")
     store = open_codes(flags)
@@ -161,15 +186,18 @@ def main(flags: GPTTrainFlags) -> None:
     if flags.eval_every > 0 and tokenizer is None:
         raise ValueError("--eval-every needs --vq-ckpt: the tokenizer that turns codes into images")
     monitor = Monitor.wanted(flags, process)
-    content = {} if flags.gpt_ckpt is None else checkpoint.read(flags.gpt_ckpt)
+    source = flags.init_from or flags.gpt_ckpt
+    content = {} if source is None else checkpoint.read(source)
+    if flags.init_from is None:
+        check_same_classes(content, source, store.classes)
     name = flags.gpt_model or checkpoint.saved_config(content).get("gpt_model") or "GPT-B"
     dtype = dist.compute_dtype(flags.mixed_precision, process.device)
     with torch.device("meta"):
         model = build_model(flags, name, store)
+    freeze(model, flags.freeze)
+    lora = add_lora(model, flags.lora_rank) if flags.lora_rank else None
     parallel.place(model, flags, process.device, dtype=dtype, compiled=flags.compile)
-    model.init_weights(flags.global_seed, fill=parallel.fill)
-    if content and not is_training_checkpoint(content):
-        load_weights(model, content, flags.gpt_ckpt)
+    started = first_weights(model, flags, content, classes=store.classes)
     config = model.config
     task = GPTTask(parallel.apply_ddp(model, process.device), dtype=torch.float32 if flags.sharded else dtype,
                    classes=store.classes, tokenizer=tokenizer, seed=flags.global_seed, token_noise=flags.token_noise,
@@ -180,14 +208,17 @@ def main(flags: GPTTrainFlags) -> None:
                              "cls_token_num": config.cls_token_num, "classes": store.classes,
                              "tokenizer": store.manifest.get("tokenizer"),
                              "image_size": store.manifest.get("image_size")}
+    if lora is not None:
+        saved["lora"] = lora
     folder = run_folder(flags, name)
+    check_own_run(flags, folder)
     trainer = Trainer(task, flags, process, folder, steps=steps, saved_config=saved)
-    if is_training_checkpoint(content):
+    if content and not started:
         trainer.restore(checkpoint.resolve(flags.gpt_ckpt))
-    elif content:
-        trainer.say(f"starting from the weights of {flags.gpt_ckpt}")
     del content  # as large as the model, or with its optimizer
     trainer.resume()
+    if started and trainer.step == 0:
+        trainer.say(started)
     if process.is_main and trainer.step < steps:
         cli.save_config(folder / "config.json", flags, steps=steps, images=len(store), model=saved)
     trainer.say(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {len(store)} images x "

@@ -24,6 +24,8 @@ class LossFlags(LPIPSFlags):
     perceptual_weight: float = flag(1.0, "weight of LPIPS; 0 does not load its network")
     disc_weight: float = flag(0.5, "weight of the adversarial loss; 0 builds no discriminator")
     disc_start: int = flag(20000, "step from which the adversarial loss counts")
+    disc_warmup_steps: int = flag(0, "from --disc-start on the discriminator first trains this many steps alone, then "
+                                     "its say rises to full over as many: for --finetune, where it is new")
     disc_type: Literal["patchgan", "stylegan"] = flag("patchgan", "discriminator", choices=("patchgan", "stylegan"))
     disc_loss: Literal["hinge", "vanilla", "non-saturating"] = flag(
         "hinge", "the discriminator's loss", choices=("hinge", "vanilla", "non-saturating"))
@@ -51,12 +53,27 @@ class VQLoss:
     """Everything but the discriminator's own loss. Not a module: nothing of it is saved."""
 
     def __init__(self, flags: LossFlags, *, device: torch.device) -> None:
+        if flags.disc_warmup_steps < 0:
+            raise ValueError(f"--disc-warmup-steps is {flags.disc_warmup_steps}, expected at least 0")
         self.flags = flags
         self.perceptual = perceptual_loss(flags.lpips_backbone, device=device) if flags.perceptual_weight > 0 else None
 
     def adversarial(self, step: int) -> bool:
-        """Whether the adversarial terms count at this step."""
+        """Whether the discriminator trains at this step."""
         return self.flags.disc_weight > 0 and step >= self.flags.disc_start
+
+    def adversarial_weight(self, step: int) -> float:
+        """Weight of the adversarial loss at this step, 0 while only the discriminator trains.
+
+        A fresh discriminator knows nothing: its gradient would pull good reconstructions anywhere. Once it has learnt,
+        its full weight at once would be a jump in the loss of a settled tokenizer (a spike in its error is what users
+        of VQGAN report), so the weight rises linearly.
+        """
+        if not self.adversarial(step):
+            return 0.0
+        warmup = self.flags.disc_warmup_steps
+        trained = step - self.flags.disc_start - warmup + 1
+        return self.flags.disc_weight * (1.0 if warmup == 0 else min(1.0, max(0.0, trained / warmup)))
 
     def __call__(self, images: Tensor, reconstructions: Tensor, codebook: CodebookLosses, *, step: int,
                  discriminator: nn.Module | None, last_layer: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -72,9 +89,9 @@ class VQLoss:
         parts.update(codebook=codebook.codebook, commit=codebook.commit)
         if flags.entropy_loss_ratio > 0:
             parts["entropy"] = codebook.entropy
-        if self.adversarial(step):
+        weight = self.adversarial_weight(step)
+        if weight > 0:
             parts["generator"] = generator_loss(flags.gen_loss, discriminator(reconstructions))
-            weight = flags.disc_weight
             if flags.disc_adaptive_weight:
                 parts["adaptive_weight"] = adaptive_weight(likeness, parts["generator"], last_layer)
                 weight = weight * parts["adaptive_weight"]

@@ -1,0 +1,106 @@
+"""Write a checkpoint's weights in a layout for others: safetensors with a config.json, or one of LlamaGen's.
+
+    python3 autoregressive/train/export.py --gpt-ckpt results/000-GPT-B --output my_gpt
+
+Takes any checkpoint, a GPT's or (--vq-ckpt) a tokenizer's: averaged weights if there are, LoRA adapters merged. Every
+command here reads what is written; config.json says what it is, so no other flags are needed then.
+"""
+import json
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from autoregressive.sample.options import SampleFlags
+from autoregressive.sample.pipeline import load_gpt
+from autoregressive.train.config import GPTFlags
+from tokenizer.build import TokenizerFlags, load_tokenizer
+from utils import checkpoint, cli
+from utils.cli import flag
+from utils.options import OutputFlags
+
+CPU = torch.device("cpu")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(kw_only=True)
+class ExportFlags(GPTFlags, TokenizerFlags, OutputFlags):
+    """The export command. The flags that describe a model are for files that do not say what they are."""
+
+    output: str = "export"
+    format: Literal["safetensors", "llamagen", "consolidated"] = flag(
+        "safetensors", "safetensors: <output>/model.safetensors and config.json; llamagen: <output>.pt with "
+        "{\"model\": …}; consolidated: <output>/consolidated.pth, the bare state dict",
+        choices=("safetensors", "llamagen", "consolidated"))
+    dtype: Literal["fp32", "bf16", "fp16"] = flag("fp32", "type of the weights in the file", choices=tuple(DTYPES))
+
+
+def load_model(flags: ExportFlags) -> tuple[nn.Module, dict[str, Any]]:
+    """The model on the CPU as a sampler would take it, and what config.json is to say of it."""
+    if (flags.gpt_ckpt is None) == (flags.vq_ckpt is None):
+        raise ValueError("which checkpoint? Give --gpt-ckpt or --vq-ckpt, one of them")
+    if flags.vq_ckpt is not None:
+        name, tokenizer = load_tokenizer(flags, device=CPU)
+        config = {"kind": "tokenizer", "vq_model": name, "codebook_size": tokenizer.config.codebook_size,
+                  "codebook_embed_dim": tokenizer.config.codebook_embed_dim,
+                  "codebook_l2_norm": tokenizer.config.codebook_l2_norm}
+        return tokenizer, config
+    options = {field.name: getattr(flags, field.name) for field in fields(GPTFlags)}
+    gpt, saved = load_gpt(SampleFlags(**options, precision="none"), device=CPU)
+    config = {"gpt_model": flags.gpt_model or "GPT-B", "gpt_type": flags.gpt_type, **saved, "kind": "gpt",
+              "vocab_size": gpt.config.vocab_size, "num_classes": gpt.config.num_classes,
+              "cls_token_num": gpt.config.cls_token_num}
+    if flags.image_size is not None:
+        config["grid"] = [side // (flags.downsample_size or 16) for side in flags.image_size]
+    config.pop("lora", None)
+    return gpt, config
+
+
+def convert(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The state dict with its parameters in `dtype`; buffers (which codes were used lately) stay as they are."""
+    parameters = dict(model.named_parameters())
+    return {name: (value.to(dtype) if name in parameters else value).contiguous()
+            for name, value in model.state_dict().items()}
+
+
+def write_safetensors(folder: Path, state: dict[str, Tensor], config: dict[str, Any]) -> Path:
+    """config.json, then model.safetensors: once the weights are there, so is what they are."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    with checkpoint.replacing(folder / "config.json") as temporary:
+        temporary.write_text(json.dumps(config, indent=2) + "\n")
+    path = folder / "model.safetensors"
+    with checkpoint.replacing(path) as temporary:
+        try:
+            save_file(state, temporary)
+        except SafetensorError as error:
+            raise OSError(f"could not write {path}: {checkpoint.first_line(error)}: is the disk full?") from None
+    return path
+
+
+def main(flags: ExportFlags) -> None:
+    """Load, convert, write."""
+    model, config = load_model(flags)
+    source = flags.gpt_ckpt or flags.vq_ckpt
+    state = convert(model, DTYPES[flags.dtype])
+    config |= {"dtype": flags.dtype, "source": Path(source).name, "source_sha256": checkpoint.content_hash(source)}
+    output = Path(flags.output)
+    if flags.format == "safetensors":
+        path = write_safetensors(output, state, config)
+    elif flags.format == "llamagen":  # LlamaGen looks for "model" alone; with the config, we need no flags either
+        path = output if output.suffix == ".pt" else output.with_name(f"{output.name}.pt")
+        checkpoint.save({"model": state, "config": config}, path)
+    else:
+        path = output / "consolidated.pth"
+        checkpoint.save(state, path)
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters of {source} in {flags.dtype}: {path}")
+
+
+if __name__ == "__main__":
+    cli.run(main, ExportFlags)

@@ -1,0 +1,191 @@
+"""Start a GPT from the weights of another: class table fitted to the codes, parts frozen, or LoRA adapters trained.
+
+    bash scripts/autoregressive/train_c2i.sh --code-path my_codes --init-from c2i_B_256.pt --lora-rank 8
+"""
+import copy
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from autoregressive.models.gpt import Transformer
+from dataset.codes import CodeStore
+from utils import checkpoint
+from utils.cli import flag
+from utils.lora import DOWN, UP, is_adapter, plain_name
+from utils.seeding import derive_seed
+
+CLASS_TABLE = "cls_embedding.embedding_table.weight"
+ADAPTED = ("attention.wqkv", "attention.wo", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
+ALPHA_PER_RANK = 2  # a fixed ratio, so that --lr means the same for every rank
+
+
+@dataclass(kw_only=True)
+class FinetuneFlags:
+    """How a new run begins with the weights of an old one."""
+
+    init_from: str | None = flag(None, "begin a new run with the weights of this GPT checkpoint, of any kind; classes "
+                                       "that both know by name keep their embedding")
+    freeze: Literal["none", "blocks", "all-but-classes"] = flag(
+        "none", "with --init-from, what is not trained: the transformer blocks, or all but the class embeddings",
+        choices=("none", "blocks", "all-but-classes"))
+    lora_rank: int = flag(0, "with --init-from, train the class embeddings and, in place of the weights, low-rank "
+                             "adapters of this rank on attention and feed-forward (LoRA); 8 is usual, 0: none")
+
+
+def check_finetune(flags: FinetuneFlags, *, gpt_ckpt: str | None, resume: str) -> None:
+    """Raise ValueError for settings that contradict each other."""
+    from_file = resume not in ("none", "auto")
+    if flags.init_from is not None and (gpt_ckpt is not None or from_file):
+        other = "--gpt-ckpt" if gpt_ckpt is not None else f"--resume {resume}"
+        raise ValueError(f"--init-from and {other} both say where to start: give one of them (an interrupted "
+                         "fine-tuning goes on with --resume auto)")
+    if flags.lora_rank < 0:
+        raise ValueError(f"--lora-rank is {flags.lora_rank}, expected at least 0")
+    if flags.lora_rank and flags.freeze != "none":
+        raise ValueError(f"--lora-rank freezes all but adapters and classes: leave --freeze {flags.freeze} out")
+    if (flags.lora_rank or flags.freeze != "none") and flags.init_from is None and not from_file:
+        used = "--lora-rank" if flags.lora_rank else "--freeze"
+        raise ValueError(f"{used} needs --init-from: which trained GPT?")
+
+
+def check_own_run(flags: FinetuneFlags, folder: Path) -> None:
+    """Raise ValueError when --resume auto has found, as the run to go on with, the one that --init-from names."""
+    path = Path(flags.init_from or "").resolve()
+    if flags.init_from is not None and folder.resolve() in (path, *path.parents):
+        raise ValueError(f"--resume auto would go on with {folder}, which --init-from names: give the new run another "
+                         "--results-dir")
+
+
+def check_same_classes(content: dict[str, Any], source: str | Path, classes: list[str] | None) -> None:
+    """Raise ValueError when a file that is to be trained on as it is has other class names than the codes."""
+    known = checkpoint.saved_config(content).get("classes")
+    if known and classes and known != classes:
+        apart = [f"{theirs} and {ours}" for theirs, ours in zip(known, classes, strict=False) if theirs != ours]
+        raise ValueError(f"the classes of {source} are not those of the codes ({(apart or ['their number'])[0]}): "
+                         "--init-from takes weights over by the names of the classes")
+
+
+def without_classes(store: CodeStore) -> CodeStore:
+    """The store for unconditional training (--num-classes 1): every label 0, no names."""
+    plain = copy.copy(store)
+    plain.labels, plain.classes = np.zeros_like(store.labels), None
+    return plain
+
+
+# ---- what is trained
+
+
+def freeze(model: Transformer, choice: str) -> None:
+    """Keep parts of the model as they are; `choice` as --freeze has it."""
+    if choice == "none":
+        return
+    model.requires_grad_(False)
+    model.cls_embedding.requires_grad_(True)
+    if choice == "blocks":
+        model.tok_embeddings.requires_grad_(True)
+        model.output.requires_grad_(True)
+
+
+def add_lora(model: Transformer, rank: int) -> dict[str, int]:
+    """Put adapters on every block, in place; they and the class table alone are trained → {"rank", "alpha"}.
+
+    The model stays a Transformer. On the meta device too; the values are those of `initial_weights`.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError:
+        raise ValueError("--lora-rank needs peft: pip install peft") from None
+    alpha = ALPHA_PER_RANK * rank
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=list(ADAPTED),
+                                       init_lora_weights=False), model)
+    if model.config.model_type == "c2i":
+        model.cls_embedding.requires_grad_(True)  # a new class is a new row
+    return {"rank": rank, "alpha": alpha}
+
+
+# ---- what it starts from
+
+
+def initial_weights(content: dict[str, Any], source: str | Path, *, model: Transformer, classes: list[str] | None,
+                    seed: int) -> tuple[dict[str, Tensor], str]:
+    """A state dict for `model` (on any device, with adapters or without) from a checkpoint, and a line for the log.
+
+    All must fit in name and shape but the class table. The grid may be another: no weight depends on it. Adapters start
+    so that they change nothing: B zero, A uniform as in peft, fixed by (seed, name). Raises ValueError for a file of
+    another vocabulary, width, depth or condition.
+    """
+    state = checkpoint.weights(content, source)
+    own = model.state_dict()
+    expected = {plain_name(name): tensor for name, tensor in own.items() if not is_adapter(name)}
+    check_same_kind(state, expected, source)
+    matched = "the condition is text"
+    if CLASS_TABLE in state:
+        state[CLASS_TABLE], matched = fit_class_table(
+            state[CLASS_TABLE], checkpoint.saved_config(content).get("classes"), count=model.config.num_classes,
+            names=classes)
+    checkpoint.check_fit(expected, state, source, "this run's GPT")
+    values = {name: adapter_start(name, tensor.shape, seed=seed) if is_adapter(name) else state[plain_name(name)]
+              for name, tensor in own.items()}
+    return values, f"starting from the weights of {source}: {matched}"
+
+
+def check_same_kind(state: dict[str, Tensor], expected: dict[str, Tensor], source: str | Path) -> None:
+    """Raise ValueError, with both sides, if a file is no GPT or not one of the size and condition that is expected."""
+    if "tok_embeddings.weight" not in state:
+        hint = ": it looks like a tokenizer" if "quantize.embedding.weight" in state else ""
+        raise ValueError(f"--init-from {source} is no GPT checkpoint{hint}")
+    theirs, ours = (f"conditioned on {'classes' if CLASS_TABLE in names else 'text'}" for names in (state, expected))
+    if theirs != ours:
+        raise ValueError(f"--init-from {source} is a GPT {theirs}, this run's is {ours}")
+    theirs, ours = size_of(state), size_of(expected)
+    if theirs != ours:
+        raise ValueError(f"--init-from {source} is a GPT of {theirs}, this run's has {ours}: it takes the same "
+                         "--gpt-model and codes of the same tokenizer")
+
+
+def size_of(state: dict[str, Tensor]) -> str:
+    """Depth, width and vocabulary of a GPT, in words."""
+    vocab, width = state["tok_embeddings.weight"].shape
+    layers = {name.split(".")[1] for name in state if name.startswith("layers.")}
+    return f"{len(layers)} layers, width {width}, {vocab} codes"
+
+
+def fit_class_table(table: Tensor, known: list[str] | None, *, count: int,
+                    names: list[str] | None) -> tuple[Tensor, str]:
+    """Rows (count + 1, D) for classes `names` from the table (n + 1, D) of classes `known`, and how they were matched.
+
+    Without names on both sides rows go by number if there are equally many, else none is taken over. The last row, "no
+    class", is always taken over. A new class starts at the mean of the old ones: for a class of emoji that a GPT had
+    not seen, the first loss was 1.967; 1.968 from "no class", which only class dropout trains; 1.996 from N(0, 0.02^2).
+    """
+    old, no_class = table[:-1], table[-1:]
+    rows = old.float().mean(0).to(table.dtype).repeat(count, 1)
+    if known and names:
+        by_name = dict(zip(known, old, strict=False))
+        for label, name in enumerate(names):
+            rows[label] = by_name.get(name, rows[label])
+        matched = f"{sum(name in by_name for name in names)} of {count} classes taken over by name"
+        for what, side, other in (("new", names, by_name), ("left out", known, names)):
+            apart = [name for name in side if name not in other]
+            if apart:
+                matched += f", {len(apart)} {what}: {', '.join(apart[:5])}{' …' if len(apart) > 5 else ''}"
+    elif count == len(old):
+        rows, matched = old, f"all {count} classes taken over by number, for want of names"
+    else:
+        matched = (f"class embeddings start anew ({len(old)} classes in the file, {count} here, without names on both "
+                   "sides)")
+    return torch.cat([rows, no_class]), matched
+
+
+def adapter_start(name: str, shape: torch.Size, *, seed: int) -> Tensor:
+    """First values of a LoRA matrix: B zero; A uniform within 1 / sqrt(in), from (seed, name) alone."""
+    if UP in name:
+        return torch.zeros(shape)
+    assert DOWN in name, name
+    stream = torch.Generator().manual_seed(derive_seed(seed, zlib.crc32(name.encode())))
+    return torch.empty(shape).uniform_(-shape[1] ** -0.5, shape[1] ** -0.5, generator=stream)

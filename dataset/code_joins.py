@@ -1,0 +1,134 @@
+"""Several stores of codes as one: other crops of the same images, or different images mixed by weights."""
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from dataset.code_layouts import CodeStore
+from dataset.loader import EndlessOrder
+from utils.seeding import hash_choice
+
+
+class OtherViews(CodeStore):
+    """Stores of the same images in other crops, as one with all their views, counted through."""
+
+    def __init__(self, paths: list[str], stores: list[CodeStore]) -> None:
+        check_agreement(paths, stores)
+        first = stores[0]
+        for path, store in zip(paths, stores, strict=True):
+            if not np.array_equal(store.labels, first.labels):
+                raise ValueError(f"{path} does not hold other views of the images in {paths[0]}: {len(store)} images "
+                                 f"against {len(first)}, or other labels; different images are mixed by "
+                                 "--store-weights")
+        self.stores, self.offsets = stores, np.cumsum([0, *(store.views for store in stores)])
+        super().__init__(labels=first.labels, views=int(self.offsets[-1]), classes=first.classes, **common(stores))
+        self.leave_out(np.unique(np.concatenate([store.damaged for store in stores])))
+
+    def read_files(self, rows: np.ndarray, views: np.ndarray) -> np.ndarray:
+        """From the store that has the view."""
+        out = np.empty((len(rows), math.prod(self.grid)), dtype=np.int64)
+        for home, mine in by_home(self.offsets, views):
+            out[mine] = self.stores[home].read(rows[mine], views[mine] - self.offsets[home])
+        return out
+
+
+class Mixture(CodeStore):
+    """Different images. Each epoch takes round(weight * n), at least one, of a store's n images.
+
+    A store is an endless stream of passes over all its images, each pass in its own order, and an epoch takes the next
+    ones: after any number of epochs every image of a store has come equally often, give or take one.
+    """
+
+    def __init__(self, paths: list[str], stores: list[CodeStore], weights: tuple[float, ...]) -> None:
+        if len(weights) != len(stores):
+            raise ValueError(f"--store-weights has {len(weights)} numbers, --code-path {len(stores)} stores")
+        check_agreement(paths, stores)
+        for store in stores:
+            store.leave_out(store.damaged)
+        classes = merge_classes(paths, stores)
+        self.stores, self.weights = stores, weights
+        self.samples = [max(1, round(weight * len(store))) for weight, store in zip(weights, stores, strict=True)]
+        self.offsets = np.cumsum([0, *self.samples])
+        self.row_offsets = np.cumsum([0, *map(len, stores)])
+        self.orders: dict[int, list[EndlessOrder]] = {}
+        super().__init__(labels=np.concatenate([store.labels for store in stores]), classes=classes,
+                         views=max(store.views for store in stores), **common(stores))
+
+    def __len__(self) -> int:
+        return int(self.offsets[-1])
+
+    def read_files(self, rows: np.ndarray, views: np.ndarray) -> np.ndarray:
+        """Rows counted through the stores; one with fewer views starts again at its first."""
+        out = np.empty((len(rows), math.prod(self.grid)), dtype=np.int64)
+        for home, mine in by_home(self.row_offsets, rows):
+            store = self.stores[home]
+            out[mine] = store.read(rows[mine] - self.row_offsets[home], views[mine] % store.views)
+        return out
+
+    def draw(self, epochs: np.ndarray, indices: np.ndarray, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """Index i of an epoch is the i-th of what the epoch takes from the first store, then from the second, ….
+
+        Orders have (seed, pass, store, 1) as their key, which is nobody else's.
+        """
+        if seed not in self.orders:
+            self.orders[seed] = [EndlessOrder(len(store), seed, k, 1, kept=math.ceil(weight) + 2)
+                                 for k, (store, weight) in enumerate(zip(self.stores, self.weights, strict=True))]
+        codes = np.empty((len(indices), math.prod(self.grid)), dtype=np.int64)
+        labels = np.empty(len(indices), dtype=np.int64)
+        for home, mine in by_home(self.offsets, indices):
+            store = self.stores[home]
+            positions = epochs[mine] * self.samples[home] + indices[mine] - self.offsets[home]
+            _, rows = self.orders[seed][home].visit(positions)
+            codes[mine] = store.read(rows, hash_choice(seed, epochs[mine], indices[mine], options=store.views))
+            labels[mine] = self.labels[self.row_offsets[home] + rows]
+        return codes, labels
+
+
+def by_home(offsets: np.ndarray, values: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """(part, places of the values (B,) that fall in it) for each part that has any; `offsets` are where parts start."""
+    homes = np.searchsorted(offsets, values, side="right") - 1
+    for home in np.unique(homes).tolist():
+        yield home, np.flatnonzero(homes == home)
+
+
+def common(stores: list[CodeStore]) -> dict[str, Any]:
+    """What stores together say of themselves."""
+    sizes = [store.vocab_size for store in stores if store.vocab_size is not None]
+    first = stores[0]
+    return {"grid": first.grid, "vocab_size": max(sizes, default=None), "manifest": first.manifest,
+            "folder": first.folder, "packed": all(store.packed for store in stores)}
+
+
+def check_agreement(paths: list[str], stores: list[CodeStore]) -> None:
+    """Raise ValueError for codes that no one model can learn: of other grids, or of other tokenizers."""
+    for path, store in zip(paths, stores, strict=True):
+        if store.grid != stores[0].grid:
+            raise ValueError(f"{path} holds grids of {store.grid[0]}x{store.grid[1]} codes, {paths[0]} of "
+                             f"{stores[0].grid[0]}x{stores[0].grid[1]}")
+    made = [(path, store.manifest["tokenizer"]["weights_sha256"]) for path, store in zip(paths, stores, strict=True)
+            if store.manifest]
+    for path, tokenizer in made:
+        if tokenizer != made[0][1]:
+            raise ValueError(f"{path} holds codes of another tokenizer than {made[0][0]}")
+
+
+def merge_classes(paths: list[str], stores: list[CodeStore]) -> list[str] | None:
+    """The classes of all stores, by name, first come first; the stores' labels are changed to that numbering.
+
+    Stores without names must all be: their labels are taken to mean the same. Raises ValueError otherwise.
+    """
+    lists = [store.classes for store in stores]
+    if all(names == lists[0] for names in lists):
+        return lists[0]
+    if None in lists:
+        raise ValueError(f"{paths[lists.index(None)]} has no class names, but other stores of --code-path have: which "
+                         "labels mean the same cannot be told")
+    for path, names in zip(paths, lists, strict=True):
+        if len(set(names)) < len(names):
+            raise ValueError(f"{path} has two classes of one name: its classes cannot be joined by name with others")
+    union = list(dict.fromkeys(name for names in lists for name in names))
+    places = {name: place for place, name in enumerate(union)}
+    for store, names in zip(stores, lists, strict=True):
+        store.labels = np.array([places[name] for name in names])[store.labels]
+    return union
