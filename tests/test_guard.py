@@ -20,8 +20,8 @@ RUN = "000-GPT-S"
 @pytest.fixture
 def command(code_store, tmp_path):
     """Six steps, a row for each."""
-    return ["train_gpt", "--code-path", code_store, *TINY_GPT, "--global-batch-size", 6, "--epochs", 1, "--log-every", 1,
-            "--ema", "--resume", "auto", "--results-dir", tmp_path]
+    return ["train_gpt", "--code-path", code_store, *TINY_GPT, "--global-batch-size", 6, "--epochs", 1,
+            "--log-every", 1, "--ema", "--resume", "auto", "--results-dir", tmp_path]
 
 
 def poison(monkeypatch, steps: set[int], *, value: float = math.nan) -> None:

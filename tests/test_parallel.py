@@ -1,4 +1,4 @@
-"""One model on one process, DDP, FSDP2, HSDP: the same losses, gradients, weights and pictures, and each other's heirs."""
+"""One process, DDP, FSDP2, HSDP: the same losses, gradients, weights and pictures, and each other's heirs."""
 import pytest
 import torch
 from torch import nn

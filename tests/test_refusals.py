@@ -108,8 +108,8 @@ def test_checkpoints_of_the_wrong_kind(refuse, image_folder, code_store, vq_ckpt
     assert "VQModel: missing encoder" in refuse("train_vq", *VQ, *data, "--finetune", "--vq-ckpt", gpt_ckpt)
     assert "does not fit" in refuse("train_vq", *VQ, *data, "--resume", gpt_ckpt)
     assert "looks like a GPT" in refuse("train_gpt", *GPT, *codes, "--vq-ckpt", gpt_ckpt)
-    assert "missing cls_embedding" in refuse("train_gpt", *GPT, *codes, "--gpt-ckpt", vq_ckpt)
-    assert "missing cls_embedding" in refuse("train_gpt", *GPT, *codes, "--resume", vq_ckpt)
+    assert "missing model.cls_embedding" in refuse("train_gpt", *GPT, *codes, "--gpt-ckpt", vq_ckpt)
+    assert "missing model.cls_embedding" in refuse("train_gpt", *GPT, *codes, "--resume", vq_ckpt)
     assert "looks like a GPT" in refuse("verify", "--code-path", code_store / "imagenet16_codes", "--vq-ckpt", gpt_ckpt)
 
 
@@ -124,7 +124,8 @@ def test_checkpoints_that_do_not_fit_or_are_damaged(refuse, tmp_path, image_fold
         torch.save({"model": weights, "config": content["config"]}, tmp_path / f"{i}.pt")
         assert said in refuse(*extract, f"{i}.pt")
     assert "does not fit VQModel" in refuse(*extract, vq_ckpt, "--codebook-size", 512)
-    (tmp_path / "cut.pt").write_bytes(vq_ckpt.read_bytes()[:-5000])
+    torch.save({"model": state}, tmp_path / "cut.pt")
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "cut.pt").read_bytes()[:-5000])
     assert "cut.pt cannot be read as a checkpoint" in refuse(*extract, "cut.pt")
     assert "cut.pt" in refuse("train_vq", *VQ, "--data-path", image_folder, "--resume", "cut.pt")
     (tmp_path / "run.pt").write_bytes(pickle.dumps(os.system))

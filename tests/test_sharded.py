@@ -22,8 +22,8 @@ RUN = "000-GPT-S"
 @pytest.fixture(scope="module")
 def command(code_store, vq_ckpt):
     """A training of nine steps with checkpoints after 4, 8 and 9; --results-dir's value is missing."""
-    return [*map(str, ["train_gpt", "--code-path", code_store, "--vq-ckpt", vq_ckpt, *TINY_GPT, *OFTEN, "--resume", "auto",
-                       "--results-dir"])]
+    return [*map(str, ["train_gpt", "--code-path", code_store, "--vq-ckpt", vq_ckpt, *TINY_GPT, *OFTEN,
+                       "--resume", "auto", "--results-dir"])]
 
 
 @pytest.fixture(scope="module")

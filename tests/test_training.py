@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from dataset import codes as stores
+from dataset import code_writer
 from tests.conftest import TINY, TINY_GPT, TINY_VQ, call, entry, two_processes, write_images
 from utils import checkpoint, cli, sharded, trainer
 from utils.ema import EMA
@@ -106,7 +106,7 @@ def test_two_processes_and_accumulation_are_one_batch(image_folder, code_store, 
     two_processes([("train_vq", [*vq, "--results-dir", tmp_path / "two"]),
                    ("train_gpt", [*gpt, "--results-dir", tmp_path / "two"]),
                    ("extract", [*extract, tmp_path / "two"])], tmp_path,
-                  setup="import dataset.codes; dataset.codes.SHARD_ROWS = 10")
+                  setup="import dataset.code_writer; dataset.code_writer.SHARD_ROWS = 10")
     for name, flags, model in (("train_vq", vq, "VQ-4-S"), ("train_gpt", gpt, "GPT-S")):
         call(name, *flags, "--results-dir", tmp_path / "one")
         call(name, *flags, "--results-dir", tmp_path / "parts", "--gradient-accumulation-steps", 2)
@@ -125,7 +125,7 @@ def test_two_processes_and_accumulation_are_one_batch(image_folder, code_store, 
 
     stores_made = [tmp_path / side / "imagenet16_codes" for side in ("one", "two")]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stores, "SHARD_ROWS", 10)
+        patch.setattr(code_writer, "SHARD_ROWS", 10)
         call("extract", *extract, tmp_path / "one")
     one, two = ({path.name: path.read_bytes() for path in folder.iterdir()} for folder in stores_made)
     assert len(one) == 6

@@ -86,8 +86,9 @@ def run(main: Callable[[Config], None], config_class: type[Config], argv: list[s
     except RuntimeError as error:
         if not dist.lost_contact(error):
             raise
-        print(f"error: lost contact with another process, which has died or hangs ({message(error).splitlines()[0][:200]}"
-              "); training continues with --resume auto", file=sys.stderr, flush=True)
+        reason = message(error).splitlines()[0][:200]
+        print(f"error: lost contact with another process, which has died or hangs ({reason}); training continues with "
+              "--resume auto", file=sys.stderr, flush=True)
         os._exit(2)  # threads that wait for the other process would hold an orderly exit up
     except KeyboardInterrupt:
         print("interrupted; to continue run it again, training with --resume auto", file=sys.stderr)

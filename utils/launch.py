@@ -3,8 +3,8 @@
     python utils/launch.py autoregressive/train/train.py --code-path ...
 
 The variables nnodes, nproc_per_node, node_rank, master_addr and master_port are passed to torchrun; with one process
-the entry runs directly. The exit code is that of the process that failed first. SIGTERM is passed on, so that a training
-saves, ends well and the exit code is 0.
+the entry runs directly. The exit code is that of the process that failed first. SIGTERM is passed on, so that a
+training saves, ends well and the exit code is 0.
 """
 import contextlib
 import logging
@@ -39,8 +39,9 @@ def main(argv: list[str]) -> None:
               if name in os.environ]
     if nodes == 1 and "master_port" not in os.environ:
         flags.append("--standalone")
-    if any(action.dest == "signals_to_handle" for action in get_args_parser()._actions) and Path("/proc/self").is_dir():
-        flags.append("--signals-to-handle=SIGINT,SIGHUP,SIGQUIT")  # its own way with SIGTERM is to kill after 30 seconds
+    known = {action.dest for action in get_args_parser()._actions}
+    if "signals_to_handle" in known and Path("/proc/self").is_dir():
+        flags.append("--signals-to-handle=SIGINT,SIGHUP,SIGQUIT")  # on SIGTERM it would kill after 30 seconds
         signal.signal(signal.SIGTERM, lambda number, frame: pass_on(number))
     try:
         torchrun([*flags, *argv])

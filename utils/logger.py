@@ -27,7 +27,8 @@ class MetricsLogger:
 
         self.folder.mkdir(parents=True, exist_ok=True)
         for name in ("metrics.jsonl", "speed.jsonl"):
-            kept = [line + "\n" for line in read_lines(self.folder / name) if json.loads(line)["step"] <= self.start_step]
+            kept = [line + "\n" for line in read_lines(self.folder / name)
+                    if json.loads(line)["step"] <= self.start_step]
             with replacing(self.folder / name) as temporary:
                 temporary.write_text("".join(kept))
         self.board = SummaryWriter(self.folder / "tensorboard", purge_step=self.start_step + 1)

@@ -61,8 +61,9 @@ class Meter:
         ranks = state.get("ranks", [])
         if ranks:
             mine = ranks[rank] if rank < len(ranks) else ranks[0]
-            self.sums, self.counts = ({name: torch.tensor(value, device=self.device) for name, value in mine[key].items()}
-                                      for key in ("sums", "counts"))
+            self.sums, self.counts = (
+                {name: torch.tensor(value, device=self.device) for name, value in mine[key].items()}
+                for key in ("sums", "counts"))
             self.skipped = torch.tensor(mine["skipped"], device=self.device)
 
 

@@ -2,8 +2,8 @@
 FSDP2. Models and the training loop know nothing of it.
 
 FSDP2 (fully_shard; the method is ZeRO's, arXiv 1910.02054) wraps every block of `model.layers` and then the rest. The
-shards a process keeps are fp32 masters; what it gathers to compute with is of the compute type, gradients are reduced in
-fp32. Models are built on the meta device and filled one tensor at a time, so no process ever holds a whole one.
+shards a process keeps are fp32 masters; what it gathers to compute with is of the compute type, gradients are reduced
+in fp32. Models are built on the meta device and filled one tensor at a time, so no process ever holds a whole one.
 """
 import contextlib
 import functools
@@ -45,11 +45,11 @@ class ParallelFlags:
     def check(self, world_size: int) -> None:
         """Raise ValueError for settings that do not fit together."""
         if not self.sharded:
-            unused = [name for name, default in (("shard_size", None), ("cpu_offload", False), ("grad_precision", "fp32"),
-                                                 ("reshard_after_forward", True)) if getattr(self, name) != default]
-            if unused:
-                raise ValueError(f"--{unused[0].replace('_', '-')} is for sharded models: give --data-parallel fsdp, sdp "
-                                 "or hsdp")
+            for name, default in (("shard_size", None), ("cpu_offload", False), ("grad_precision", "fp32"),
+                                  ("reshard_after_forward", True)):
+                if getattr(self, name) != default:
+                    raise ValueError(f"--{name.replace('_', '-')} is for sharded models: give --data-parallel fsdp, "
+                                     "sdp or hsdp")
         if self.shard_size is not None and (self.data_parallel != "hsdp" or self.shard_size < 1
                                             or world_size % self.shard_size):
             raise ValueError(f"--shard-size {self.shard_size} is for --data-parallel hsdp and divides the number of "

@@ -1,16 +1,15 @@
-"""Training checkpoints: folders that every process writes its part of, in the background (torch.distributed.checkpoint).
+"""Training checkpoints: folders that every process writes its part of, in the background.
 
-<folder>/<step>/ holds DCP's shards and index, and `state.json`: the step, the model's description and everything else
-that is no tensor. It is written as <folder>/.<step>.tmp and takes its name when it is whole and on the disk, so whatever
-interrupts the writing leaves the one before. Shards are cut by tensor, not by process: any number of processes, sharded
-or not, reads them.
+<folder>/<step>/ holds the shards and index of torch.distributed.checkpoint (DCP), and `state.json`: the step, the
+model's description and everything else that is no tensor. It is written as <folder>/.<step>.tmp and takes its name
+when it is whole and on the disk, so whatever interrupts the writing leaves the one before. Shards are cut by tensor, not
+by process: any number of processes, sharded or not, reads them.
 
 DCP's index is a pickle. It is read by an unpickler that knows the index's own classes and nothing else, and all that is
 no tensor is in the JSON, so that a checkpoint cannot run code.
 """
 import contextlib
 import json
-import os
 import pickle
 import shutil
 import warnings
@@ -79,7 +78,7 @@ class CheckpointWriter:
         """The first of `folders` is written, the others get copies; `keep` newest stay in each, 0 keeps all."""
         self.folders, self.keep, self.is_main = folders, keep, is_main
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is meant
-        self.group = dist.new_cpu_group(timeout=timeout)  # of its own: the writing thread and the training must not meet in one
+        self.group = dist.new_cpu_group(timeout=timeout)  # the writing thread and the training must not meet in one
         self.publisher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self.written: Future | None = None
         self.published: Future | None = None

@@ -45,7 +45,7 @@ class TrainFlags(SeedFlags, WorkerFlags, CompileFlags, RecipeFlags):
     resume: str = flag("none", "auto: go on with the newest run of this model in --results-dir; or a checkpoint")
     keep: int = flag(0, "checkpoints to keep, the newest; 0: all")
     epochs: int = flag(300, "passes over the data")
-    optimizer: Kind = flag("adamw", "muon: Muon for the matrices of the blocks, AdamW for the rest; --lr means the same",
+    optimizer: Kind = flag("adamw", "muon: Muon for the blocks' matrices, AdamW for the rest; --lr means the same",
                            choices=("adamw", "muon"))
     lr: float = flag(1e-4, "peak learning rate")
     lr_schedule: Schedule = flag("constant", "after the warm-up", choices=("constant", "cosine"))
@@ -57,8 +57,8 @@ class TrainFlags(SeedFlags, WorkerFlags, CompileFlags, RecipeFlags):
     global_batch_size: int = flag(256, "samples per optimizer step over all processes and accumulation steps")
     gradient_accumulation_steps: int = flag(1, "micro-batches per optimizer step")
     max_skipped_steps: int = flag(10, "stop after so many steps in a row with a loss or gradient that is not finite")
-    mixed_precision: dist.Precision = flag("bf16", "type to compute in, weights stay fp32; none is fp32, as is anything "
-                                                   "on a CPU without bf16; tf32: fp32 with TF32 matrix products",
+    mixed_precision: dist.Precision = flag("bf16", "type to compute in, weights stay fp32; none is fp32, as is "
+                                                   "anything on a CPU without bf16; tf32: fp32 with TF32 products",
                                            choices=("none", "fp32", "tf32", "fp16", "bf16"))
     dist_timeout: float = flag(1800.0, "seconds after which a process that hears nothing of another gives up")
     wandb_project: str | None = flag(None, "log to this Weights & Biases project too")
@@ -172,6 +172,10 @@ class Trainer:
     def restore(self, path: Path) -> None:
         """Go on from a training checkpoint, saying which flags are others now."""
         facts = self.state.load(path)
+        known, ours = checkpoint.saved_config(facts).get("classes"), self.saved_config.get("classes")
+        if known and ours and known != ours:
+            raise ValueError(f"{path} was trained on other classes than these: {', '.join(known[:5])} … (to take its "
+                             "weights over by the names of the classes, see --init-from)")
         self.step = int(facts["steps"])
         self.skipped_in_a_row = facts.get("skipped_in_a_row", 0)
         self.meter.restore(facts.get("meter", {}), self.process.rank)
@@ -193,11 +197,15 @@ class Trainer:
         """Train to the last step. make_batches(step) yields this rank's micro-batches from that step on.
 
         evaluate(model in eval mode, averaged weights if there are) → numbers to log, on all processes at once. SIGTERM
-        saves and returns; so does the end. Raises ValueError after --max-skipped-steps, OSError when nothing can be saved.
+        saves and returns; so does the end. Raises ValueError after --max-skipped-steps, OSError when nothing can be
+        saved.
         """
         logger = MetricsLogger(self.folder, enabled=self.process.is_main, start_step=self.step)
         patience = 60.0
-        evaluates = (lambda step: evaluate is not None and (step == self.steps or step % eval_every == 0))
+
+        def evaluates(step: int) -> bool:
+            return evaluate is not None and (step == self.steps or step % eval_every == 0)
+
         try:
             with self.guard.on_sigterm():
                 if self.step > 0:  # what a kill after the checkpoint has left undone
@@ -263,9 +271,10 @@ class Trainer:
             if self.skipped_in_a_row >= self.flags.max_skipped_steps:
                 path = self.guard.save_batch(self.folder, verdict.step)
                 dist.barrier()
-                raise ValueError(f"stopped at step {verdict.step}: {self.skipped_in_a_row} steps in a row had a loss or "
-                                 f"gradient that is not finite; the batch is in {path}, the weights are as before: look "
-                                 "at the batch, or continue by --resume auto with a lower --lr or --mixed-precision none")
+                raise ValueError(f"stopped at step {verdict.step}: {self.skipped_in_a_row} steps in a row had a loss "
+                                 f"or gradient that is not finite; the batch is in {path}, the weights are as before: "
+                                 "look at the batch, or continue by --resume auto with a lower --lr or "
+                                 "--mixed-precision none")
             if verdict.unsaved:
                 self.writer.wait()
             stop = stop or verdict.stop

@@ -68,8 +68,8 @@ class TrainingState:
     def check(self, sizes: dict[str, torch.Size], content: dict[str, Any], path: Path) -> None:
         """Raise ValueError for what is no training checkpoint of this kind."""
         for name in self.modules:
-            if "steps" not in content or not all(any(key.startswith(f"{part}.") for key in sizes)
-                                                 for part in (name, OPTIMIZER_KEYS[name])) and content["steps"] > 0:
+            there = [any(key.startswith(f"{part}.") for key in sizes) for part in (name, OPTIMIZER_KEYS[name])]
+            if "steps" not in content or not there[0] or (content["steps"] > 0 and not there[1]):
                 raise ValueError(f"{path} has no {name} with its optimizer: it is no training checkpoint of this kind "
                                  f"({FRESH_START})")
 
@@ -92,7 +92,8 @@ class TrainingState:
         """Raise ValueError naming tensors that are missing, too many or of another shape."""
         problems = [f"missing {name}" for name in wanted if name not in sizes]
         problems += [f"unexpected {name}" for name in sizes
-                     if name not in wanted and "@" not in name and not name.startswith(("ema.", "scaler.", "optimizer"))]
+                     if name not in wanted and "@" not in name
+                     and not name.startswith(("ema.", "scaler.", "optimizer"))]
         problems += [f"{name} is {tuple(sizes[name])}, expected {tuple(own.shape)}"
                      for name, own in wanted.items() if name in sizes and sizes[name] != own.shape]
         checkpoint.refuse(problems, path, "this run")
@@ -108,12 +109,17 @@ class TrainingState:
             saved = content.get(OPTIMIZER_KEYS[name])
             if isinstance(saved, dict) and "param_groups" in saved:  # moments are numbered in the order of the groups
                 names = {parameter: key for key, parameter in module.named_parameters()}
-                own = [[names[parameter] for parameter in group["params"]]
-                       for group in self.optimizers[name].param_groups]
-                groups = [group["params"] for group in saved["param_groups"]]
-                if [len(group) for group in groups] != [len(group) for group in own]:
+                groups = self.optimizers[name].param_groups
+                if sizes_of(saved["param_groups"]) != sizes_of(groups):
                     raise ValueError(f"{path} holds an optimizer of other parameter groups ({FRESH_START})")
-                for number, key in zip(sum(groups, []), sum(own, []), strict=True):
+                numbers = [number for group in saved["param_groups"] for number in group["params"]]
+                own = [names[parameter] for group in groups for parameter in group["params"]]
+                for number, key in zip(numbers, own, strict=True):
                     found |= {f"{OPTIMIZER_KEYS[name]}.{key}.{moment}": torch.as_tensor(value, dtype=torch.float32)
                               for moment, value in saved["state"].get(number, {}).items()}
         return found
+
+
+def sizes_of(groups: list[dict[str, Any]]) -> list[int]:
+    """How many parameters each group has."""
+    return [len(group["params"]) for group in groups]

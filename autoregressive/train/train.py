@@ -232,7 +232,7 @@ def main(flags: GPTTrainFlags) -> None:
                               accumulation=flags.gradient_accumulation_steps, world_size=process.world_size,
                               seed=flags.global_seed, start_step=start)
         data = CodeBatches(store, vocab_size=config.vocab_size, seed=flags.global_seed)
-        workers = 0 if store.manifest else flags.num_workers  # a packed batch is one gather: no process is worth it
+        workers = 0 if store.packed else flags.num_workers  # a packed batch is one gather: no process is worth it
         return loader(data, sampler, num_workers=workers, pin_memory=process.device.type == "cuda")
 
     trainer.fit(batches, eval_every=flags.eval_every,
