@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from dataset.code_layouts import map_shard, read_manifest
 from utils import dist
-from utils.checkpoint import file_hash, replacing
+from utils.checkpoint import cache_folder, file_hash, replacing
 
 REMEMBERED_FROM = 2**28  # bytes: less is read in no time, and leaves nothing in the cache
 
@@ -73,8 +73,8 @@ def local_place() -> tuple[int, int]:
 
 
 def codes_cache() -> Path:
-    """$XDG_CACHE_HOME/llamagen/codes, else ~/.cache/llamagen/codes: fetched stores, notes on sound ones."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llamagen" / "codes"
+    """Where fetched stores and notes on sound ones are kept."""
+    return cache_folder() / "codes"
 
 
 def stamp_of(folder: Path, manifest: dict[str, Any]) -> Path | None:

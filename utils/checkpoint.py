@@ -194,6 +194,11 @@ def content_hash(path: str | Path) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
+def cache_folder() -> Path:
+    """Where what can be made again is kept: $XDG_CACHE_HOME/llamagen, else ~/.cache/llamagen."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llamagen"
+
+
 def file_hash(path: str | Path) -> str:
     """SHA-256 of a file."""
     digest = hashlib.sha256()

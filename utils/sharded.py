@@ -2,8 +2,8 @@
 
 <folder>/<step>/ holds the shards and index of torch.distributed.checkpoint (DCP), and `state.json`: the step, the
 model's description and everything else that is no tensor. It is written as <folder>/.<step>.tmp and takes its name
-when it is whole and on the disk, so whatever interrupts the writing leaves the one before. Shards are cut by tensor, not
-by process: any number of processes, sharded or not, reads them.
+when it is whole and on the disk, so whatever interrupts the writing leaves the one before. Shards are cut by tensor,
+not by process: any number of processes, sharded or not, reads them.
 
 DCP's index is a pickle. It is read by an unpickler that knows the index's own classes and nothing else, and all that is
 no tensor is in the JSON, so that a checkpoint cannot run code.

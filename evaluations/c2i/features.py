@@ -25,7 +25,7 @@ from evaluations.c2i.inception import CLASSES, exact_fp32, resize_tf1
 from evaluations.c2i.metrics import FeatureStatistics, InceptionScore
 from evaluations.c2i.weights import InceptionFlags, is_torchscript, load_inception, load_torchscript, weights_hash
 from utils import dist
-from utils.checkpoint import file_hash, first_line, replacing
+from utils.checkpoint import cache_folder, file_hash, first_line, replacing
 from utils.cli import flag, message
 from utils.seeding import derive_seed
 
@@ -237,11 +237,6 @@ def measure_with_stored(images: ImageSet, network: FeatureNetwork, process: dist
             remember(result, path)
     result.statistics |= stored
     return result
-
-
-def cache_folder() -> Path:
-    """Where measurements of references are kept: $XDG_CACHE_HOME/llamagen, else ~/.cache/llamagen."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llamagen"
 
 
 def remember(measured: Measured, path: Path) -> None:
