@@ -1,8 +1,8 @@
 """Compiled training is eager training: step by step without dropout, in distribution with it.
 
 torch.compile was reported to train this family of models worse (torch 2.7 and 2.8) and to draw wrong dropout masks
-(CUDA, from 2.13). Masks differ from eager ones by design, so losses are compared with the spread that seeds make: on torch 2.14
-and a CPU, two layers, six seeds each, mean losses of the last 50 of 200 steps were 1.5751 ± 0.0053 eager and
+(CUDA, from 2.13). Masks differ from eager ones by design, so losses are compared with the spread that seeds make: on
+torch 2.14 and a CPU, two layers, six seeds each, mean losses of the last 50 of 200 steps were 1.5751 ± 0.0053 eager and
 1.5736 ± 0.0060 compiled.
 """
 import pytest

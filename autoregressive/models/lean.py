@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+ROWS = 512  # tokens whose intermediates exist at once
+
 
 def applies(*linears: nn.Linear) -> bool:
-    """Whether these layers may be taken apart: plain, trained ones without hooks, in a forward that autograd records."""
+    """Whether these layers may be taken apart: plain, trained, without hooks, in a forward that autograd records."""
     return (torch.is_grad_enabled() and not torch.compiler.is_compiling()
             and all(type(linear) is nn.Linear and linear.bias is None and linear.weight.requires_grad
                     and not (linear._forward_hooks or linear._forward_pre_hooks) for linear in linears))
@@ -56,23 +58,28 @@ class _NormedQKV(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, norm: Tensor, wqkv: Tensor, rope: Tensor, eps: float, dtype: torch.dtype,
                 heads: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-        rms = _inverse_rms(x, eps)
-        qkv = _norm(x, rms, norm, dtype) @ wqkv.to(dtype).t()  # (B, T, (H + 2 KV heads) K)
+        rows, weight = x.flatten(0, 1), wqkv.to(dtype).t()
+        rms = _inverse_rms(rows, eps)
+        qkv = x.new_empty(len(rows), len(wqkv), dtype=dtype)
+        for part in _parts(qkv):
+            torch.mm(_norm(rows[part], rms[part], norm, dtype), weight, out=qkv[part])
+        qkv = qkv.view(*x.shape[:2], heads[0] + 2 * heads[1], -1)
+        _rotate_(qkv[:, :, :sum(heads)], rope)
         ctx.save_for_backward(x, rms, norm, wqkv, rope)
         ctx.heads = heads
-        qkv = qkv.unflatten(-1, (heads[0] + 2 * heads[1], -1))
-        _rotate_(qkv[:, :, :sum(heads)], rope)
         return qkv.split((heads[0], heads[1], heads[1]), dim=2)
 
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, rms, norm, wqkv, rope = ctx.saved_tensors
-        grad = torch.cat(grads, dim=2)
+        grad = torch.cat(grads, dim=2)  # (B, T, heads, K)
         _rotate_(grad[:, :, :sum(ctx.heads)], rope, transposed=True)
-        grad = grad.flatten(2).flatten(0, 1)  # (B T, …)
-        normed = _norm(x, rms, norm, grad.dtype).flatten(0, 1)
-        grad_weight = (grad.t() @ normed).to(wqkv.dtype)
-        return *_norm_backward(grad @ wqkv.to(grad.dtype), x, rms, norm), grad_weight, None, None, None, None
+        grad, rows, weight = grad.view(len(rms), -1), x.flatten(0, 1), wqkv.to(grad.dtype)
+        grad_x, grad_norm, grad_weight = torch.empty_like(rows), _sum_like(norm), torch.zeros_like(weight)
+        for part in _parts(grad):
+            grad_weight.addmm_(grad[part].t(), _norm(rows[part], rms[part], norm, grad.dtype))
+            _norm_backward(grad[part] @ weight, rows[part], rms[part], norm, grad_x[part], grad_norm)
+        return grad_x.view(x.shape), grad_norm.to(norm.dtype), grad_weight.to(wqkv.dtype), None, None, None, None
 
 
 class _NormedSwiGLU(torch.autograd.Function):
@@ -80,27 +87,50 @@ class _NormedSwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, norm: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, eps: float,
                 dtype: torch.dtype) -> Tensor:
-        rms = _inverse_rms(x, eps)
-        normed = _norm(x, rms, norm, dtype)
-        a, b = normed @ w1.to(dtype).t(), normed @ w3.to(dtype).t()  # (B, T, F) each
+        rows, first, third, second = x.flatten(0, 1), w1.to(dtype).t(), w3.to(dtype).t(), w2.to(dtype).t()
+        rms = _inverse_rms(rows, eps)
+        a, b = (x.new_empty(len(rows), len(w1), dtype=dtype) for _ in range(2))  # (B T, F)
+        out = x.new_empty(rows.shape, dtype=dtype)
+        for part in _parts(a):
+            normed = _norm(rows[part], rms[part], norm, dtype)
+            torch.mm(normed, first, out=a[part])
+            torch.mm(normed, third, out=b[part])
+            torch.mm(F.silu(a[part]).mul_(b[part]), second, out=out[part])
         ctx.save_for_backward(x, rms, norm, w1, w3, w2, a, b)
-        return F.silu(a).mul_(b) @ w2.to(dtype).t()
+        return out.view(x.shape)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, rms, norm, w1, w3, w2, a, b = ctx.saved_tensors
-        dtype = a.dtype
-        grad, a, b = grad.to(dtype).flatten(0, 1), a.flatten(0, 1), b.flatten(0, 1)
-        gate = F.silu(a)
-        grad_w2 = (grad.t() @ (gate * b)).to(w2.dtype)
-        grad = grad @ w2.to(dtype)  # of silu(a) * b
-        grad_b = gate.mul_(grad)
-        grad_a = torch.ops.aten.silu_backward(grad.mul_(b), a)
-        del gate, a, b
-        normed = _norm(x, rms, norm, dtype).flatten(0, 1)
-        grad_w1, grad_w3 = (grad_a.t() @ normed).to(w1.dtype), (grad_b.t() @ normed).to(w3.dtype)
-        grad = torch.addmm(grad_a @ w1.to(dtype), grad_b, w3.to(dtype))
-        return *_norm_backward(grad, x, rms, norm), grad_w1, grad_w3, grad_w2, None, None
+        x, rms, norm, w1, w3, w2, all_a, all_b = ctx.saved_tensors
+        dtype = all_a.dtype
+        rows, grad, first, third, second = x.flatten(0, 1), grad.flatten(0, 1), w1.to(dtype), w3.to(dtype), w2.to(dtype)
+        grad_x, grad_norm = torch.empty_like(rows), _sum_like(norm)
+        sums = [torch.zeros_like(weight) for weight in (first, third, second)]
+        for part in _parts(all_a):
+            a, b, g = all_a[part], all_b[part], grad[part].to(dtype)
+            gate = F.silu(a)
+            sums[2].addmm_(g.t(), gate * b)
+            g = g @ second  # by silu(a) * b
+            grad_b = gate.mul_(g)
+            grad_a = torch.ops.aten.silu_backward(g.mul_(b), a)
+            normed = _norm(rows[part], rms[part], norm, dtype)
+            sums[0].addmm_(grad_a.t(), normed)
+            sums[1].addmm_(grad_b.t(), normed)
+            g = (grad_a @ first).addmm_(grad_b, third)
+            _norm_backward(g, rows[part], rms[part], norm, grad_x[part], grad_norm)
+        gradients = [total.to(weight.dtype) for total, weight in zip(sums, (w1, w3, w2), strict=True)]
+        return grad_x.view(x.shape), grad_norm.to(norm.dtype), *gradients, None, None
+
+
+def _parts(rows: Tensor) -> list[slice]:
+    """Row ranges to treat one after the other: on a CPU intermediates then stay in its cache, and the holes that they
+    leave in the heap are small. In half precision all at once, as the sums of the weights' gradients are in that type."""
+    step = ROWS if rows.device.type == "cpu" and rows.dtype == torch.float32 else max(1, len(rows))
+    return [slice(start, start + step) for start in range(0, len(rows), step)]
+
+
+def _sum_like(norm: Tensor) -> Tensor:
+    return torch.zeros_like(norm, dtype=torch.float32)
 
 
 def _drop(x: Tensor, dropped: int, generator: torch.Generator) -> Tensor:
@@ -116,8 +146,10 @@ def _compute_type(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-def _inverse_rms(x: Tensor, eps: float) -> Tensor:
-    return torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)  # (B, T, 1) fp32
+def _inverse_rms(rows: Tensor, eps: float) -> Tensor:
+    """(N, 1) fp32 of rows (N, D)."""
+    parts = [torch.rsqrt(rows[part].float().square().mean(-1, keepdim=True) + eps) for part in _parts(rows)]
+    return torch.cat(parts)
 
 
 def _norm(x: Tensor, rms: Tensor, norm: Tensor, dtype: torch.dtype) -> Tensor:
@@ -125,14 +157,13 @@ def _norm(x: Tensor, rms: Tensor, norm: Tensor, dtype: torch.dtype) -> Tensor:
     return ((x * rms).type_as(x) * norm).to(dtype)
 
 
-def _norm_backward(grad: Tensor, x: Tensor, rms: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients by x (B, T, D) and by the scale (D,) from `grad` (B T, D) by what `_norm` gave; `grad` is used up."""
-    grad, unit = grad.float(), (x * rms).flatten(0, 1)
+def _norm_backward(grad: Tensor, x: Tensor, rms: Tensor, norm: Tensor, grad_x: Tensor, grad_norm: Tensor) -> None:
+    """From `grad` (N, D) by what `_norm` gave, which is used up: fill grad_x (N, D), add to grad_norm (D,) fp32."""
+    grad, unit = grad.float(), x * rms
     product = grad * unit
-    grad_norm = product.sum(0).to(norm.dtype)
+    grad_norm += product.sum(0)
     mean = (product @ norm.float() / x.shape[-1])[:, None]
-    grad = grad.mul_(norm).addcmul_(unit, mean, value=-1).mul_(rms.flatten(0, 1))
-    return grad.view(x.shape).type_as(x), grad_norm
+    grad_x.copy_(grad.mul_(norm).addcmul_(unit, mean, value=-1).mul_(rms))
 
 
 def _rotate_(x: Tensor, rope: Tensor, *, transposed: bool = False) -> None:
