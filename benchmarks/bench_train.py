@@ -51,7 +51,8 @@ weight of a matrix and token, and causal attention's), peak memory (GiB; of the 
 allocates on a GPU). "plain" is a loop written as LlamaGen's, "loop" that loop around our blocks, "ours" what training
 runs; each in its own process, in turns. Medians of the timed steps; the first of each process is not timed.
 
-| model | tokens x batch | dtype | device, threads | versions | timed steps | side | tokens/s | faster | MFU | GiB | memory |
+| model | tokens x batch | dtype | device, threads | versions | timed steps | side | tokens/s | faster | MFU | GiB | \
+memory |
 |---|---|---|---|---|---|---|---|---|---|---|---|
 """
 
@@ -213,7 +214,7 @@ def batches(model: Transformer, count: int, device: torch.device) -> Iterator[di
         yield {"codes": codes.to(device), "labels": labels.to(device)}
 
 
-def run_side(config: BenchTrainFlags) -> dict[str, float | list[float]]:
+def measured_side(config: BenchTrainFlags) -> dict[str, float | list[float]]:
     """Seconds of each timed step, peak memory and the speed of matrix products, of one side in this process."""
     name, tokens, count = split_case(config.cases)
     process = dist.setup(config.device)
@@ -272,8 +273,8 @@ def flops_per_token(name: str, tokens: int) -> float:
     return 6 * (matrices + model.config.n_layer * model.config.dim * tokens)
 
 
-def in_own_process(config: BenchTrainFlags, case: str, side: str) -> dict[str, float | list[float]]:
-    """run_side in a fresh process."""
+def in_fresh_process(config: BenchTrainFlags, case: str, side: str) -> dict[str, float | list[float]]:
+    """measured_side in a fresh process."""
     words = [sys.executable, __file__, "--cases", case, "--one-side", side, "--timed-steps", str(config.timed_steps),
              "--cores", str(config.cores), "--device", config.device]
     environment = {**os.environ, "OMP_NUM_THREADS": str(config.cores)}
@@ -291,7 +292,7 @@ def split_case(case: str) -> tuple[str, int, int]:
 
 def main(config: BenchTrainFlags) -> None:
     if config.one_side:
-        print(json.dumps(run_side(config)))
+        print(json.dumps(measured_side(config)))
         return
     cases, sides = config.cases.split(","), config.sides.split(",")
     shapes = [split_case(case) for case in cases]
@@ -302,7 +303,7 @@ def main(config: BenchTrainFlags) -> None:
         runs: dict[str, list[dict]] = {side: [] for side in sides}
         for turn in range(config.turns):
             for side in sides if turn % 2 == 0 else reversed(sides):
-                runs[side].append(in_own_process(config, case, side))
+                runs[side].append(in_fresh_process(config, case, side))
                 print(case, side, runs[side][-1], flush=True)
         peak = max(run["peak"] for parts in runs.values() for run in parts)
         first = None

@@ -3,7 +3,6 @@
     stores = open_stores("/data/codes_110,s3://bucket/codes_105")                # other crops of the same images
     stores = open_stores("/data/imagenet,/data/mine", weights=(1.0, 20.0))       # other images
 """
-import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,8 +34,8 @@ CorruptShards = Literal["refuse", "skip"]
 def store_weights(text: str) -> tuple[float, ...]:
     """Parse "1,0.5"."""
     weights = tuple(float(word) for word in text.split(","))
-    if not all(0 < weight < math.inf for weight in weights):
-        raise ValueError("expected numbers above 0 with commas between, such as 1,0.5")
+    if not all(0 < weight <= 1e6 for weight in weights):
+        raise ValueError("expected numbers above 0, a million at most, with commas between, such as 1,0.5")
     return weights
 
 

@@ -1,5 +1,6 @@
 """Batches whose content depends on (seed, epoch, index) only: not on ranks, workers, or where a run was cut."""
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
@@ -121,13 +122,18 @@ class CentreCrops(Dataset):
 def loader(dataset: Batched, sampler: Sampler[np.ndarray], *, num_workers: int, pin_memory: bool) -> DataLoader:
     """A DataLoader over whole batches made by `dataset.__getitems__`."""
     return DataLoader(dataset, batch_sampler=sampler, collate_fn=_as_is, num_workers=worker_count(num_workers),
-                      pin_memory=pin_memory)
+                      pin_memory=pin_memory, worker_init_fn=_ignore_sigterm)
 
 
 def worker_count(asked: int) -> int:
     """Loading processes: as asked, but none where there is one core, and at most one per core."""
     cores = os.cpu_count() or 1
     return 0 if cores == 1 else min(asked, cores)
+
+
+def _ignore_sigterm(worker: int) -> None:
+    """A request to stop often goes to the whole process group: the training saves, and needs its workers until then."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _as_is(batch: dict[str, Any]) -> dict[str, Any]:

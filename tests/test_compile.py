@@ -1,73 +1,97 @@
-"""Compiled training is eager training: step by step without dropout, in distribution with it.
+"""Whether a GPT compiled by inductor trains as the eager one does. (It was reported not to on some releases of torch;
+this asks the installed one, on the CPU. `--compile` on a GPU wants the same comparison there.)"""
+import shutil
 
-torch.compile was reported to train this family of models worse (torch 2.7 and 2.8) and to draw wrong dropout masks
-(CUDA, from 2.13). Masks differ from eager ones by design, so losses are compared with the spread that seeds make: on
-torch 2.14 and a CPU, two layers, six seeds each, mean losses of the last 50 of 200 steps were 1.5751 ± 0.0053 eager and
-1.5736 ± 0.0060 compiled.
-"""
 import pytest
 import torch
+import torch._dynamo.utils
 
 from autoregressive.models.gpt import ModelArgs, Transformer
-from utils.parallel import apply_activation_checkpointing, apply_compile
+from utils.parallel import apply_compile
 
-VOCAB, LENGTH, BATCH, STEPS = 32, 16, 16, 200
-TOLERANCE = 0.05  # nats: a few times the spread of seeds, half of what training without dropout would differ by
+V, L, BATCH, STEPS, SEEDS = 32, 16, 16, 200, 3
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 
 
 def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes that follow from the one before and the class, but for a draw among three: ln 3 = 1.0986 is the least."""
-    stream = torch.Generator().manual_seed(step)
-    labels = torch.randint(4, (BATCH,), generator=stream)
-    codes = torch.empty(BATCH, LENGTH, dtype=torch.long)
-    codes[:, 0] = torch.randint(VOCAB, (BATCH,), generator=stream)
-    for i in range(1, LENGTH):
-        codes[:, i] = (codes[:, i - 1] * 3 + labels + torch.randint(3, (BATCH,), generator=stream)) % VOCAB
-    return codes, labels
+    """Codes (BATCH, L), each one of three that its predecessor and the label allow, and labels (BATCH,)."""
+    random = torch.Generator().manual_seed(step)
+    labels = torch.randint(4, (BATCH,), generator=random)
+    codes = [torch.randint(V, (BATCH,), generator=random)]
+    while len(codes) < L:
+        codes.append((codes[-1] * 3 + labels + torch.randint(3, (BATCH,), generator=random)) % V)
+    return torch.stack(codes, 1), labels
 
 
-def losses(*, dropout: float, seed: int = 0, compiled: bool, checkpointed: bool = False) -> torch.Tensor:
-    """The losses of a short training, (STEPS,)."""
+def gpt(*, dropout: float, compiled: bool) -> Transformer:
     torch.manual_seed(0)
-    model = Transformer(ModelArgs(dim=64, n_layer=1, n_head=2, multiple_of=32, vocab_size=VOCAB, num_classes=4,
-                                  grid=(4, 4), token_dropout_p=dropout, resid_dropout_p=dropout, ffn_dropout_p=dropout,
-                                  class_dropout_prob=dropout)).train()
-    if checkpointed:
-        apply_activation_checkpointing(model)
-    if compiled:
-        apply_compile(model)
+    model = Transformer(ModelArgs(dim=64, n_layer=1, n_head=2, multiple_of=32, vocab_size=V, num_classes=4,
+                                  grid=(4, 4), token_dropout_p=dropout, resid_dropout_p=dropout,
+                                  ffn_dropout_p=dropout, class_dropout_prob=dropout))
+    return apply_compile(model) if compiled else model
+
+
+def losses(model: Transformer, *, seed: int, steps: int) -> torch.Tensor:
+    """The loss of each step, from the first weights on."""
+    model.init_weights(0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.05)
     torch.manual_seed(seed)
     found = []
-    for step in range(STEPS):
+    for step in range(steps):
         codes, labels = batch(step)
-        _, loss = model(codes[:, :-1], labels, targets=codes, loss_only=True)
+        loss = model.train()(codes[:, :-1], labels, targets=codes, loss_only=True)[1]
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        found.append(loss.item())
-    return torch.tensor(found)
+        found.append(loss.detach())
+    return torch.stack(found)
 
 
-def test_without_dropout_every_step_is_the_same():
-    eager, compiled = (losses(dropout=0.0, compiled=how) for how in (False, True))
-    assert eager[0] == pytest.approx(3.4657, abs=1e-3)  # ln 32
-    assert eager[-50:].mean() < 1.8
-    assert (eager - compiled).abs().max() < 1e-4
+@pytest.fixture(scope="module")
+def compiled() -> Transformer:
+    """With dropout 0.1; one compilation serves the module."""
+    torch._dynamo.reset()
+    return gpt(dropout=0.1, compiled=True)
 
 
-def test_with_dropout_training_goes_as_well():
-    eager = torch.stack([losses(dropout=0.1, seed=seed, compiled=False)[-50:].mean() for seed in range(3)])
-    assert eager.max() - eager.min() < TOLERANCE
-    for checkpointed in (False, True):  # the masks of the repeated forward must be those of the first
-        compiled = losses(dropout=0.1, compiled=True, checkpointed=checkpointed)[-50:].mean()
-        assert (compiled - eager.mean()).abs() < TOLERANCE
+def test_without_dropout_the_losses_are_the_same():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    eager, other = (losses(gpt(dropout=0.0, compiled=on), seed=0, steps=50) for on in (False, True))
+    assert torch._dynamo.utils.counters["frames"]["ok"] > 0  # something was compiled
+    assert eager[-1] < 0.6 * eager[0]
+    torch.testing.assert_close(other, eager, atol=1e-4, rtol=0)
 
 
-def test_a_compiled_block_drops_as_often_as_it_should():
-    drop = torch.compile(torch.nn.Dropout(0.1).train())
-    kept = torch.cat([drop(torch.ones(100_000)) for _ in range(3)])
-    assert (kept == 0).float().mean() == pytest.approx(0.1, abs=0.003)
-    assert kept[kept > 0].unique().tolist() == pytest.approx([1 / 0.9])
-    assert not torch.equal(kept[:100_000], kept[100_000:200_000])
+def test_with_dropout_training_ends_at_the_same_loss(compiled):
+    """Masks differ by design, so ends are compared: the mean of the last 50 losses, over seeds. Eager's spread from
+    seed to seed was 0.005 (2 layers, 6 seeds), that of the compiled 0.006, the means differed by 0.0015. Three standard
+    errors of the difference of two means are allowed."""
+    eager = gpt(dropout=0.1, compiled=False)
+    ends = torch.stack([torch.stack([losses(model, seed=seed, steps=STEPS)[-50:].mean() for seed in range(SEEDS)])
+                        for model in (eager, compiled)])
+    spread = max(ends[0].std().item(), 0.005)
+    assert (ends[0].mean() - ends[1].mean()).abs().item() < 3 * spread * (2 / SEEDS) ** 0.5, ends
+
+
+def test_compiled_dropout_has_its_rate_and_one_mask_for_both_directions(compiled):
+    block, layer = compiled.layers[0], compiled.layers[0].feed_forward
+    x = torch.randn(BATCH, L, 64, requires_grad=True)
+    rope = compiled.rope(x.device)[:L]
+    kept = []
+    with torch.no_grad():
+        block.attention.wo.weight.zero_()  # the first half adds nothing
+    for round_ in range(10):
+        torch.manual_seed(round_)
+        out = block.train()(x, rope, None, None, 0)
+        kept.append(out.detach() != x.detach())
+        one = torch.zeros_like(out)
+        one[0, 0] = 1.0  # only this token's mask decides which rows of w2 get a gradient
+        layer.w2.weight.grad = None
+        out.backward(one)
+        assert torch.equal(layer.w2.weight.grad.abs().sum(1) > 0, kept[-1][0, 0])
+    share = 1 - torch.stack(kept).float().mean().item()
+    assert share == pytest.approx(0.1, abs=4 * (0.09 / (10 * BATCH * L * 64)) ** 0.5)
+    per_column = torch.stack(kept).float().flatten(0, 2).mean(0)
+    assert per_column.std().item() == pytest.approx((0.09 / (10 * BATCH * L)) ** 0.5, rel=0.35)
+    assert not torch.equal(kept[0], kept[1])

@@ -129,7 +129,7 @@ def test_what_is_no_gpt_or_not_whole_is_refused():
     ({"init_from": "a"}, {"gpt_ckpt": "b"}, "--init-from and --gpt-ckpt both say where to start"),
     ({"init_from": "a"}, {"resume": "b.pt"}, "--init-from and --resume b.pt both say where to start"),
     ({"lora_rank": 8}, {}, "--lora-rank needs --init-from"), ({"freeze": "blocks"}, {}, "--freeze needs --init-from"),
-    ({"lora_rank": -1}, {}, "--lora-rank is -1, expected at least 0"),
+    ({"lora_rank": -1}, {}, "--lora-rank is -1, expected 0 to 1024"),
     ({"init_from": "a", "lora_rank": 8, "freeze": "blocks"}, {}, "leave --freeze blocks out")])
 def test_flags_that_contradict_each_other_are_refused(flags, others, said):
     with pytest.raises(ValueError, match=said):

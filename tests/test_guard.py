@@ -46,6 +46,7 @@ def test_a_bad_step_changes_nothing_and_is_told(value, command, tmp_path, monkey
     assert "step 3 skipped: its loss or gradient is not finite (1 in a row)" in out
     assert "step 4 skipped: its loss or gradient is not finite (2 in a row)" in out
     assert same(checkpoint.read(folder / "checkpoints" / "0000004")["model"], good["model"])
+    assert same(checkpoint.read(folder / "checkpoints" / "0000004")["ema"], good["ema"])
     assert not same(checkpoint.read(folder / "checkpoints" / "0000005")["model"], good["model"])
     found = rows(folder)
     assert [row.get("skipped_steps") for row in found] == [None, None, 1, 1, None, None]

@@ -64,6 +64,14 @@ def show(self, *args, **kwargs):
         die()
     return original_show(self, *args, **kwargs)
 Trainer.optimizer_step, Trainer.show = step, show
+if where == "evaluating":
+    import time
+    def evaluate(model):
+        os.kill(os.getpid(), signal.SIGNUMBER)
+        time.sleep(1)
+        return dict(eval_x=1.0)
+    original_fit = Trainer.fit
+    Trainer.fit = lambda self, batches, **others: original_fit(self, batches, evaluate=evaluate, eval_every=6)
 if where == "writing":
     dcp.FileSystemWriter.finish = die
 if where == "publishing":
@@ -97,6 +105,15 @@ def test_sigterm_saves_and_ends_well(command, whole, tmp_path):
     assert sharded.candidates(tmp_path / RUN / "checkpoints")[0].name == "0000007"
     call(*command, tmp_path)
     assert_same_run(tmp_path / RUN, whole)
+
+
+def test_sigterm_in_an_evaluation_saves_though_no_checkpoint_was_due(command, whole, tmp_path):
+    done = killed("evaluating", [*command, tmp_path], by="SIGTERM")
+    assert done.returncode == 0, done.stderr
+    assert "stopped by SIGTERM at step 6 of 9, all is saved" in done.stdout
+    assert sharded.candidates(tmp_path / RUN / "checkpoints")[0].name == "0000006"
+    call(*command, tmp_path)
+    assert same(last(tmp_path / RUN), last(whole))
 
 
 def test_two_processes_stop_together_on_sigterm(command, tmp_path):
@@ -159,11 +176,27 @@ def bomb(path):
 
     path.write_bytes(pickle.dumps(Bomb()))
     facts = json.loads((path.parent / "state.json").read_text())
-    facts["files"][".metadata"] = path.stat().st_size
+    facts["files"][".metadata"] = checkpoint.file_hash(path)
     (path.parent / "state.json").write_text(json.dumps(facts))
 
 
-DAMAGES = {"a shard is cut short": ("__0_0.distcp", cut_short, "__0_0.distcp is"),
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+
+
+def odd(**facts):
+    def write(path):
+        path.write_text(json.dumps({**json.loads(path.read_text()), **facts}))
+    return write
+
+
+DAMAGES = {"a shard is cut short": ("__0_0.distcp", cut_short, "__0_0.distcp is changed"),
+           "a bit is flipped": ("__0_0.distcp", flip, "__0_0.distcp is changed"),
+           "the index is changed": (".metadata", flip, ".metadata is changed"),
+           "the step is a word": ("state.json", odd(steps="x"), "state.json is damaged"),
+           "no files are named": ("state.json", odd(files={}), "state.json is damaged"),
            "a shard is missing": ("__0_0.distcp", lambda path: path.unlink(), "__0_0.distcp is missing"),
            "the index is a bomb": (".metadata", bomb, "would run code"),
            "the state is no JSON": ("state.json", lambda path: path.write_text("{"), "state.json is damaged")}
@@ -186,6 +219,14 @@ def test_a_damaged_newest_checkpoint_is_set_aside(damage, command, whole, tmp_pa
     assert same(last(tmp_path / RUN), last(whole))
 
 
+def test_where_nothing_whole_is_left_the_run_begins_again(command, whole, tmp_path, capsys):
+    call(*command, tmp_path, "--keep", 1)
+    flip(checkpoint.newest(tmp_path / RUN / "checkpoints") / "__0_0.distcp")
+    call(*command, tmp_path, "--keep", 0)
+    assert "it is set aside" in capsys.readouterr().out
+    assert_same_run(tmp_path / RUN, whole)
+
+
 def test_an_index_cannot_name_functions(tmp_path):
     for harmful in (os.system, eval, torch.load, checkpoint.read):
         (tmp_path / ".metadata").write_bytes(pickle.dumps(harmful))
@@ -193,14 +234,16 @@ def test_an_index_cannot_name_functions(tmp_path):
             sharded.SafeReader(tmp_path).read_metadata()
 
 
-def test_a_flipped_bit_in_a_shard_is_no_crash(whole, tmp_path):
-    """torch notices damage to the structure; whatever it says becomes one line."""
+def test_a_shard_that_torch_cannot_read_is_one_line(whole, tmp_path):
+    """Though its hash is right."""
     content = bytearray((checkpoint.newest(whole / "checkpoints") / "__0_0.distcp").read_bytes())
     content[:200] = bytes(200)
     copy = tmp_path / "0000009"
     copy.mkdir()
     for path in checkpoint.newest(whole / "checkpoints").iterdir():
         (copy / path.name).write_bytes(bytes(content) if path.suffix == ".distcp" else path.read_bytes())
+    odd(files={path.name: checkpoint.file_hash(path) for path in copy.iterdir() if path.name != "state.json"})(
+        copy / "state.json")
     with pytest.raises(DamagedError, match="cannot be read"):
         checkpoint.read(copy)
 

@@ -23,9 +23,10 @@ class EMA:
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(self.averages.values()), list(self.parameters.values()), weight)
 
-    def restart(self) -> None:
-        """Begin again at the model's weights."""
-        copy_all(self.averages.values(), self.parameters.values())
+    def restart(self, names: Iterable[str] | None = None) -> None:
+        """Begin again at the model's weights, with all averages or some."""
+        chosen = list(self.averages if names is None else names)
+        copy_all([self.averages[name] for name in chosen], [self.parameters[name] for name in chosen])
 
     @contextlib.contextmanager
     def shown(self) -> Iterator[None]:

@@ -98,8 +98,8 @@ class StepGuard:
             return
         try:
             yield
-        finally:
-            signal.signal(signal.SIGTERM, before)
+        finally:  # when asked to stop we are on the way out: a second request is no reason to end otherwise
+            signal.signal(signal.SIGTERM, signal.SIG_IGN if self.stop_asked else before)
 
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:

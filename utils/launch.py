@@ -57,11 +57,14 @@ def main(argv: list[str]) -> None:
 
 
 def pass_on(number: int) -> None:
-    """Send a signal to this process's children."""
-    for listing in Path("/proc/self/task").glob("*/children"):
-        for child in listing.read_text().split():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(int(child), number)
+    """Send a signal to this process's children; before there are any, end."""
+    listings = Path("/proc/self/task").glob("*/children")
+    children = [child for listing in listings for child in listing.read_text().split()]
+    for child in children:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(child), number)
+    if not children:
+        sys.exit(128 + number)
 
 
 if __name__ == "__main__":

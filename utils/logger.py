@@ -14,12 +14,14 @@ from utils.checkpoint import replacing
 class MetricsLogger:
     """Writes on rank 0 only (`enabled`). A resumed run drops rows after its start step, then goes on from there."""
 
-    def __init__(self, folder: Path, *, enabled: bool, start_step: int = 0) -> None:
+    def __init__(self, folder: Path, *, enabled: bool, start_step: int = 0, wandb_project: str | None = None,
+                 config: dict[str, Any] | None = None) -> None:
         self.folder, self.enabled, self.start_step = folder, enabled, start_step
+        self.wandb_project, self.config = wandb_project, config
         self.board: Any = None
         self.wandb: Any = None
 
-    def open(self, *, wandb_project: str | None = None, config: dict[str, Any] | None = None) -> None:
+    def open(self) -> None:
         """Begin to write. Nothing is touched before."""
         if not self.enabled or self.board is not None:
             return
@@ -32,12 +34,13 @@ class MetricsLogger:
             with replacing(self.folder / name) as temporary:
                 temporary.write_text("".join(kept))
         self.board = SummaryWriter(self.folder / "tensorboard", purge_step=self.start_step + 1)
-        if wandb_project:
+        if self.wandb_project:
+            import wandb
             try:
-                import wandb
-            except ImportError:
-                raise ValueError("--wandb-project needs `pip install wandb`") from None
-            self.wandb = wandb.init(project=wandb_project, name=self.folder.name, config=config, dir=self.folder)
+                self.wandb = wandb.init(project=self.wandb_project, name=self.folder.name, config=self.config,
+                                        dir=self.folder)
+            except wandb.Error as error:
+                raise ValueError(f"--wandb-project {self.wandb_project}: {error}") from None
 
     def rows_of(self, step: int) -> int:
         """How many rows of a step metrics.jsonl has."""

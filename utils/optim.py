@@ -12,12 +12,20 @@ Kind = Literal["adamw", "muon"]
 
 def adamw(module: nn.Module | Iterable[nn.Parameter], *, lr: float, weight_decay: float,
           betas: tuple[float, float]) -> torch.optim.AdamW:
-    """AdamW that decays matrices, embeddings and convolutions (two or more dimensions) and nothing else."""
+    """AdamW that decays matrices, embeddings and convolutions (two or more dimensions) and nothing else.
+
+    Its moments are made here: made in the first step they would lie where the activations have been, and the heap would
+    have to grow for those of the second.
+    """
     parameters = module.parameters() if isinstance(module, nn.Module) else module
     parameters = [p for p in parameters if p.requires_grad]
     groups = [{"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
               {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, betas=betas, fused=True)
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=lr, betas=betas, fused=True)
+    for p in parameters:
+        optimizer.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
+                              "exp_avg_sq": torch.zeros_like(p)}
+    return optimizer
 
 
 def build_optimizer(module: nn.Module, *, kind: Kind, lr: float, weight_decay: float,

@@ -25,9 +25,11 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from utils import dist
-from utils.checkpoint import first_line, replacing, sweep, sync_folder
+from utils.checkpoint import file_hash, first_line, replacing, sweep, sync_folder
 
 FORMAT = "llamagen-checkpoint-1"
+FACTS = {"steps": int, "config": dict, "files": dict}  # what state.json must have, of which type
+MAY_BE = {"flags": dict, "meter": dict, "skipped_in_a_row": int}
 STATE, INDEX = "state.json", ".metadata"
 INDEX_CLASSES = {  # all that DCP's index of tensors is made of
     "torch.distributed.checkpoint.metadata": {
@@ -64,7 +66,9 @@ class SafeReader(dcp.FileSystemReader):
             with open(path, "rb") as file:
                 index = _IndexUnpickler(file).load()
             assert isinstance(index, Metadata)
-            assert all(isinstance(entry, TensorStorageMetadata) for entry in index.state_dict_metadata.values())
+            for name, entry in index.state_dict_metadata.items():
+                assert isinstance(name, str) and isinstance(entry, TensorStorageMetadata)
+                assert isinstance(entry.size, torch.Size) and isinstance(entry.properties.dtype, torch.dtype)
         except Exception as error:  # a damaged pickle raises anything
             raise DamagedError(f"{path} is refused: it is damaged, or holds objects that would run code when loaded "
                              f"({first_line(error)[:160]})") from None
@@ -84,8 +88,9 @@ class CheckpointWriter:
         self.published: Future | None = None
 
     def sweep(self) -> None:
-        """Remove what killed writers left."""
+        """Remove what killed writers left. Raises OSError where nothing can be written."""
         for folder in self.folders if self.is_main else []:
+            folder.mkdir(parents=True, exist_ok=True)
             sweep(folder)
 
     def save(self, step: int, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
@@ -104,9 +109,9 @@ class CheckpointWriter:
     def _publish(self, written: Future, temporary: Path, target: Path, facts: dict[str, Any]) -> None:
         try:
             written.result()  # all processes have written
-            sizes = {path.name: path.stat().st_size for path in sorted(temporary.iterdir())}
+            hashes = {path.name: file_hash(path) for path in sorted(temporary.iterdir())}
             with replacing(temporary / STATE) as file:
-                file.write_text(json.dumps({"format": FORMAT, "files": sizes, **facts}))
+                file.write_text(json.dumps({"format": FORMAT, "files": hashes, **facts}))
             _take_place(temporary, target)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -184,20 +189,37 @@ def is_sharded(path: Path) -> bool:
 
 
 def read_facts(path: Path) -> dict[str, Any]:
-    """state.json of a checkpoint, its files' sizes checked. Raises ValueError naming what is wrong."""
+    """state.json of a checkpoint. Raises DamagedError naming what is wrong with it."""
     try:
         facts = json.loads((path / STATE).read_text())
-        sizes = dict(facts["files"])
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise DamagedError(f"{path / STATE} is damaged ({first_line(error)})") from None
-    if facts.get("format") != FORMAT:
-        raise ValueError(f"{path} is of format {facts.get('format')}, expected {FORMAT}")
-    for name, size in sizes.items():
-        file = path / name
-        if not file.is_file() or file.stat().st_size != size:
-            found = f"{file.stat().st_size} bytes" if file.is_file() else "missing"
-            raise DamagedError(f"{path} is damaged: {name} is {found}, expected {size} bytes")
+        for name, kind in {**FACTS, **{name: kind for name, kind in MAY_BE.items() if name in facts}}.items():
+            if type(facts[name]) is not kind:
+                raise ValueError(f"{name} is {facts[name]!r:.40}")
+        if facts.get("format") != FORMAT or not 0 <= facts["steps"] < 2**53 or INDEX not in facts["files"]:
+            raise ValueError(f"format {facts.get('format')!r:.40}, step {facts['steps']}, files {[*facts['files']]}")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise DamagedError(f"{path / STATE} is damaged ({first_line(error)[:200]})") from None
     return facts
+
+
+def check(path: Path, *, rank: int = 0, world_size: int = 1) -> None:
+    """Raise DamagedError unless every file of a checkpoint is there with the hash it was written with.
+
+    With a world size the processes share the work, and all of them raise.
+    """
+    problems: list[str] = []
+    try:
+        for name, expected in sorted(read_facts(path)["files"].items())[rank::world_size]:
+            found = file_hash(path / name) if (path / name).is_file() else "missing"
+            if found != expected:
+                problems.append(f"{path} is damaged: {name} is {'missing' if found == 'missing' else 'changed'}")
+        if not problems:
+            SafeReader(path).read_metadata()
+    except DamagedError as error:
+        problems.append(str(error))
+    problems = dist.gather_lists(problems) if world_size > 1 else problems
+    if problems:
+        raise DamagedError(problems[0])
 
 
 def sizes_in(path: Path) -> dict[str, torch.Size]:
@@ -216,12 +238,13 @@ def read_folder(path: Path, *, optimizers: bool = False) -> dict[str, Any]:
 
     Read by this process alone, on the CPU; without the optimizers' tensors unless asked for.
     """
+    check(path)
     facts = read_facts(path)
     index = SafeReader(path).read_metadata().state_dict_metadata
-    tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in index.items()
-               if optimizers or not name.startswith("optimizer")}
     with _damage_named(path), warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in index.items()
+                   if optimizers or not name.startswith("optimizer")}
         dcp.load(tensors, storage_reader=SafeReader(path), no_dist=True)
     content: dict[str, Any] = {key: value for key, value in facts.items() if key not in ("format", "files")}
     for name, tensor in tensors.items():
@@ -236,7 +259,7 @@ def read_folder(path: Path, *, optimizers: bool = False) -> dict[str, Any]:
 def _damage_named(path: Path) -> Iterator[None]:
     try:
         yield
-    except dcp.CheckpointException as error:
-        cause = next(iter(error.failures.values()))[0]
+    except (dcp.CheckpointException, RuntimeError, TypeError, AttributeError, MemoryError) as error:
+        cause = next(iter(getattr(error, "failures", {0: (error,)}).values()))[0]
         raise DamagedError(str(cause) if isinstance(cause, DamagedError) else
                            f"{path} cannot be read: {first_line(cause)[:200]}") from None

@@ -8,6 +8,8 @@ needs no saved random state and repeats the uninterrupted run bit for bit on a C
 finite changes nothing; the device decides that, the host reads of it later (utils/guard.py).
 """
 import contextlib
+import importlib.util
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -35,6 +37,14 @@ Backward = Callable[[str, Tensor], None]
 Evaluate = Callable[[nn.Module], dict[str, float]]
 
 
+def seconds(text: str) -> float:
+    """Parse a time from 1 second to about a month."""
+    value = float(text)
+    if not 1 <= value <= 2.5e6:
+        raise ValueError("expected seconds, from 1 to 2500000")
+    return value
+
+
 @dataclass(kw_only=True)
 class TrainFlags(SeedFlags, WorkerFlags, CompileFlags, RecipeFlags):
     """Flags of every training command."""
@@ -60,7 +70,8 @@ class TrainFlags(SeedFlags, WorkerFlags, CompileFlags, RecipeFlags):
     mixed_precision: dist.Precision = flag("bf16", "type to compute in, weights stay fp32; none is fp32, as is "
                                                    "anything on a CPU without bf16; tf32: fp32 with TF32 products",
                                            choices=("none", "fp32", "tf32", "fp16", "bf16"))
-    dist_timeout: float = flag(1800.0, "seconds after which a process that hears nothing of another gives up")
+    dist_timeout: float = flag(1800.0, "seconds after which a process that hears nothing of another gives up",
+                               parse=seconds)
     wandb_project: str | None = flag(None, "log to this Weights & Biases project too")
     wandb: bool = flag(True, "--no-wandb: not even if --wandb-project is given")
     dropout_p: float = flag(0.0, "dropout inside the network's blocks (GPT: off with --drop-path-rate)")
@@ -96,6 +107,13 @@ def check_flags(flags: TrainFlags, *, world_size: int) -> None:
         raise ValueError("--epochs, --log-every and --ckpt-every must be at least 1")
     if min(flags.keep, flags.max_grad_norm) < 0 or flags.max_skipped_steps < 1:
         raise ValueError("--keep and --max-grad-norm must be at least 0, --max-skipped-steps at least 1")
+    for name in ("lr", "weight_decay", "beta1", "beta2", "max_grad_norm"):
+        if not math.isfinite(getattr(flags, name)):
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(flags, name)}, expected a number")
+    if not 0 <= flags.dropout_p < 1 or flags.warmup_steps < 0:
+        raise ValueError("--dropout-p must be at least 0 and below 1, --warmup-steps at least 0")
+    if flags.wandb_project and flags.wandb and importlib.util.find_spec("wandb") is None:
+        raise ValueError("--wandb-project needs `pip install wandb`")
     if flags.resume not in ("auto", "none") and not checkpoint.resolve(flags.resume).exists():
         raise FileNotFoundError(f"--resume {flags.resume}: no such checkpoint (or use auto)")
 
@@ -140,6 +158,7 @@ class Trainer:
         self.meter = Meter(process.device, samples_per_step=flags.global_batch_size)
         self.losses: list[Tensor] = []
         self.step = self.skipped_in_a_row = 0
+        self.saved_step = -1
         if flags.mixed_precision == "tf32":
             torch.set_float32_matmul_precision("high")
 
@@ -152,16 +171,23 @@ class Trainer:
         if self.flags.resume != "auto":
             self.restore(checkpoint.resolve(self.flags.resume))
             return
-        for folder in self.checkpoint_folders():
-            while (path := dist.broadcast_object(checkpoint.newest(folder))) is not None:
-                try:
-                    self.restore(path)
-                    return
-                except sharded.DamagedError as error:
-                    self.say(f"warning: {error}; it is set aside, looking for the one before")
-                    if self.process.is_main:
-                        sharded.set_aside(path)
-                    dist.barrier()
+        while (path := dist.broadcast_object(self.newest())) is not None:
+            try:
+                if sharded.is_sharded(path):
+                    sharded.check(path, rank=self.process.rank, world_size=self.process.world_size)
+            except sharded.DamagedError as error:
+                self.say(f"warning: {error}; it is set aside, looking for the one before")
+                if self.process.is_main:
+                    sharded.set_aside(path)
+                dist.barrier()
+            else:
+                self.restore(path)
+                return
+
+    def newest(self) -> Path | None:
+        """The newest checkpoint of this run, wherever it lies."""
+        found = [path for path in map(checkpoint.newest, self.checkpoint_folders()) if path is not None]
+        return max(found, key=lambda path: int(path.stem), default=None)
 
     def checkpoint_folders(self) -> list[Path]:
         """Where checkpoints go; the first is written, the others get copies."""
@@ -171,12 +197,17 @@ class Trainer:
 
     def restore(self, path: Path) -> None:
         """Go on from a training checkpoint, saying which flags are others now."""
+        facts = sharded.read_facts(path) if sharded.is_sharded(path) else {}
+        trained_with = facts.get("flags", {}).get("optimizer", "adamw")
+        if trained_with != self.flags.optimizer:
+            raise ValueError(f"{path} was trained with --optimizer {trained_with}, not {self.flags.optimizer} (to "
+                             "start from its weights alone, see --finetune and --init-from)")
         facts = self.state.load(path)
         known, ours = checkpoint.saved_config(facts).get("classes"), self.saved_config.get("classes")
         if known and ours and known != ours:
             raise ValueError(f"{path} was trained on other classes than these: {', '.join(known[:5])} … (to take its "
                              "weights over by the names of the classes, see --init-from)")
-        self.step = int(facts["steps"])
+        self.step = self.saved_step = int(facts["steps"])
         self.skipped_in_a_row = facts.get("skipped_in_a_row", 0)
         self.meter.restore(facts.get("meter", {}), self.process.rank)
         before, now = facts.get("flags", {}), cli.as_dict(self.flags)
@@ -189,6 +220,7 @@ class Trainer:
         facts = {"steps": self.step, "config": self.saved_config, "flags": cli.as_dict(self.flags),
                  "meter": self.meter.state(), "skipped_in_a_row": self.skipped_in_a_row}
         self.writer.save(self.step, self.state.tensors(), facts)
+        self.saved_step = self.step
 
     # ---- the loop
 
@@ -200,7 +232,9 @@ class Trainer:
         saves and returns; so does the end. Raises ValueError after --max-skipped-steps, OSError when nothing can be
         saved.
         """
-        logger = MetricsLogger(self.folder, enabled=self.process.is_main, start_step=self.step)
+        logger = MetricsLogger(self.folder, enabled=self.process.is_main, start_step=self.step,
+                               wandb_project=self.flags.wandb_project if self.flags.wandb else None,
+                               config=cli.as_dict(self.flags))
         patience = 60.0
 
         def evaluates(step: int) -> bool:
@@ -217,6 +251,9 @@ class Trainer:
                     return
                 self.run(make_batches, logger, lambda step: evaluate if evaluates(step) else None)
         except StopRequestedError:
+            if self.saved_step != self.step:
+                self.save()
+                self.writer.wait()
             self.say(f"stopped by SIGTERM at step {self.step} of {self.steps}, all is saved: to continue run it again "
                      "with --resume auto")
         except RuntimeError:  # other processes may be gone, and what they were to write
@@ -231,7 +268,7 @@ class Trainer:
         """The steps that are left. Raises StopRequestedError when asked to stop, everything saved."""
         flags, meter = self.flags, self.meter
         self.writer.sweep()
-        logger.open(wandb_project=flags.wandb_project if flags.wandb else None, config=cli.as_dict(flags))
+        logger.open()
         meter.restart_clock()
         with tqdm(total=self.steps, initial=self.step, desc=self.folder.name, unit="step", mininterval=1.0,
                   disable=not self.process.is_main, dynamic_ncols=True) as bar:
@@ -253,7 +290,7 @@ class Trainer:
                 if saves or stop:
                     self.save()
                 if stop:
-                    self.writer.wait()
+                    self.writer.wait()  # nothing may interrupt this
                     raise StopRequestedError
                 if saves or evaluate:
                     self.show(logger, evaluate, preview=saves)
@@ -292,6 +329,7 @@ class Trainer:
         torch.manual_seed(derive_seed(flags.global_seed, self.step, self.process.rank))
         self.set_train_mode()
         self.losses.clear()
+        before = [buffer.clone() for buffer in self.buffers()]
         parts: list[dict[str, Tensor]] = []
         seen = []
         for i in range(accumulation):
@@ -310,11 +348,17 @@ class Trainer:
         for name, norm in norms.items():
             self.update(name, gradients[name], norm, bad)
             means["grad_norm" if name == "model" else f"grad_norm_{name}"] = norm
-        if self.ema is not None:
+        for buffer, value in zip(self.buffers(), before, strict=True):
+            buffer.copy_(torch.where(bad, value, buffer))
+        if self.ema is not None and (self.guard.lag or not bool(bad)):  # a GPU's averages move towards the same weights
             self.ema.update(self.step)
         self.scale.update(bad)
         self.meter.add(means, bad=bad)
         self.guard.watch(self.step + 1, raised, seen)
+
+    def buffers(self) -> list[Tensor]:
+        """What forward passes change: running statistics, which codes were used."""
+        return [buffer for module in self.plain.values() for buffer in module.buffers()]
 
     def set_train_mode(self) -> None:
         """Previews leave modules in eval mode; training wants the other."""

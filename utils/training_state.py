@@ -42,7 +42,7 @@ class TrainingState:
     def load(self, path: Path) -> dict[str, Any]:
         """Fill everything from a training checkpoint, a folder of ours or a file of LlamaGen's → its other facts.
 
-        Raises ValueError naming what does not fit; a run that switches averages on starts them at the weights.
+        Raises ValueError naming what does not fit. Averages that the checkpoint has not start at the weights.
         """
         folder = sharded.is_sharded(path)
         content = sharded.read_facts(path) if folder else checkpoint.read(path)
@@ -61,8 +61,8 @@ class TrainingState:
         else:
             for name, own in wanted.items():
                 parallel.fill(own, values[name])
-        if self.ema is not None and not any(name.startswith("ema.") for name in sizes):
-            self.ema.restart()
+        if self.ema is not None:
+            self.ema.restart(name for name in self.ema.averages if f"ema.{name}" not in sizes)
         return content
 
     def check(self, sizes: dict[str, torch.Size], content: dict[str, Any], path: Path) -> None:

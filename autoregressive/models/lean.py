@@ -1,9 +1,13 @@
 """The two halves of a Llama block with a backward that keeps little, and dropout that draws and keeps little.
 
 Autograd would keep every intermediate of norm, rotation and SwiGLU. Here what a pass over memory can make again (the
-normed input, silu(a) * b) is made again, and the rotation happens in place. Products are never repeated. Forward
-numbers are those of the plain operations; these are used instead wherever nothing is to be saved: without gradients,
-under torch.compile (which makes such choices itself) and for layers that something else wraps (LoRA's).
+normed input, silu(a) * b, dropout's mask) is made again, and the rotation happens in place; no product is done twice.
+These serve wherever something is to be kept: not without gradients (decoding), not under torch.compile, which makes
+such choices itself, and not for layers that something else wraps (LoRA's), which run as plain operations.
+
+The forward's numbers are those of the plain operations, bit for bit in fp32 but for two cases, an ulp each: head sizes
+that are no multiple of 16 (the pairs left over by the vector unit are turned with fused multiply-adds), and more than
+`ROWS` tokens on a CPU (a product of other size may take another kernel).
 """
 import torch
 import torch.nn.functional as F
@@ -123,8 +127,8 @@ class _NormedSwiGLU(torch.autograd.Function):
 
 
 def _parts(rows: Tensor) -> list[slice]:
-    """Row ranges to treat one after the other: on a CPU intermediates then stay in its cache, and the holes that they
-    leave in the heap are small. In half precision all at once, as the sums of the weights' gradients are in that type."""
+    """Row ranges to treat one after the other: on a CPU, intermediates then stay in its cache and leave small holes in
+    the heap. In half precision all at once, as the sums of the weights' gradients are of that type."""
     step = ROWS if rows.device.type == "cpu" and rows.dtype == torch.float32 else max(1, len(rows))
     return [slice(start, start + step) for start in range(0, len(rows), step)]
 

@@ -21,6 +21,7 @@ from utils.seeding import derive_seed
 
 CLASS_TABLE = "cls_embedding.embedding_table.weight"
 ADAPTED = ("attention.wqkv", "attention.wo", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
+MOST_RANK = 1024  # more is no low rank for any of the models
 ALPHA_PER_RANK = 2  # a fixed ratio, so that --lr means the same for every rank
 
 
@@ -44,8 +45,8 @@ def check_finetune(flags: FinetuneFlags, *, gpt_ckpt: str | None, resume: str) -
         other = "--gpt-ckpt" if gpt_ckpt is not None else f"--resume {resume}"
         raise ValueError(f"--init-from and {other} both say where to start: give one of them (an interrupted "
                          "fine-tuning goes on with --resume auto)")
-    if flags.lora_rank < 0:
-        raise ValueError(f"--lora-rank is {flags.lora_rank}, expected at least 0")
+    if not 0 <= flags.lora_rank <= MOST_RANK:
+        raise ValueError(f"--lora-rank is {flags.lora_rank}, expected 0 to {MOST_RANK}")
     if flags.lora_rank and flags.freeze != "none":
         raise ValueError(f"--lora-rank freezes all but adapters and classes: leave --freeze {flags.freeze} out")
     if (flags.lora_rank or flags.freeze != "none") and flags.init_from is None and not from_file:

@@ -174,6 +174,9 @@ def main(flags: GPTTrainFlags) -> None:
     flags.resume = flags.gpt_resume or flags.resume
     check_flags(flags, world_size=process.world_size)
     flags.check(process.world_size)
+    for name in ("token_noise", "class_dropout", "token_dropout_p", "drop_path_rate"):
+        if not 0 <= getattr(flags, name) <= 1 or (name.endswith(("_p", "_rate")) and getattr(flags, name) == 1):
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(flags, name)}, expected a share from 0 to 1")
     check_finetune(flags, gpt_ckpt=flags.gpt_ckpt, resume=flags.resume)
     if flags.gpt_type != "c2i":
         raise ValueError("--gpt-type t2i: this command trains on classes, the store holds no captions")
