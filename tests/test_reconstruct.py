@@ -15,7 +15,7 @@ from dataset.augmentation import center_crop
 from tests.conftest import TINY, two_processes
 from tokenizer import reconstruct, reconstructors
 from tokenizer.build import TokenizerFlags, load_tokenizer
-from utils import cli
+from utils import checkpoint, cli
 from utils.images import load_png
 
 
@@ -190,7 +190,7 @@ def test_lpips_is_measured_when_asked(image_folder, vq_ckpt, tmp_path, monkeypat
     results = results_of(folder)
     assert results["lpips"] == pytest.approx(expected, abs=1e-6)
     assert results["lpips_backbone_sha256"] == hashlib.sha256(b"weights").hexdigest()
-    assert results["checkpoint_sha256"] == hashlib.sha256(vq_ckpt.read_bytes()).hexdigest()
+    assert results["checkpoint_sha256"] == checkpoint.content_hash(vq_ckpt)
 
 
 def test_mistakes_are_one_line(image_folder, vq_ckpt, gpt_ckpt, tmp_path, capsys):

@@ -12,7 +12,7 @@ from autoregressive.sample import sample_c2i, sample_ddp
 from autoregressive.sample.options import SampleFlags
 from autoregressive.sample.pipeline import labels_for, load_pipeline
 from tokenizer.tokenizer_image.vq_model import VQ_models
-from utils import cli
+from utils import checkpoint, cli
 from utils.images import load_png
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -178,7 +178,7 @@ def test_images_are_resized_for_scoring(models, tmp_path, pipeline):
 
 def test_a_set_of_another_checkpoint_is_refused(models, gpt_ckpt, vq_ckpt, tmp_path, capsys):
     sample_set(tmp_path / "set", *models, "--num-fid-samples", 1)
-    content = torch.load(gpt_ckpt, weights_only=True)
+    content = checkpoint.read(gpt_ckpt)
     content["ema"]["norm.weight"] += 1
     other = tmp_path / gpt_ckpt.name  # the same file name, hence the same folder
     torch.save(content, other)
@@ -192,7 +192,7 @@ def test_a_set_of_another_checkpoint_is_refused(models, gpt_ckpt, vq_ckpt, tmp_p
 
 def test_foreign_checkpoints_give_the_same_images(gpt_ckpt, vq_ckpt, pipeline, tmp_path):
     for path, name in [(gpt_ckpt, "gpt.pt"), (vq_ckpt, "vq.pt")]:
-        torch.save({"model": torch.load(path, weights_only=True)["ema"]}, tmp_path / name)
+        torch.save({"model": checkpoint.read(path)["ema"]}, tmp_path / name)
     torch.save(torch.load(tmp_path / "gpt.pt")["model"], tmp_path / "consolidated.pth")
     names = {"gpt_model": "GPT-S", "vq_model": "VQ-4-S", "precision": "none", "vq_ckpt": str(tmp_path / "vq.pt")}
     for file, options in [("gpt.pt", {}), ("consolidated.pth", {"from_fsdp": True})]:
@@ -223,7 +223,7 @@ def test_wrong_checkpoints_are_refused(gpt_ckpt, vq_ckpt, tmp_path, capsys):
                tmp_path / "small.pt")
     assert "speaks 256 codes, the tokenizer 128" in attempt(gpt_ckpt, tmp_path / "small.pt")
 
-    content = torch.load(gpt_ckpt, weights_only=True)
+    content = checkpoint.read(gpt_ckpt)
     content["config"]["gpt_model"] = "GPT-Q"
     torch.save(content, tmp_path / "future.pt")
     assert "GPT-Q, which is unknown" in attempt(tmp_path / "future.pt", vq_ckpt)
