@@ -64,13 +64,14 @@ def read(path: str | Path) -> dict[str, Any]:
 
 
 def read_file(path: Path) -> dict[str, Any]:
-    """The content of one file, safely. A config.json beside a .safetensors file describes it."""
+    """The content of one file, safely. A config.json of ours beside a .safetensors file describes it."""
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
             described = path.with_name("config.json")
             config = json.loads(described.read_text()) if described.is_file() else {}
-            return {"model": load_file(path), "config": config}
+            ours = isinstance(config, dict) and "kind" in config
+            return {"model": load_file(path), "config": config} if ours else load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace, LIGHTNING_CALLBACK]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is wrong with the file is said below, in one line
             content = torch.load(path, map_location="cpu", weights_only=True)

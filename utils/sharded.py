@@ -202,7 +202,7 @@ def read_facts(path: Path) -> dict[str, Any]:
     return facts
 
 
-def check(path: Path, *, rank: int = 0, world_size: int = 1) -> None:
+def check_files(path: Path, *, rank: int = 0, world_size: int = 1) -> None:
     """Raise DamagedError unless every file of a checkpoint is there with the hash it was written with.
 
     With a world size the processes share the work, and all of them raise.
@@ -238,7 +238,7 @@ def read_folder(path: Path, *, optimizers: bool = False) -> dict[str, Any]:
 
     Read by this process alone, on the CPU; without the optimizers' tensors unless asked for.
     """
-    check(path)
+    check_files(path)
     facts = read_facts(path)
     index = SafeReader(path).read_metadata().state_dict_metadata
     with _damage_named(path), warnings.catch_warnings():

@@ -174,7 +174,7 @@ class Trainer:
         while (path := dist.broadcast_object(self.newest())) is not None:
             try:
                 if sharded.is_sharded(path):
-                    sharded.check(path, rank=self.process.rank, world_size=self.process.world_size)
+                    sharded.check_files(path, rank=self.process.rank, world_size=self.process.world_size)
             except sharded.DamagedError as error:
                 self.say(f"warning: {error}; it is set aside, looking for the one before")
                 if self.process.is_main:

@@ -1,0 +1,17 @@
+"""Memory that a CPU training step frees stays with the process, so that the next step need not fault it in again."""
+import ctypes
+import sys
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+
+
+def keep_freed_memory() -> bool:
+    """From now on take large blocks from the heap and do not give its end back. Whether it was possible (glibc only).
+
+    By default glibc maps and unmaps every block above 32 MiB: the kernel then zeroes each page of each large tensor at
+    its first touch, again at every step.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    return mallopt is not None and bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
