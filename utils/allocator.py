@@ -2,11 +2,11 @@
 import ctypes
 import sys
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 def keep_freed_memory() -> bool:
-    """From now on take large blocks from the heap and do not give its end back. Whether it was possible (glibc only).
+    """From now on take blocks below 1 GiB from the heap and do not give its end back. Whether it was possible (glibc only).
 
     By default glibc maps and unmaps every block above 32 MiB: the kernel then zeroes each page of each large tensor at
     its first touch, again at every step.
@@ -14,4 +14,4 @@ def keep_freed_memory() -> bool:
     if not sys.platform.startswith("linux"):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return mallopt is not None and bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+    return mallopt is not None and bool(mallopt(M_MMAP_THRESHOLD, 2**30)) and bool(mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
