@@ -5,7 +5,7 @@ previews, checkpoints, resume. It lives on the lowest floor because the tokenize
 
 Every step reseeds torch from (seed, step, rank), and the data order is a function of (seed, step), so a resumed run
 needs no saved random state and repeats the uninterrupted run bit for bit on a CPU. A step whose loss or gradient is not
-finite changes nothing; the device decides that, the host reads of it later (utils/guard.py).
+finite changes no weight; the device decides that, the host reads of it later (utils/guard.py).
 """
 import contextlib
 import importlib.util
