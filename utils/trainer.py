@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 
-from utils import checkpoint, cli, dist, images, parallel, sharded
+from utils import allocator, checkpoint, cli, dist, images, parallel, sharded
 from utils.cli import flag
 from utils.ema import EMA
 from utils.guard import BAD, LossScale, StepGuard, StopRequestedError, step_unless
@@ -159,6 +159,8 @@ class Trainer:
         self.losses: list[Tensor] = []
         self.step = self.skipped_in_a_row = 0
         self.saved_step = -1
+        if process.device.type == "cpu":
+            allocator.keep_freed_memory()
         if flags.mixed_precision == "tf32":
             torch.set_float32_matmul_precision("high")
 
