@@ -2,6 +2,8 @@
 import json
 import math
 import shutil
+import sys
+import types
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from torch import nn
 
 from dataset import code_writer
 from tests.conftest import TINY, TINY_GPT, TINY_VQ, call, entry, two_processes, write_images
-from utils import checkpoint, cli, sharded, trainer
+from utils import checkpoint, cli, sharded, train_flags, trainer
 from utils.ema import EMA
 from utils.logger import MetricsLogger, read_metrics
 from utils.optim import adamw, learning_rate
@@ -191,6 +193,29 @@ def test_metrics_are_cut_where_a_run_goes_on(tmp_path):
     assert not (tmp_path / "other").exists()
 
 
+def test_a_resumed_run_goes_on_in_weights_and_biases(tmp_path, monkeypatch):
+    runs = []
+
+    class Run:
+        def log(self, values, step):
+            self.step = step
+
+        def finish(self):
+            pass
+
+    def init(**options):
+        runs.append(options)
+        return Run()
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init, Error=RuntimeError))
+    for start in (0, 2, 0):
+        logger = MetricsLogger(tmp_path, enabled=True, start_step=start, wandb_project="emoji")
+        logger.log(start + 1, {"loss": 1.0})
+        logger.close()
+    assert [run["resume"] for run in runs] == ["allow"] * 3 and runs[0]["project"] == "emoji"
+    assert runs[0]["id"] == runs[1]["id"] != runs[2]["id"]  # a run that begins again is another
+
+
 # ---- where checkpoints go
 
 
@@ -214,14 +239,14 @@ def test_checkpoints_in_a_second_folder(code_store, tmp_path):
 
 def test_runs_are_numbered(tmp_path):
     flags = entry("train_gpt")[1](code_path="", results_dir=str(tmp_path))
-    assert trainer.run_folder(flags, "GPT-S").name == "000-GPT-S"
+    assert train_flags.run_folder(flags, "GPT-S").name == "000-GPT-S"
     assert not list(tmp_path.iterdir())
     for name in ("003-GPT-S", "007-GPT-B", "notes"):
         (tmp_path / name).mkdir()
-    assert trainer.run_folder(flags, "GPT-S").name == "008-GPT-S"
+    assert train_flags.run_folder(flags, "GPT-S").name == "008-GPT-S"
     flags.resume = "auto"
-    assert trainer.run_folder(flags, "GPT-S").name == "003-GPT-S"
-    assert trainer.run_folder(flags, "GPT-L").name == "008-GPT-L"
+    assert train_flags.run_folder(flags, "GPT-S").name == "003-GPT-S"
+    assert train_flags.run_folder(flags, "GPT-L").name == "008-GPT-L"
 
 
 def test_training_goes_on_from_a_gpt_checkpoint(code_store, gpt_ckpt, tmp_path):

@@ -3,6 +3,7 @@
 metrics.jsonl holds what a repeated run repeats to the last bit; what hangs on the clock is in speed.jsonl beside it.
 """
 import json
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,17 @@ class MetricsLogger:
             import wandb
             try:
                 self.wandb = wandb.init(project=self.wandb_project, name=self.folder.name, config=self.config,
-                                        dir=self.folder)
+                                        dir=self.folder, id=self.wandb_id(), resume="allow")
             except wandb.Error as error:
                 raise ValueError(f"--wandb-project {self.wandb_project}: {error}") from None
+
+    def wandb_id(self) -> str:
+        """What Weights & Biases knows this run by, kept beside it: a resumed run goes on in the same curves."""
+        path = self.folder / "wandb_id.txt"
+        if self.start_step == 0 or not path.is_file():
+            with replacing(path) as temporary:
+                temporary.write_text(secrets.token_hex(8))
+        return path.read_text().strip()
 
     def rows_of(self, step: int) -> int:
         """How many rows of a step metrics.jsonl has."""

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-ROWS = 512  # tokens whose intermediates exist at once
+ROWS = 1024  # tokens whose intermediates exist at once
 
 
 def applies(*linears: nn.Linear) -> bool:
@@ -79,9 +79,9 @@ class _NormedQKV(torch.autograd.Function):
         grad = torch.cat(grads, dim=2)  # (B, T, heads, K)
         _rotate_(grad[:, :, :sum(ctx.heads)], rope, transposed=True)
         grad, rows, weight = grad.view(len(rms), -1), x.flatten(0, 1), wqkv.to(grad.dtype)
-        grad_x, grad_norm, grad_weight = torch.empty_like(rows), _sum_like(norm), torch.zeros_like(weight)
+        grad_x, grad_norm, grad_weight = torch.empty_like(rows), _sum_like(norm), torch.empty_like(weight)
         for part in _parts(grad):
-            grad_weight.addmm_(grad[part].t(), _norm(rows[part], rms[part], norm, grad.dtype))
+            _add_product(grad_weight, grad[part].t(), _norm(rows[part], rms[part], norm, grad.dtype), part)
             _norm_backward(grad[part] @ weight, rows[part], rms[part], norm, grad_x[part], grad_norm)
         return grad_x.view(x.shape), grad_norm.to(norm.dtype), grad_weight.to(wqkv.dtype), None, None, None, None
 
@@ -109,17 +109,17 @@ class _NormedSwiGLU(torch.autograd.Function):
         dtype = all_a.dtype
         rows, grad, first, third, second = x.flatten(0, 1), grad.flatten(0, 1), w1.to(dtype), w3.to(dtype), w2.to(dtype)
         grad_x, grad_norm = torch.empty_like(rows), _sum_like(norm)
-        sums = [torch.zeros_like(weight) for weight in (first, third, second)]
+        sums = [torch.empty_like(weight) for weight in (first, third, second)]
         for part in _parts(all_a):
             a, b, g = all_a[part], all_b[part], grad[part].to(dtype)
             gate = F.silu(a)
-            sums[2].addmm_(g.t(), gate * b)
+            _add_product(sums[2], g.t(), gate * b, part)
             g = g @ second  # by silu(a) * b
             grad_b = gate.mul_(g)
             grad_a = torch.ops.aten.silu_backward(g.mul_(b), a)
             normed = _norm(rows[part], rms[part], norm, dtype)
-            sums[0].addmm_(grad_a.t(), normed)
-            sums[1].addmm_(grad_b.t(), normed)
+            _add_product(sums[0], grad_a.t(), normed, part)
+            _add_product(sums[1], grad_b.t(), normed, part)
             g = (grad_a @ first).addmm_(grad_b, third)
             _norm_backward(g, rows[part], rms[part], norm, grad_x[part], grad_norm)
         gradients = [total.to(weight.dtype) for total, weight in zip(sums, (w1, w3, w2), strict=True)]
@@ -130,7 +130,12 @@ def _parts(rows: Tensor) -> list[slice]:
     """Row ranges to treat one after the other: on a CPU, intermediates then stay in its cache and leave small holes in
     the heap. In half precision all at once, as the sums of the weights' gradients are of that type."""
     step = ROWS if rows.device.type == "cpu" and rows.dtype == torch.float32 else max(1, len(rows))
-    return [slice(start, start + step) for start in range(0, len(rows), step)]
+    return [slice(start, start + step) for start in range(0, max(1, len(rows)), step)]
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor, part: slice) -> None:
+    """total += left @ right; the first part takes the place of what `total` held."""
+    total.addmm_(left, right, beta=1 if part.start else 0)
 
 
 def _sum_like(norm: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from tokenizer.build import TokenizerFlags
 from utils.cli import flag
 from utils.options import SizeFlags
 from utils.parallel import ParallelFlags
-from utils.trainer import TrainFlags
+from utils.train_flags import TrainFlags
 
 
 @dataclass(kw_only=True)

@@ -34,7 +34,8 @@ from evaluations.c2i.monitor import Monitor
 from tokenizer.build import ImageTokenizer, decode_images, load_tokenizer
 from utils import checkpoint, cli, dist, images, parallel
 from utils.seeding import sample_generator
-from utils.trainer import Backward, Trainer, check_flags, run_folder, total_steps
+from utils.train_flags import check_flags, run_folder, total_steps
+from utils.trainer import Backward, Trainer
 
 PREVIEW_IMAGES = 16
 DEFAULT_VOCAB = 16384

@@ -29,7 +29,8 @@ from tokenizer.tokenizer_image.layers import to_channels_last
 from tokenizer.tokenizer_image.vq_loss import LossFlags, VQLoss, build_discriminator, discriminator_loss
 from utils import checkpoint, cli, dist, images, parallel
 from utils.cli import flag
-from utils.trainer import Backward, Trainer, TrainFlags, check_flags, frozen, run_folder, total_steps
+from utils.train_flags import TrainFlags, check_flags, run_folder, total_steps
+from utils.trainer import Backward, Trainer, frozen
 
 PREVIEW_IMAGES = 8
 SMALLEST_JUDGED = {"patchgan": 24, "stylegan": 8}  # below, nothing is left of the image at the last layer
