@@ -17,10 +17,12 @@ class OtherViews(CodeStore):
         check_agreement(paths, stores)
         first = stores[0]
         for path, store in zip(paths, stores, strict=True):
-            if not np.array_equal(store.labels, first.labels):
+            names = [part.manifest["image_names"] for part in (first, store) if "image_names" in part.manifest]
+            if not np.array_equal(store.labels, first.labels) or store.classes != first.classes or \
+                    len(set(names)) > 1:
                 raise ValueError(f"{path} does not hold other views of the images in {paths[0]}: {len(store)} images "
-                                 f"against {len(first)}, or other labels; different images are mixed by "
-                                 "--store-weights")
+                                 f"against {len(first)}, or other names, labels or classes; different images are mixed "
+                                 "by --store-weights")
         self.stores, self.offsets = stores, np.cumsum([0, *(store.views for store in stores)])
         super().__init__(labels=first.labels, views=int(self.offsets[-1]), classes=first.classes, **common(stores))
         self.leave_out(np.unique(np.concatenate([store.damaged for store in stores])))

@@ -135,8 +135,8 @@ def find_store(root: Path, *, subfolder: str | None) -> Path | None:
             raise ValueError(f"{folder} is unfinished: run the extraction again to complete it")
     found = [folder for folder in [root, *below] if is_packed(folder) or labels_of(folder).is_dir()]
     if len(found) > 1:
-        raise ValueError(f"{root} holds several stores ({', '.join(folder.name for folder in found)}): choose one by "
-                         "--dataset and --image-size, or by its own path")
+        raise ValueError(f"{root} holds several stores ({', '.join(folder.name for folder in found)}): give "
+                         "the path of one")
     return found[0] if found else None
 
 

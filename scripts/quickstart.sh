@@ -20,7 +20,7 @@ stage() { # stage NAME COMMAND…: run it and note how long it took, also when i
     trap - EXIT
     note_time
 }
-newest() { find "$run/$1" -path '*/checkpoints/[0-9]*' -prune | sort | tail -1; }
+newest() { find "$run/$1" -path '*/checkpoints/[0-9]*' -prune ! -name '*.damaged' | sort | tail -1; }
 
 # 48 pixels at 4 per token: 144 codes an image, what two CPU cores learn to write well in six minutes.
 data=(--dataset emoji --image-size 48)

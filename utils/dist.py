@@ -132,12 +132,12 @@ def broadcast_object(value: object) -> object:
     return box[0]
 
 
-def gather_lists(values: list) -> list:
+def gather_lists(values: list, *, group: torch.distributed.ProcessGroup | None = None) -> list:
     """The lists of all processes, joined in rank order."""
     if not torch.distributed.is_initialized():
         return values
     boxes: list[list] = [[] for _ in range(world_size())]
-    torch.distributed.all_gather_object(boxes, values)
+    torch.distributed.all_gather_object(boxes, values, group=group)
     return [value for box in boxes for value in box]
 
 

@@ -103,12 +103,16 @@ class StepGuard:
 
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Within the block all is saved, and SIGTERM raises StopRequestedError at once."""
+        """Within the block all is saved, and SIGTERM raises StopRequestedError at once, in every process."""
         if self.stop_asked:
             raise StopRequestedError
         self.leave_at_once = True
         try:
             yield
+        except RuntimeError as error:  # waiting for another process, which has left already
+            if dist.lost_contact(error) and self.stop_asked:
+                raise StopRequestedError from None
+            raise
         finally:
             self.leave_at_once = False
 
@@ -137,7 +141,7 @@ class LossScale:
 def step_unless(optimizer: torch.optim.Optimizer, bad: Tensor) -> None:
     """optimizer.step(), or nothing where `bad` (bool): decided on the device if the optimizer is a fused one."""
     if optimizer.defaults.get("fused"):
-        optimizer.found_inf = bad.float()  # what GradScaler sets
+        optimizer.found_inf = bad.float().to(optimizer.param_groups[0]["params"][0].device)  # what GradScaler sets
         optimizer.step()
         del optimizer.found_inf
     elif not bool(bad):

@@ -29,6 +29,7 @@ def main(argv: list[str]) -> None:
         runpy.run_path(argv[0], run_name="__main__")
         return
 
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import get_args_parser
     from torch.distributed.run import main as torchrun
@@ -46,7 +47,9 @@ def main(argv: list[str]) -> None:
     try:
         torchrun([*flags, *argv])
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
+        first = min(failure.timestamp for failure in error.failures.values())
+        rank, failure = min(error.failures.items(), key=lambda item: (  # who was killed, before those who missed it
+            item[1].timestamp > first + 2, item[1].exitcode in (-signal.SIGTERM, *range(256))))
         if failure.exitcode < 0:
             name = signal.Signals(-failure.exitcode).name
             reason = " (out of memory, most often)" if name == "SIGKILL" else ""
@@ -54,12 +57,16 @@ def main(argv: list[str]) -> None:
                   "training continues with --resume auto", file=sys.stderr)
             sys.exit(128 - failure.exitcode)
         sys.exit(failure.exitcode)
+    except SignalException as error:  # Ctrl-C; the processes have been told
+        sys.exit(128 + error.sigval)
 
 
 def pass_on(number: int) -> None:
     """Send a signal to this process's children; before there are any, end."""
-    listings = Path("/proc/self/task").glob("*/children")
-    children = [child for listing in listings for child in listing.read_text().split()]
+    children = []
+    for listing in Path("/proc/self/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # a thread that has ended meanwhile
+            children += listing.read_text().split()
     for child in children:
         with contextlib.suppress(ProcessLookupError):
             os.kill(int(child), number)

@@ -23,6 +23,7 @@ import torch.distributed
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.tensor import DTensor
 
 from utils import dist
 from utils.checkpoint import file_hash, first_line, replacing, sweep, sync_folder
@@ -31,6 +32,7 @@ FORMAT = "llamagen-checkpoint-1"
 FACTS = {"steps": int, "config": dict, "files": dict}  # what state.json must have, of which type
 MAY_BE = {"flags": dict, "meter": dict, "skipped_in_a_row": int}
 STATE, INDEX = "state.json", ".metadata"
+PATIENCE = 6 * 3600.0  # seconds that processes wait for one another's disks
 INDEX_CLASSES = {  # all that DCP's index of tensors is made of
     "torch.distributed.checkpoint.metadata": {
         "Metadata", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata", "MetadataIndex", "StorageMeta",
@@ -78,11 +80,12 @@ class SafeReader(dcp.FileSystemReader):
 class CheckpointWriter:
     """Writes the checkpoints of one run, one at a time, while training goes on. All processes call it alike."""
 
-    def __init__(self, folders: list[Path], *, keep: int, is_main: bool, timeout: float = 1800.0) -> None:
+    def __init__(self, folders: list[Path], *, keep: int, is_main: bool) -> None:
         """The first of `folders` is written, the others get copies; `keep` newest stay in each, 0 keeps all."""
         self.folders, self.keep, self.is_main = folders, keep, is_main
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is meant
-        self.group = dist.new_cpu_group(timeout=timeout)  # the writing thread and the training must not meet in one
+        # the writing thread and the training must not meet in one group; and disks may be slow without being dead
+        self.group = dist.new_cpu_group(timeout=PATIENCE)
         self.publisher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self.written: Future | None = None
         self.published: Future | None = None
@@ -102,7 +105,8 @@ class CheckpointWriter:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
         dist.barrier()
-        self.written = dcp.async_save(tensors, storage_writer=dcp.FileSystemWriter(temporary), process_group=self.group)
+        self.written = dcp.async_save(_share(tensors), storage_writer=dcp.FileSystemWriter(temporary),
+                                      process_group=self.group)
         if self.is_main:
             self.published = self.publisher.submit(self._publish, self.written, temporary, target, facts)
 
@@ -110,21 +114,34 @@ class CheckpointWriter:
         try:
             written.result()  # all processes have written
             hashes = {path.name: file_hash(path) for path in sorted(temporary.iterdir())}
+            missing = _shards(SafeReader(temporary).read_metadata()) - hashes.keys()
+            if missing:
+                raise OSError(f"{', '.join(sorted(missing))} of other processes cannot be seen from here: all machines "
+                              "must share this folder")
             with replacing(temporary / STATE) as file:
                 file.write_text(json.dumps({"format": FORMAT, "files": hashes, **facts}))
             _take_place(temporary, target)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-        for folder in self.folders[1:]:
-            copy = folder / temporary.name
-            shutil.rmtree(copy, ignore_errors=True)
-            shutil.copytree(target, copy)
-            _take_place(copy, folder / target.name)
+        self.spread(target)
         for folder in self.folders if self.keep else []:
             older = [path for path in candidates(folder) if int(path.stem) < int(target.name)]
             for old in older[self.keep - 1:]:
-                shutil.rmtree(old) if old.is_dir() else old.unlink()
+                if old.is_dir():  # no checkpoint any more from here on, whatever interrupts
+                    shutil.rmtree(old.rename(old.with_name(f".{old.name}.old.tmp")), ignore_errors=True)
+                else:
+                    old.unlink()
+
+    def spread(self, path: Path) -> None:
+        """Copy a checkpoint to those of the folders that lack it (after a kill between the copies, say)."""
+        for folder in self.folders:
+            target, copy = folder / path.name, folder / f".{path.name}.tmp"
+            if is_sharded(target) and (target == path or (target / STATE).read_bytes() == (path / STATE).read_bytes()):
+                continue
+            shutil.rmtree(copy, ignore_errors=True)
+            shutil.copytree(path, copy)
+            _take_place(copy, target)
 
     def failed(self) -> bool:
         """Whether this process knows that the last checkpoint could not be written. `wait` says why."""
@@ -142,15 +159,28 @@ class CheckpointWriter:
                 failures = getattr(error, "failures", None) or {0: (error, None)}
                 problems.append(first_line(next(iter(failures.values()))[0])[:200])
         self.written = self.published = None
-        problems = dist.gather_lists(problems)  # the main process publishes: nobody goes on before it has
+        problems = dist.gather_lists(problems, group=self.group)  # the main one publishes: nobody goes on before it has
         if problems:
-            raise OSError(f"a checkpoint could not be written to {self.folders[0]}: {problems[0]}: is the disk full? "
-                          "Earlier checkpoints are untouched")
+            raise OSError(f"a checkpoint could not be written to {' or '.join(map(str, self.folders))}: {problems[0]}: "
+                          "is the disk full? Earlier checkpoints are untouched")
 
     def close(self, *, patience: float) -> None:
         """Give what is being written so many seconds to end, without a word to the other processes."""
         wait([future for future in (self.written, self.published) if future is not None], timeout=patience)
         self.publisher.shutdown(wait=False)
+
+
+def _share(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """This process's part of what all hold alike, and all that is its own: so many fewer bytes are staged and sent."""
+    alike = sorted((name for name, tensor in tensors.items() if not isinstance(tensor, DTensor) and "@" not in name),
+                   key=lambda name: (tensors[name].numel(), name))
+    others = {name for i, name in enumerate(alike) if i % dist.world_size() != dist.env_rank()}
+    return {name: tensor for name, tensor in tensors.items() if name not in others}
+
+
+def _shards(index: Metadata) -> set[str]:
+    """Names of the files that an index speaks of."""
+    return {info.relative_path for info in (index.storage_data or {}).values()}
 
 
 def _take_place(temporary: Path, target: Path) -> None:
@@ -195,6 +225,8 @@ def read_facts(path: Path) -> dict[str, Any]:
         for name, kind in {**FACTS, **{name: kind for name, kind in MAY_BE.items() if name in facts}}.items():
             if type(facts[name]) is not kind:
                 raise ValueError(f"{name} is {facts[name]!r:.40}")
+        if path.name.isdigit() and int(path.name) != facts["steps"]:
+            raise ValueError(f"steps is {facts['steps']}, the folder {path.name}")
         if facts.get("format") != FORMAT or not 0 <= facts["steps"] < 2**53 or INDEX not in facts["files"]:
             raise ValueError(f"format {facts.get('format')!r:.40}, step {facts['steps']}, files {[*facts['files']]}")
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
@@ -213,8 +245,8 @@ def check_files(path: Path, *, rank: int = 0, world_size: int = 1) -> None:
             found = file_hash(path / name) if (path / name).is_file() else "missing"
             if found != expected:
                 problems.append(f"{path} is damaged: {name} is {'missing' if found == 'missing' else 'changed'}")
-        if not problems:
-            SafeReader(path).read_metadata()
+        unknown = set() if problems else _shards(SafeReader(path).read_metadata()) - read_facts(path)["files"].keys()
+        problems += [f"{path} is damaged: {name} is missing" for name in sorted(unknown)]
     except DamagedError as error:
         problems.append(str(error))
     problems = dist.gather_lists(problems) if world_size > 1 else problems

@@ -43,7 +43,8 @@ class TrainFlags(SeedFlags, WorkerFlags, CompileFlags, RecipeFlags):
     mixed_precision: dist.Precision = flag("bf16", "type to compute in, weights stay fp32; none is fp32, as is "
                                                    "anything on a CPU without bf16; tf32: fp32 with TF32 products",
                                            choices=("none", "fp32", "tf32", "fp16", "bf16"))
-    dist_timeout: float = flag(1800.0, "seconds after which a process that hears nothing of another gives up",
+    dist_timeout: float = flag(1800.0, "seconds after which a process that hears nothing of another gives up; a "
+                                       "preview must fit in",
                                parse=seconds)
     wandb_project: str | None = flag(None, "log to this Weights & Biases project too")
     wandb: bool = flag(True, "--no-wandb: not even if --wandb-project is given")

@@ -65,13 +65,11 @@ class Trainer:
         self.ema = EMA(self.plain["model"]) if flags.ema else None
         self.state = TrainingState(self.plain, self.optimizers, ema=self.ema, scale=self.scale, rank=process.rank)
         self.guard = StepGuard(process)
-        self.writer = sharded.CheckpointWriter(self.checkpoint_folders(), keep=flags.keep, is_main=process.is_main,
-                                              timeout=flags.dist_timeout)
+        self.writer = sharded.CheckpointWriter(self.checkpoint_folders(), keep=flags.keep, is_main=process.is_main)
         self.meter = Meter(process.device, samples_per_step=flags.global_batch_size)
         self.losses: list[Tensor] = []
         self.step = self.skipped_in_a_row = 0
-        self.saved_step = -1
-        if process.device.type == "cpu":
+        if process.device.type == "cpu":  # what stays has its place by now, outside of the heap that steps use
             allocator.keep_freed_memory()
         if flags.mixed_precision == "tf32":
             torch.set_float32_matmul_precision("high")
@@ -83,12 +81,13 @@ class Trainer:
         if self.flags.resume == "none":
             return
         if self.flags.resume != "auto":
-            self.restore(checkpoint.resolve(self.flags.resume))
+            path = checkpoint.resolve(self.flags.resume)
+            self.check_whole(path)
+            self.restore(path)
             return
         while (path := dist.broadcast_object(self.newest())) is not None:
             try:
-                if sharded.is_sharded(path):
-                    sharded.check_files(path, rank=self.process.rank, world_size=self.process.world_size)
+                self.check_whole(path)
             except sharded.DamagedError as error:
                 self.say(f"warning: {error}; it is set aside, looking for the one before")
                 if self.process.is_main:
@@ -96,7 +95,14 @@ class Trainer:
                 dist.barrier()
             else:
                 self.restore(path)
+                if self.process.is_main and sharded.is_sharded(path):
+                    self.writer.spread(path)
                 return
+
+    def check_whole(self, path: Path) -> None:
+        """Raise DamagedError, on all processes, where a checkpoint is not as it was written. (Files have no hashes.)"""
+        if sharded.is_sharded(path):
+            sharded.check_files(path, rank=self.process.rank, world_size=self.process.world_size)
 
     def newest(self) -> Path | None:
         """The newest checkpoint of this run, wherever it lies."""
@@ -121,7 +127,7 @@ class Trainer:
         if known and ours and known != ours:
             raise ValueError(f"{path} was trained on other classes than these: {', '.join(known[:5])} … (to take its "
                              "weights over by the names of the classes, see --init-from)")
-        self.step = self.saved_step = int(facts["steps"])
+        self.step = int(facts["steps"])
         self.skipped_in_a_row = facts.get("skipped_in_a_row", 0)
         self.meter.restore(facts.get("meter", {}), self.process.rank)
         before, now = facts.get("flags", {}), cli.as_dict(self.flags)
@@ -134,7 +140,6 @@ class Trainer:
         facts = {"steps": self.step, "config": self.saved_config, "flags": cli.as_dict(self.flags),
                  "meter": self.meter.state(), "skipped_in_a_row": self.skipped_in_a_row}
         self.writer.save(self.step, self.state.tensors(), facts)
-        self.saved_step = self.step
 
     # ---- the loop
 
@@ -165,9 +170,6 @@ class Trainer:
                     return
                 self.run(make_batches, logger, lambda step: evaluate if evaluates(step) else None)
         except StopRequestedError:
-            if self.saved_step != self.step:
-                self.save()
-                self.writer.wait()
             self.say(f"stopped by SIGTERM at step {self.step} of {self.steps}, all is saved: to continue run it again "
                      "with --resume auto")
         except RuntimeError:  # other processes may be gone, and what they were to write
@@ -193,7 +195,7 @@ class Trainer:
                 bar.update()
                 saves = self.saves(self.step)
                 evaluate = evaluation(self.step)
-                stop = self.judge(drain=saves)
+                stop = self.judge(drain=bool(saves or evaluate))
                 if saves or evaluate or self.step == 1 or self.step % flags.log_every == 0:
                     row = {**meter.read(), **self.task.report(), "lr": self.lr(self.step - 1)}
                     clock = meter.read_clock()
@@ -201,7 +203,9 @@ class Trainer:
                     bar.set_postfix_str(" ".join([f"loss={row.get('loss', float('nan')):.4f}",
                                                   f"{clock.get('images_per_second', 0):.1f} images/s",
                                                   f"{clock['memory_gib']:.1f} GiB"]))
-                if saves or stop:
+                if stop:
+                    self.judge(drain=True)  # a GPU's last steps
+                if saves or evaluate or stop:  # an evaluation is long, and may fail: nothing is to be lost then
                     self.save()
                 if stop:
                     self.writer.wait()  # nothing may interrupt this
@@ -317,7 +321,7 @@ class Trainer:
                     images.save_png(self.preview_path(), picture)
                     logger.image(self.step, "preview", picture)
             dist.barrier()
-            if evaluate is not None:  # long, and may fail: nothing is to be lost then
+            if evaluate is not None:
                 self.writer.wait()
                 with self.guard.interruptible():
                     numbers = evaluate(model)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK = {"cpu": 1024, "cuda": 4096}  # tokens whose logits exist at once; fewer make the products slower
+CHUNK = {"cpu": 512, "cuda": 4096}  # tokens whose logits exist at once; fewer make the products slower
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, *, valid: Tensor | None = None,

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from autoregressive.sample import sample_ddp
+from autoregressive.sample.pipeline import load_pipeline
 from autoregressive.sample.sample_ddp import SampleSetFlags
 from evaluations.c2i import evaluator
 from evaluations.c2i.evaluator import EvaluatorFlags
@@ -45,11 +46,11 @@ def preset(flags: SampleAndScoreFlags) -> str | None:
     return "gfid" if flags.features is None else None
 
 
-def check(flags: SampleAndScoreFlags, process: dist.Process) -> None:
-    """Raise, before anything is sampled, what the evaluator would raise afterwards."""
+def check(flags: SampleAndScoreFlags, process: dist.Process, *, size: tuple[int, int]) -> None:
+    """Raise, before anything is sampled, what the evaluator would raise afterwards of samples of `size`."""
     metrics, reference = chosen_metrics(flags), open_image_set(flags.fid_reference)
     network = load_network(flags, device=process.device)
-    planned = ImageSet("samples", flags.num_fid_samples, flags.image_size_eval or reference.size or (0, 0))
+    planned = ImageSet("samples", flags.num_fid_samples, flags.image_size_eval or size)
     check_reference(reference, metrics, network=network)
     check_sample(planned, metrics, network=network)
     if preset(flags):
@@ -90,9 +91,10 @@ def side_by_side(scores: dict[str, Any]) -> str:
 def main(flags: SampleAndScoreFlags) -> None:
     """Check, sample, score, compare."""
     process = dist.setup()
-    check(flags, process)
+    pipeline = load_pipeline(flags, device=process.device)
+    check(flags, process, size=pipeline.image_size)
     changed = typed_otherwise(flags) if flags.recipe else []
-    npz = sample_ddp.main(flags)
+    npz = sample_ddp.main(flags, pipeline)
     measuring = {field.name: getattr(flags, field.name) for field in dataclasses.fields(MetricFlags)}
     scoring = EvaluatorFlags(reference=flags.fid_reference, sample=str(npz), preset=preset(flags), **measuring)
     evaluator.main(scoring)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from autoregressive.sample.options import SampleFlags
-from autoregressive.sample.pipeline import labels_for, load_pipeline
+from autoregressive.sample.pipeline import Pipeline, labels_for, load_pipeline
 from utils import cli, dist, images
 from utils.checkpoint import replacing, resolve
 from utils.cli import flag
@@ -61,12 +61,12 @@ def claim(folder: Path, described: dict) -> None:
         temporary.write_text(json.dumps(described, indent=2) + "\n")
 
 
-def main(flags: SampleSetFlags) -> Path:
-    """Sample what is missing, then pack the npz. Returns its path."""
+def main(flags: SampleSetFlags, pipeline: Pipeline | None = None) -> Path:
+    """Sample what is missing, then pack the npz. Returns its path. `pipeline`: that of the flags, if loaded already."""
     process = dist.setup()
     if flags.num_fid_samples < 1 or flags.per_proc_batch_size < 1:
         raise ValueError("--num-fid-samples and --per-proc-batch-size must be at least 1")
-    pipeline = load_pipeline(flags, device=process.device)
+    pipeline = pipeline or load_pipeline(flags, device=process.device)
     size = flags.image_size_eval or pipeline.image_size
     described = {**pipeline.described, "image_size_eval": list(size), "label_mode": flags.label_mode,
                  "seed": flags.global_seed}

@@ -110,6 +110,7 @@ def objections(curve: Curve, run: Run) -> list[str]:
               (curve.lr is None or math.isclose(curve.lr, config["lr"], rel_tol=0.01),
                f"lr {config['lr']:g}, not {curve.lr or 0:g}"),
               (curve.unit == "epoch" or not config.get("warmup_steps"), "a warm-up"),
+              (config.get("optimizer", "adamw") == "adamw", "another optimizer"),
               (not config.get("token_noise"), "token noise"), (not run.warm_started, "a start from trained weights")]
     return [text for fits, text in wanted if not fits]
 
@@ -252,8 +253,9 @@ def check_rate(config: dict[str, Any], gpt_model: str) -> Finding:
     """The learning rate against LlamaGen's rule."""
     lr, batch, rule = config["lr"], config["global_batch_size"], RULE * config["global_batch_size"]
     text = f"lr {lr:g} at batch {batch}"
-    if gpt_model == "GPT-S" or config.get("optimizer", "adamw") != "adamw":
-        return Finding("lr", "ok", f"{text}: there is no rule for this model and optimizer")
+    trained_before = any(config.get(name) for name in ("init_from", "gpt_ckpt"))
+    if gpt_model == "GPT-S" or config.get("optimizer", "adamw") != "adamw" or trained_before:
+        return Finding("lr", "ok", f"{text}: there is no rule for this model, optimizer and start")
     text += f", LlamaGen's rule (1e-4 per 256 images, its GitHub thread 14) gives {rule:g}"
     return Finding("lr", "ok" if 0.49 < lr / rule < 2.01 else "warning", text)
 

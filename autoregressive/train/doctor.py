@@ -65,8 +65,9 @@ class Sample:
 
 def draw_sample(store: CodeStore, *, vocab: int, seed: int) -> Sample:
     """Up to SAMPLE random images."""
-    rows = np.sort(np.random.default_rng(seed).choice(len(store), min(SAMPLE, len(store)), replace=False))
-    return Sample(*store.draw(np.zeros_like(rows), rows, seed=seed), vocab)
+    random, count = np.random.default_rng(seed), len(store.labels)  # each image once, whatever a mixture's weights
+    rows = np.sort(random.choice(count, min(SAMPLE, count), replace=False))
+    return Sample(store.read(rows, random.integers(store.views, size=len(rows))), store.labels[rows], vocab)
 
 
 def check_classes(store: CodeStore) -> Finding:
@@ -175,7 +176,7 @@ def check_store(flags: DoctorFlags, name: str, store: CodeStore, sample: Sample,
     return found
 
 
-def open_run(folder: Path, store: CodeStore) -> tuple[Run, list[Finding]]:
+def open_run(folder: Path, store: CodeStore, store_flags: DoctorFlags) -> tuple[Run, list[Finding]]:
     """A run's log, and whether it was on these codes. Raises FileNotFoundError or ValueError when there is none."""
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"--run-folder {folder} has no config.json: expected a run, such as results/000-GPT-B")
@@ -183,13 +184,18 @@ def open_run(folder: Path, store: CodeStore) -> tuple[Run, list[Finding]]:
     for row in read_metrics(folder / "speed.jsonl"):
         rows[row["step"]] = rows.get(row["step"], {}) | row
     run = Run([rows[step] for step in sorted(rows)], json.loads((folder / "config.json").read_text()))
+    flags = {name: (run.config.get(name), getattr(store_flags, name))
+             for name in ("num_classes", "store_weights", "corrupt_shards")}
+    other = [f"--{name.replace('_', '-')} (the run: {theirs})" for name, (theirs, mine) in flags.items()
+             if name in run.config and theirs != (list(mine) if isinstance(mine, tuple) else mine)]
     differs = [what for what, mine, theirs in (("number of images", run.images, len(store)),
                                                ("grid", tuple(run.model["grid"]), store.grid),
                                                ("list of classes", run.model.get("classes"), store.classes))
                if mine != theirs]
     if differs:
         return run, [Finding("data", "problem", f"the run was trained on other codes, with another {', '.join(differs)}"
-                                                ": judge it with the --code-path that it was trained on")]
+                                                f": judge it with the {' and '.join(['--code-path', *other])} that it "
+                                                "was trained on")]
     return run, [Finding("data", "ok", "the run is of these codes: images, grid and class names agree")]
 
 
@@ -235,7 +241,7 @@ def main(flags: DoctorFlags) -> None:
     process = dist.setup()
     store = open_codes(flags)
     tokenizer = None if flags.vq_ckpt is None else load_tokenizer(flags, device=process.device)[1]
-    run, found = (None, []) if flags.run_folder is None else open_run(Path(flags.run_folder), store)
+    run, found = (None, []) if flags.run_folder is None else open_run(Path(flags.run_folder), store, flags)
     sample = draw_sample(store, vocab=flags.vocab_size or store.vocab_size or DEFAULT_VOCAB, seed=flags.global_seed)
     name = flags.gpt_model or (run and run.model["gpt_model"]) or "GPT-B"
     found = check_store(flags, name, store, sample, tokenizer, process.device) + found

@@ -3,6 +3,7 @@
     bash scripts/autoregressive/train_c2i.sh --code-path my_codes --init-from c2i_B_256.pt --lora-rank 8
 """
 import copy
+import sys
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,7 +101,7 @@ def add_lora(model: Transformer, rank: int) -> dict[str, int]:
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
-        raise ValueError("--lora-rank needs peft: pip install peft") from None
+        raise ValueError(f"--lora-rank needs peft: {sys.executable} -m pip install peft") from None
     alpha = ALPHA_PER_RANK * rank
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=list(ADAPTED),
                                        init_lora_weights=False), model)

@@ -128,6 +128,9 @@ def open_codes(flags: GPTTrainFlags) -> CodeStore:
                              f"{store.grid[0]}x{store.grid[1]}")
     if flags.num_classes is not None and int(store.labels.max()) >= flags.num_classes:
         raise ValueError(f"--num-classes is {flags.num_classes}, but the store has label {store.labels.max()}")
+    if store.classes and flags.num_classes not in (None, len(store.classes)):
+        raise ValueError(f"--num-classes is {flags.num_classes}, but the store names {len(store.classes)} classes: "
+                         "leave it out (or give 1 to train without classes)")
     if store.vocab_size is not None and (flags.vocab_size or store.vocab_size) < store.vocab_size:
         raise ValueError(f"--vocab-size is {flags.vocab_size}, but the codes are of a codebook of {store.vocab_size}")
     return store

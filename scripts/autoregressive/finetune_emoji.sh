@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
 # Teach a GPT a class that it has never seen: emoji without clocks, then clocks alone by LoRA; merge, sample, score.
 #   bash scripts/autoregressive/finetune_emoji.sh
-# Needs peft (pip install peft). Takes the quickstart's tokenizer if there is one, else trains its own. Everything goes to
-# runs/finetune_emoji. Run it again to continue after an interruption.
+# Takes the quickstart's tokenizer if there is one, else trains its own. Everything goes to runs/finetune_emoji. Run it
+# again to continue after an interruption.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+source "$(dirname "${BASH_SOURCE[0]}")/../_venv.sh" lora
+cd "$root"
 run=runs/finetune_emoji
+export VIRTUAL_ENV="$root/.venv" PATH="$root/.venv/bin:$PATH"
 export nproc_per_node=1 # models this small gain nothing from a second GPU
 
 vq=runs/quickstart/tokenizer/000-VQ-4-S

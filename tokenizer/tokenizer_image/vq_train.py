@@ -43,7 +43,7 @@ class VQTrainFlags(TrainFlags, DataFlags, TokenizerFlags, LossFlags, MonitorFlag
 
     data_face_path: str | None = flag(None, "second folder of images without classes, joined to --data-path")
     finetune: bool = flag(False, "take only the weights of --vq-ckpt and start counting at step 0")
-    codebook_l2_norm: bool = flag(True, "L2-normalise features and codes")
+    codebook_l2_norm: bool | None = flag(None, "L2-normalise features and codes; None: as --vq-ckpt does, else yes")
     results_dir: str = "results_tokenizer_image"
     epochs: int = 40
     global_batch_size: int = 128
@@ -182,7 +182,9 @@ def main(flags: VQTrainFlags) -> None:
     data = open_images(flags)
     torch.manual_seed(flags.global_seed)
     content = {} if flags.vq_ckpt is None else checkpoint.read(flags.vq_ckpt)
-    name, model = new_tokenizer(flags, checkpoint.saved_config(content), codebook_l2_norm=flags.codebook_l2_norm,
+    known = checkpoint.saved_config(content)
+    normed = known.get("codebook_l2_norm", True) if flags.codebook_l2_norm is None else flags.codebook_l2_norm
+    name, model = new_tokenizer(flags, known, codebook_l2_norm=normed,
                                 dropout_p=flags.dropout_p, commit_loss_beta=flags.commit_loss_beta,
                                 entropy_loss_ratio=flags.entropy_loss_ratio)
     check_image_size(flags.image_size, model.downsample)
