@@ -17,9 +17,8 @@ class OtherViews(CodeStore):
         check_agreement(paths, stores)
         first = stores[0]
         for path, store in zip(paths, stores, strict=True):
-            names = [part.manifest["image_names"] for part in (first, store) if "image_names" in part.manifest]
-            if not np.array_equal(store.labels, first.labels) or store.classes != first.classes or \
-                    len(set(names)) > 1:
+            known = [(store.classes, first.classes), [part.manifest.get("image_names") for part in (store, first)]]
+            if not np.array_equal(store.labels, first.labels) or any(a and b and a != b for a, b in known):
                 raise ValueError(f"{path} does not hold other views of the images in {paths[0]}: {len(store)} images "
                                  f"against {len(first)}, or other names, labels or classes; different images are mixed "
                                  "by --store-weights")

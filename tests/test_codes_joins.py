@@ -18,6 +18,18 @@ LABELS = np.arange(14) % 3
 # ---- other crops
 
 
+@pytest.mark.parametrize(("fact", "values"), [("classes", (["cat"], ["dog"])), ("image_names", ("0a", "0b"))])
+def test_other_images_with_the_same_labels_are_no_other_crops(tmp_path, fact, values):
+    """Two sets of one class each, of as many images."""
+    stores = [write_packed(tmp_path / name, fake_codes(), np.zeros(14, dtype=int)) for name in "ab"]
+    for store, value in zip(stores, values, strict=True):
+        path = store / "manifest.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {fact: value}))
+    with pytest.raises(ValueError, match="other names, labels or classes; different images are mixed by --store-wei"):
+        open_stores(f"{stores[0]},{stores[1]}")
+    assert len(open_stores(f"{stores[0]},{stores[1]}", weights=(1.0, 1.0))) == 28
+
+
 def test_crops_of_the_same_images_are_views_of_one_store(tmp_path):
     codes = [fake_codes(seed=seed, views=views) for seed, views in ((0, 10), (1, 3))]
     wide, narrow = (write_packed(tmp_path / name, part, LABELS) for name, part in zip("ab", codes, strict=True))

@@ -54,6 +54,19 @@ def test_a_sound_store(store, vq_ckpt, tmp_path, capsys):
     assert not (tmp_path / "doctor" / "loss.png").exists()
 
 
+def test_a_rare_store_shown_often_holds_no_duplicates(store, tmp_path, capsys):
+    made = json.loads((store["path"] / "manifest.json").read_text())["tokenizer"]["weights_sha256"]
+    few = write_packed(tmp_path / "few", fake_codes(4, views=1, seed=1), np.zeros(4, dtype=int), classes=["red"],
+                       tokenizer=made)
+    code, text = ask(capsys, "--code-path", f"{store['path']},{few}", "--store-weights", "1,20", *store["flags"][2:])
+    assert code == 0 and "0.0% of 40 images have the codes of another one" in text
+
+
+def test_more_classes_than_have_names_are_refused(store, capsys):
+    code, text = ask(capsys, *store["flags"], "--num-classes", 1000)
+    assert code == 2 and "--num-classes is 1000, but the store names 3 classes: leave it out" in text
+
+
 def edit(store: dict, **changes) -> None:
     path = store["path"] / "manifest.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
@@ -260,6 +273,7 @@ def test_the_rule_for_the_learning_rate():
     assert [grade(1e-4, 256), grade(2e-4, 512), grade(2e-4, 256), grade(4e-4, 1024)] == ["ok"] * 4
     assert [grade(1e-3, 256), grade(1e-4, 1024), grade(1e-4, 64)] == ["warning"] * 3
     assert [grade(3e-3, 16, "GPT-S"), grade(2e-2, 256, optimizer="muon")] == ["ok"] * 2
+    assert grade(1e-3, 32, init_from="c2i_B_256.pt", lora_rank=8) == "ok"
 
 
 def test_a_real_run(store, vq_ckpt, tmp_path, capsys):

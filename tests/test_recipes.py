@@ -179,3 +179,13 @@ def test_a_wrong_reference_is_refused_before_sampling(models, sets, tmp_path, ca
         score(tmp_path / "samples", *models, "--fid-reference", sets[0], "--num-fid-samples", 4)
     assert stop.value.code == 2 and "--preset gfid" in capsys.readouterr().err
     assert not (tmp_path / "samples").exists()
+
+
+@pytest.mark.usefixtures("own_cache", "stand_in")
+def test_another_image_size_is_refused_before_sampling(models, image_folder, tmp_path, capsys):
+    reference = tmp_path / "ref.npz"
+    call("reference", "--data-path", image_folder, "--image-size", 24, "--num-workers", 0, "--output", reference)
+    with pytest.raises(SystemExit) as stop:
+        score(tmp_path / "samples", *models, "--fid-reference", reference, "--num-fid-samples", 4)
+    assert stop.value.code == 2 and "24x24" in capsys.readouterr().err
+    assert not (tmp_path / "samples").exists()

@@ -2,6 +2,7 @@
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -136,6 +137,42 @@ def test_two_processes_stop_together_on_sigterm(command, tmp_path):
     assert sharded.read_facts(newest)["steps"] == int(newest.name)
 
 
+def test_two_processes_leave_an_evaluation_together(command, tmp_path):
+    """One has done its share and waits for the other; no checkpoint was due at this step."""
+    environment = {**os.environ, "nproc_per_node": "2", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    script = tmp_path / "evaluates.py"
+    script.write_text(f"""import sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from pathlib import Path
+from autoregressive.train import train
+from utils import cli, dist
+from utils.trainer import Trainer
+fit = Trainer.fit
+def patched(self, batches, **others):
+    def evaluate(model):
+        Path({str(tmp_path)!r}, f"evaluating{{self.process.rank}}").touch()
+        if self.process.rank == 0:
+            time.sleep(60)
+        return dict(eval_x=float(len(dist.gather_lists([1]))))
+    return fit(self, batches, evaluate=evaluate, eval_every=6)
+Trainer.fit = patched
+cli.run(train.main, train.GPTTrainFlags)
+""")
+    process = subprocess.Popen([sys.executable, str(ROOT / "utils" / "launch.py"), str(script), *command[1:],
+                                str(tmp_path)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               text=True)
+    patience = time.monotonic() + 120
+    while not all((tmp_path / f"evaluating{rank}").exists() for rank in range(2)):
+        assert process.poll() is None and time.monotonic() < patience
+        time.sleep(0.1)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    text, _ = process.communicate(timeout=50)
+    assert process.returncode == 0 and "Traceback" not in text, text
+    assert text.count("stopped by SIGTERM at step 6 of 9, all is saved") == 1
+    assert sharded.candidates(tmp_path / RUN / "checkpoints")[0].name == "0000006"
+
+
 def test_a_process_that_dies_ends_the_others(command, tmp_path):
     environment = {**os.environ, "nproc_per_node": "2", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     script = tmp_path / "dies.py"
@@ -248,7 +285,47 @@ def test_a_shard_that_torch_cannot_read_is_one_line(whole, tmp_path):
         checkpoint.read(copy)
 
 
+@pytest.mark.parametrize("damage", ["a bit is flipped", "the index is changed"])
+def test_a_checkpoint_that_is_named_is_looked_at_too(damage, command, whole, tmp_path, capsys):
+    name, harm, words = DAMAGES[damage]
+    shutil.copytree(whole / "checkpoints" / "0000008", tmp_path / "0000008")
+    harm(tmp_path / "0000008" / name)
+    with pytest.raises(SystemExit):
+        call(*command, tmp_path, "--resume", tmp_path / "0000008")
+    assert words in capsys.readouterr().err and not (tmp_path / RUN).exists()
+    shutil.copytree(whole / "checkpoints" / "0000008", tmp_path / "0000004")
+    with pytest.raises(DamagedError, match="steps is 8, the folder 0000004"):
+        checkpoint.read(tmp_path / "0000004")
+
+
 # ---- written and kept
+
+
+def test_shards_that_another_machine_kept_to_itself_are_missed(tmp_path, monkeypatch):
+    """Without a folder in common a checkpoint would be published in part."""
+    finish = sharded.dcp.FileSystemWriter.finish
+
+    def elsewhere(self, metadata, results):
+        finish(self, metadata, results)
+        (self.path / "__0_0.distcp").rename(tmp_path / "on another machine")
+
+    monkeypatch.setattr(sharded.dcp.FileSystemWriter, "finish", elsewhere)
+    writer = CheckpointWriter([tmp_path / "run"], keep=0, is_main=True)
+    writer.save(3, {"model.a": torch.zeros(3)}, {"steps": 3, "config": {}})
+    with pytest.raises(OSError, match=r"__0_0.distcp of other processes cannot be seen from here: all machines must"):
+        writer.wait()
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_a_second_folder_is_completed(command, tmp_path):
+    """A kill between the folders leaves the newest checkpoint in one of them."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    call(*command, here, "--cloud-save-path", there)
+    names = [path.name for path in (there / RUN / "checkpoints").iterdir()]
+    for folder in (there, here):
+        shutil.rmtree(folder / RUN / "checkpoints" / "0000009")
+        call(*command, here, "--cloud-save-path", there)
+        assert sorted(path.name for path in (folder / RUN / "checkpoints").iterdir()) == sorted(names)
 
 
 def test_what_is_written_is_what_was_there_when_saving_began(tmp_path):

@@ -1,10 +1,11 @@
 """Fine-tuning a tokenizer from its weights alone: the fresh discriminator learns first, then its say rises."""
+import json
 import shutil
 
 import pytest
 import torch
 
-from tests.conftest import call
+from tests.conftest import TINY_VQ, call
 from tests.test_tokenizer import losses_of
 from tokenizer.tokenizer_image.vq_loss import LossFlags, VQLoss
 from utils import checkpoint
@@ -38,6 +39,16 @@ def test_the_loss_follows_it():
     torch.testing.assert_close(loss, (images - made).square().mean() + 0.6)
     images, made, _, critic, loss, _ = losses_of(flags, step=5)
     torch.testing.assert_close(loss, (images - made).square().mean() + 0.6 - 0.25 * critic(made).mean())
+
+
+def test_a_tokenizer_stays_the_quantiser_that_it_was(image_folder, tmp_path):
+    """Its codebook is normalised or not as in the checkpoint; no weight's shape would tell."""
+    command = ["train_vq", "--data-path", image_folder, *TINY_VQ, "--epochs", 1, "--results-dir"]
+    call(*command, tmp_path / "first", "--no-codebook-l2-norm")
+    call(*command, tmp_path / "second", "--vq-ckpt", tmp_path / "first" / "000-VQ-4-S", "--finetune")
+    for run in ("first", "second"):
+        config = json.loads((tmp_path / run / "000-VQ-4-S" / "config.json").read_text())
+        assert config["model"]["codebook_l2_norm"] is False
 
 
 def test_the_discriminator_trains_alone_first_and_resuming_is_exact(vq_ckpt, image_folder, tmp_path):

@@ -16,7 +16,7 @@ BATCH = 32
 class MonitorFlags(MetricFlags):
     """Evaluation during training."""
 
-    eval_every: int = flag(0, "steps between evaluations, one is made at the end too; 0: none")
+    eval_every: int = flag(0, "steps between evaluations, each after a checkpoint; one is made at the end too; 0: none")
     eval_images: int = flag(1000, "images made for each evaluation")
     eval_reference: str | None = flag(None, "npz or folder that they are compared with (tokenizers reconstruct it)")
 
