@@ -44,8 +44,7 @@ class TrainFlags(SeedFlags, WorkerFlags, CompileFlags, RecipeFlags):
                                                    "anything on a CPU without bf16; tf32: fp32 with TF32 products",
                                            choices=("none", "fp32", "tf32", "fp16", "bf16"))
     dist_timeout: float = flag(1800.0, "seconds after which a process that hears nothing of another gives up; a "
-                                       "preview must fit in",
-                               parse=seconds)
+                                       "preview must fit in", parse=seconds)
     wandb_project: str | None = flag(None, "log to this Weights & Biases project too")
     wandb: bool = flag(True, "--no-wandb: not even if --wandb-project is given")
     dropout_p: float = flag(0.0, "dropout inside the network's blocks (GPT: off with --drop-path-rate)")
