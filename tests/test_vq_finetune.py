@@ -1,5 +1,4 @@
 """Fine-tuning a tokenizer from its weights alone: the fresh discriminator learns first, then its say rises."""
-import json
 import shutil
 
 import pytest
@@ -47,8 +46,8 @@ def test_a_tokenizer_stays_the_quantiser_that_it_was(image_folder, tmp_path):
     call(*command, tmp_path / "first", "--no-codebook-l2-norm")
     call(*command, tmp_path / "second", "--vq-ckpt", tmp_path / "first" / "000-VQ-4-S", "--finetune")
     for run in ("first", "second"):
-        config = json.loads((tmp_path / run / "000-VQ-4-S" / "config.json").read_text())
-        assert config["model"]["codebook_l2_norm"] is False
+        saved = checkpoint.saved_config(checkpoint.read(tmp_path / run / "000-VQ-4-S"))
+        assert saved["codebook_l2_norm"] is False
 
 
 def test_the_discriminator_trains_alone_first_and_resuming_is_exact(vq_ckpt, image_folder, tmp_path):
