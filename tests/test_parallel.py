@@ -48,7 +48,7 @@ def assert_equal_runs(one, other, *, tolerance: float) -> None:
 def two(code_store, vq_ckpt, tmp_path_factory):
     """Folder with one run for each of HOW on two processes, one in bf16, and `heir` to be continued."""
     folder = tmp_path_factory.mktemp("parallel")
-    command = ["--code-path", code_store, *QUIET, "--vq-ckpt", vq_ckpt, "--results-dir"]
+    command = ["--code-path", code_store, *QUIET, "--vq-ckpt", vq_ckpt, "--ckpt-every", 3, "--results-dir"]
     jobs = [[*command, folder / name, *how] for name, how in HOW.items()]
     jobs.append([*command, folder / "bf16", "--data-parallel", "fsdp", "--mixed-precision", "bf16"])
     jobs.append([*command, folder / "heir", "--data-parallel", "fsdp"])
@@ -60,8 +60,9 @@ def two(code_store, vq_ckpt, tmp_path_factory):
 @pytest.mark.parametrize("how", HOW)
 def test_two_processes_train_as_one(two, how):
     assert_equal_runs(two / "one", two / how, tolerance=1e-5)
-    previews = [run_of(two / side) / "previews" / "0000006.png" for side in ("one", how)]
-    assert previews[0].read_bytes() == previews[1].read_bytes()
+    for step in (3, 6):  # rank 0 draws them alone, between steps and at the end
+        previews = [run_of(two / side) / "previews" / f"{step:07d}.png" for side in ("one", how)]
+        assert previews[0].read_bytes() == previews[1].read_bytes()
 
 
 def test_sharded_bf16_keeps_fp32_masters(two):

@@ -117,7 +117,6 @@ def apply_fsdp(model: nn.Module, flags: ParallelFlags, device: torch.device, *, 
         policy = MixedPrecisionPolicy(param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=reduced,
                                       cast_forward_inputs=cast_inputs)
         fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=reshard)
-        module.reshards_after_forward = reshard  # for `gathered`: FSDP has a setter only
 
     for block in model.layers:  # inputs are not cast: the rotary table is to stay fp32
         shard(block, reshard=flags.data_parallel != "sdp" and flags.reshard_after_forward, cast_inputs=False)
@@ -147,17 +146,25 @@ def whole(values: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
-    """Within the block every process holds the whole model, in its compute type, and may call any of its methods."""
+    """Within the block every process holds the whole model, in its compute type, and may call any of its methods.
+
+    One may do so alone: FSDP's hooks are off. They would note each forward, and in the next backward prefetch what this
+    process alone has used, while the others wait for something else.
+    """
     shards = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    hooks = [kept for module in shards for kept in (module._forward_pre_hooks, module._forward_hooks)]
+    before = [dict(kept) for kept in hooks]
     for module in shards:
-        module.set_reshard_after_forward(False, recurse=False)
         module.unshard()
+    for kept in hooks:
+        kept.clear()
     try:
         yield
     finally:
+        for kept, known in zip(hooks, before, strict=True):
+            kept.update(known)
         for module in shards:
             module.reshard()
-            module.set_reshard_after_forward(module.reshards_after_forward, recurse=False)
 
 
 @contextlib.contextmanager

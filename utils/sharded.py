@@ -105,7 +105,7 @@ class CheckpointWriter:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
         dist.barrier()
-        self.written = dcp.async_save(_share(tensors), storage_writer=dcp.FileSystemWriter(temporary),
+        self.written = dcp.async_save(_own_part(tensors), storage_writer=dcp.FileSystemWriter(temporary),
                                       process_group=self.group)
         if self.is_main:
             self.published = self.publisher.submit(self._publish, self.written, temporary, target, facts)
@@ -170,7 +170,7 @@ class CheckpointWriter:
         self.publisher.shutdown(wait=False)
 
 
-def _share(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _own_part(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """This process's part of what all hold alike, and all that is its own: so many fewer bytes are staged and sent."""
     alike = sorted((name for name, tensor in tensors.items() if not isinstance(tensor, DTensor) and "@" not in name),
                    key=lambda name: (tensors[name].numel(), name))
