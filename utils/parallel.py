@@ -91,13 +91,17 @@ def apply_compile(model: nn.Module) -> nn.Module:
 
 
 def apply_ddp(model: nn.Module, device: torch.device) -> nn.Module:
-    """Wrap for data parallelism when there is more than one process; alone, the model itself. Buffers stay local."""
+    """Wrap for data parallelism when there is more than one process; alone, the model itself. Buffers stay local.
+
+    On a CPU the buckets of gradients stay as first cut, which `find_unused_parameters` brings with it: cut anew after
+    the first step, three processes or more would add in another order, and a resumed run differ in the last bits.
+    """
     if dist.world_size() == 1 or isinstance(model, FSDPModule):
         return model
     known = inspect.signature(DistributedDataParallel).parameters
     sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"  # torch < 2.14
     return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None,
-                                   **{sync_buffers: False})
+                                   find_unused_parameters=device.type == "cpu", **{sync_buffers: False})
 
 
 def apply_fsdp(model: nn.Module, flags: ParallelFlags, device: torch.device, *, dtype: torch.dtype) -> None:
