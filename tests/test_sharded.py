@@ -348,6 +348,10 @@ def test_only_the_newest_are_kept(tmp_path):
     writer.save(15, {"model.a": torch.zeros(3)}, {"steps": 15, "config": {}})  # resumed from an older one
     writer.wait()
     assert sorted(path.name for path in here.iterdir()) == ["0000010", "0000015", "0000020"]
+    CheckpointWriter([here], keep=1, is_main=True).sweep(17)  # not there
+    assert len(list(here.iterdir())) == 3
+    CheckpointWriter([here], keep=1, is_main=True).sweep(20)  # on a full disk, this makes room for the next one
+    assert [path.name for path in here.iterdir()] == ["0000020"]
 
 
 def test_a_run_keeps_as_many_as_asked(command, tmp_path):

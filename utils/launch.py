@@ -51,7 +51,7 @@ def main(argv: list[str]) -> None:
     except ChildFailedError as error:
         first = min(failure.timestamp for failure in error.failures.values())
         rank, failure = min(error.failures.items(), key=lambda item: (  # who was killed, before those who missed it
-            item[1].timestamp > first + 2, item[1].exitcode in (-signal.SIGTERM, *range(256))))
+            item[1].timestamp > first + 2, item[1].exitcode >= 0 or item[1].exitcode == -signal.SIGTERM))
         if failure.exitcode < 0:
             name = signal.Signals(-failure.exitcode).name
             reason = " (out of memory, most often)" if name == "SIGKILL" else ""

@@ -90,11 +90,15 @@ class CheckpointWriter:
         self.written: Future | None = None
         self.published: Future | None = None
 
-    def sweep(self) -> None:
-        """Remove what killed writers left. Raises OSError where nothing can be written."""
+    def sweep(self, step: int) -> None:
+        """Before going on from `step`: remove what killed writers left, and what is older than is to be kept.
+
+        Raises OSError where nothing can be written.
+        """
         for folder in self.folders if self.is_main else []:
             folder.mkdir(parents=True, exist_ok=True)
             sweep(folder)
+            self.prune(folder, step)
 
     def save(self, step: int, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         """Begin to write: what `tensors` hold now is what will be read. Waits for the checkpoint before."""
@@ -125,13 +129,17 @@ class CheckpointWriter:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
         self.spread(target)
-        for folder in self.folders if self.keep else []:
-            older = [path for path in candidates(folder) if int(path.stem) < int(target.name)]
-            for old in older[self.keep - 1:]:
-                if old.is_dir():  # no checkpoint any more from here on, whatever interrupts
-                    shutil.rmtree(old.rename(old.with_name(f".{old.name}.old.tmp")), ignore_errors=True)
-                else:
-                    old.unlink()
+        for folder in self.folders:
+            self.prune(folder, int(target.name))
+
+    def prune(self, folder: Path, step: int) -> None:
+        """Leave `keep` checkpoints, that of `step` and the ones before it. Nothing goes unless that one is there."""
+        found = [path for path in candidates(folder) if int(path.stem) <= step]
+        for old in found[self.keep:] if self.keep and found and int(found[0].stem) == step else []:
+            if old.is_dir():  # no checkpoint any more from here on, whatever interrupts
+                shutil.rmtree(old.rename(old.with_name(f".{old.name}.old.tmp")), ignore_errors=True)
+            else:
+                old.unlink()
 
     def spread(self, path: Path) -> None:
         """Copy a checkpoint to those of the folders that lack it (after a kill between the copies, say)."""

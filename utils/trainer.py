@@ -183,7 +183,7 @@ class Trainer:
             evaluation: Callable[[int], Evaluate | None]) -> None:
         """The steps that are left. Raises StopRequestedError when asked to stop, everything saved."""
         flags, meter = self.flags, self.meter
-        self.writer.sweep()
+        self.writer.sweep(self.step)
         logger.open()
         meter.restart_clock()
         with tqdm(total=self.steps, initial=self.step, desc=self.folder.name, unit="step", mininterval=1.0,
