@@ -1,4 +1,6 @@
 """Batches whose content depends on (seed, epoch, index) only: not on ranks, workers, or where a run was cut."""
+import atexit
+import multiprocessing
 import os
 import signal
 from collections.abc import Iterator, Sequence
@@ -121,6 +123,7 @@ class CentreCrops(Dataset):
 
 def loader(dataset: Batched, sampler: Sampler[np.ndarray], *, num_workers: int, pin_memory: bool) -> DataLoader:
     """A DataLoader over whole batches made by `dataset.__getitems__`."""
+    atexit.register(_end_workers)  # runs before multiprocessing's own, which would wait for them
     return DataLoader(dataset, batch_sampler=sampler, collate_fn=_as_is, num_workers=worker_count(num_workers),
                       pin_memory=pin_memory, worker_init_fn=_ignore_sigterm)
 
@@ -134,6 +137,13 @@ def worker_count(asked: int) -> int:
 def _ignore_sigterm(worker: int) -> None:
     """A request to stop often goes to the whole process group: the training saves, and needs its workers until then."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _end_workers() -> None:
+    """At exit, end the workers that an unfinished iteration has left: they ignore the signal that others send then."""
+    for worker in multiprocessing.active_children():
+        if worker.daemon:
+            worker.kill()
 
 
 def _as_is(batch: dict[str, Any]) -> dict[str, Any]:

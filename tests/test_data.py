@@ -2,6 +2,9 @@
 import hashlib
 import json
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -317,3 +320,22 @@ def test_pictures_on_disk_are_what_was_given(tmp_path):
     assert sheet.shape == (2 * 8 + 2, 2 * 10 + 2, 3)
     np.testing.assert_array_equal(sheet[2:8, 2:10], pictures[0])
     np.testing.assert_array_equal(sheet[10:16, 2:10], pictures[2])
+
+
+UNFINISHED = """
+import numpy as np
+from dataset.loader import loader
+
+class Keys:
+    def __getitems__(self, keys):
+        return {"keys": keys}
+
+batches = iter(loader(Keys(), [np.zeros((1, 2), np.int64)] * 100, num_workers=1, pin_memory=False))
+next(batches)
+"""
+
+
+def test_a_process_ends_though_its_workers_have_not_finished():
+    """Workers ignore SIGTERM, which multiprocessing sends them at exit before it waits for their end."""
+    subprocess.run([sys.executable, "-c", UNFINISHED], cwd=Path(__file__).resolve().parents[1], timeout=60,
+                   check=True)
