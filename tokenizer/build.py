@@ -7,12 +7,14 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from tokenizer.tokenizer_image import convolution
 from tokenizer.tokenizer_image.layers import to_channels_last
 from tokenizer.tokenizer_image.vq_model import VQ_models, VQModel
 from utils import checkpoint
 from utils.cli import flag
 
 CHUNK = {"cpu": 8, "cuda": 16}  # images at a time
+PIXELS = 2**18  # at a time where the batch is free: 4 images of 256 pixels, about 0.5 GiB
 
 
 class ImageTokenizer(Protocol):
@@ -73,23 +75,38 @@ def check_image_size(size: tuple[int, int], downsample: int) -> tuple[int, int]:
 
 
 @torch.inference_mode()
-def decode_images(tokenizer: ImageTokenizer, codes: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Codes (B, h*w) → images (B, 3, H, W) on the CPU; a picture does not depend on the others of its batch."""
-    return in_chunks(lambda chunk: tokenizer.decode_code(chunk, grid).float().cpu(), codes)
+def decode_images(tokenizer: ImageTokenizer, codes: Tensor, grid: tuple[int, int], *,
+                  dtype: torch.dtype = torch.float32) -> Tensor:
+    """Codes (B, h*w) → images (B, 3, H, W) on the CPU; a picture does not depend on the others of its batch.
+
+    dtype bfloat16: the decoder runs in autocast, for GPUs (43 dB from fp32 with random weights; slow on most CPUs).
+    """
+    with torch.autocast(codes.device.type, dtype=dtype, enabled=dtype != torch.float32):
+        return in_chunks(lambda chunk: tokenizer.decode_code(chunk, grid).float().cpu(), codes,
+                         rows=rows_at_once(tokenizer, codes[:1].numel() * tokenizer.downsample**2))
 
 
 @torch.inference_mode()
 def encode_images(tokenizer: ImageTokenizer, images: Tensor) -> Tensor:
     """Images (B, 3, H, W) in [-1, 1] → codes (B, h*w); they do not depend on the other images of the batch."""
-    return in_chunks(lambda chunk: tokenizer.encode_codes(chunk.contiguous(memory_format=torch.channels_last)), images)
+    return in_chunks(lambda chunk: tokenizer.encode_codes(chunk.contiguous(memory_format=torch.channels_last)), images,
+                     rows=rows_at_once(tokenizer, images[:1, 0].numel()))
 
 
-def in_chunks(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """function(x), always called on equally many rows (the last chunk is padded, and cut again).
+def rows_at_once(tokenizer: ImageTokenizer, pixels: int) -> int | None:
+    """How many images to take at a time where a result does not depend on it (our own kernels run), else None."""
+    free = isinstance(tokenizer, VQModel) and convolution.ready(tokenizer.decoder.conv_in)
+    return max(1, PIXELS // max(1, pixels)) if free else None
 
-    Which convolution kernel runs, and so the last bits of its sums, depends on the batch size: codes at a near tie and
-    pixels at a rounding edge would change with it.
+
+def in_chunks(function: Callable[[Tensor], Tensor], x: Tensor, *, rows: int | None = None) -> Tensor:
+    """function(x), called on at most `rows` rows; None: always on equally many (padded, then cut).
+
+    Which of PyTorch's convolution kernels runs, and so the last bits of its sums, depends on the batch size: codes at a
+    near tie and pixels at a rounding edge would change with it.
     """
+    if rows is not None:
+        return torch.cat([function(chunk) for chunk in x.split(rows)])
     rows = CHUNK[x.device.type]
     parts = [function(torch.cat([chunk, chunk[-1:].expand(rows - len(chunk), *chunk.shape[1:])]))[:len(chunk)]
              for chunk in x.split(rows)]

@@ -55,8 +55,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, norm: RMSNorm, rope: Tensor, mask: Tensor | None, cache: KVCache | None,
                 layer: int) -> Tensor:
-        """x (B, T, D), of which `norm` makes the input; rope (T, K/2, 2); mask (B or 1, 1, T, S) bool or None for plain
-        causal → (B, T, D)."""
+        """x (B, T, D), of which `norm` makes the input; rope (T, K/2, 2), or one table per row; mask (B or 1, 1, T, S)
+        bool, or None: plain causal, with a cache everything in it → (B, T, D)."""
         if cache is None and lean.applies(self.wqkv):
             q, k, v = lean.normed_qkv(x, norm.weight, norm.eps, self.wqkv.weight, rope, (self.heads, self.kv_heads))
         else:
@@ -76,10 +76,12 @@ class Attention(nn.Module):
 def cached_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Attention of the newest T tokens q (B, H, T, K) over all S cached ones, k and v (B, KV heads, S, K).
 
-    mask (B or 1, 1, T, S) bool, True where attended; None attends everywhere (right for T = 1). Written as two matrix
-    products because the fused CPU kernel splits its sum by the number of rows, so that an image would depend, in the
+    mask (B or 1, 1, T, S) bool, True where attended; None attends everywhere (right for T = 1). On a CPU written as two
+    matrix products because the fused kernel splits its sum by the number of rows, so that an image would depend, in the
     last bit, on the batch it was drawn in; these do not (measured, tests/test_sampling.py).
     """
+    if q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
     grouped = q.unflatten(1, (k.shape[1], -1))  # (B, KV heads, H / KV heads, T, K)
     scores = grouped.flatten(2, 3) @ k.transpose(-1, -2) * q.shape[-1] ** -0.5  # (B, KV heads, group*T, S)
     scores = scores.float().unflatten(2, grouped.shape[2:4])

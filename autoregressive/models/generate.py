@@ -1,31 +1,67 @@
-"""Sample image codes from a GPT, token by token, with a KV cache and classifier-free guidance."""
+"""Sample image codes from a GPT with a KV cache and classifier-free guidance, one after the other or in windows.
+
+Exact coupled Jacobi decoding: the noise of every position is fixed, so a code is a function of those before it, and
+decoding is the search for the one fixed point. A window of drafts goes through the model at once; what it gives is kept
+up to and with the first code that is not its draft. The codes are those of sequential decoding, whatever the window
+("Parallel and flexible sampling from autoregressive models", arXiv 2105.08164; for discrete codes with shared noise,
+"Predictive sampling with forecasting autoregressive models", arXiv 2002.09928). One loop does both.
+"""
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
 import torch
 from torch import Tensor
 
+from autoregressive.models.engine import Engine, TorchEngine
 from autoregressive.models.gpt import Transformer
-from autoregressive.models.kv_cache import KVCache
-from autoregressive.models.sampling import check_sampling, draw, filter_logits, guide
+from autoregressive.models.native_engine import NativeEngine, fitting_kernels
+from autoregressive.models.sampling import Settings, check_sampling, choose
 
-ROW_MULTIPLE = 8  # batches are padded to it: below, the CPU's GEMM kernel, and so the last bit, depends on the batch
+Decode = Literal["auto", "sequential", "jacobi"]
+RIDGE = {"cpu": 8, "cuda": 64}  # tokens in a step that reading the weights hides, about
+TRIAL = 16  # steps of each kind, by whose time `auto` chooses
+PREFILL_TOKENS = 4096  # of a prefix, in one step: bounds the memory
+
+
+@dataclass
+class Statistics:
+    """What a call of `generate` did."""
+
+    steps: int = 0  # forward passes after the prefill
+    tokens: float = 0.0  # codes that came from these steps, mean over the images
+    window: int = 1  # drafts at once, as chosen in the end
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Mean number of codes that an image gets in a forward pass."""
+        return self.tokens / max(1, self.steps)
 
 
 @torch.no_grad()  # not inference_mode: its codes could not be trained on
 def generate(model: Transformer, cond: Tensor, max_new_tokens: int, emb_masks: Tensor | None = None,
-             cfg_scale: float = 1.0, cfg_interval: int = -1, temperature: float = 1.0, top_k: int = 0,
-             top_p: float = 1.0, sample_logits: bool = True,
-             generators: list[torch.Generator] | None = None) -> Tensor:
+             cfg_scale: float | Sequence[float] = 1.0, cfg_interval: int = -1,
+             temperature: float | Sequence[float] = 1.0, top_k: int | Sequence[int] = 0,
+             top_p: float | Sequence[float] = 1.0, sample_logits: bool = True,
+             generators: list[torch.Generator] | None = None, decode: Decode = "auto", window: int | None = None,
+             statistics: Statistics | None = None) -> Tensor:
     """Generate codes (B, max_new_tokens) int64 in raster order.
 
     cond: labels (B,) or text features (B, N, caption_dim); emb_masks (B, N): 1 where the prefix is text, 0 where it is
     padding, which is hidden from attention. cfg_scale <= 1 runs one stream. cfg_interval i > -1 guides only while the
     index of the decoding step (0 is the first after the prefill) is <= i, then uses conditional logits alone.
-    generators: one per sample; without them they are seeded from torch's global state. sample_logits=False takes the
-    best code instead of drawing. Raises ValueError for labels, lengths or settings out of range.
+    cfg_scale, temperature, top_k and top_p may be sequences, one value per image. generators: one per sample, from
+    which its key is drawn; without them keys come from torch's global state. sample_logits=False takes the best code
+    instead of drawing. decode: one code per step, windows of `window` drafts, or auto: windows while they pay. The
+    codes are the same. statistics: filled with what was done. Raises ValueError for labels, lengths or settings out of
+    range.
     """
-    config = model.config
-    check_sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+    config, batch = model.config, cond.shape[0]
     if not 0 < max_new_tokens <= config.block_size:
         raise ValueError(f"max_new_tokens is {max_new_tokens}, but the model's grid holds 1 to {config.block_size}")
+    if batch == 0:
+        raise ValueError("the batch is empty: nothing to generate")
     if config.model_type == "c2i" and (int(cond.min()) < 0 or int(cond.max()) > config.num_classes):
         raise ValueError(f"class labels lie in [{int(cond.min())}, {int(cond.max())}], the model has classes "
                          f"0 to {config.num_classes - 1} (and {config.num_classes} for none)")
@@ -34,58 +70,221 @@ def generate(model: Transformer, cond: Tensor, max_new_tokens: int, emb_masks: T
                          f"{config.caption_dim})")
     if emb_masks is not None and emb_masks.shape != cond.shape[:2]:
         raise ValueError(f"emb_masks is {tuple(emb_masks.shape)}, expected {tuple(cond.shape[:2])} as the features")
-    batch = cond.shape[0]
+    if decode not in ("auto", "sequential", "jacobi"):
+        raise ValueError(f"--decode is {decode!r}, expected auto, sequential or jacobi")
+    if window is not None and window < 1:
+        raise ValueError(f"the window is {window}, expected 1 or more")
+    scales, temperatures, ks, ps = (_per_image(name, value, batch) for name, value in (
+        ("cfg_scale", cfg_scale), ("temperature", temperature), ("top_k", top_k), ("top_p", top_p)))
+    for values in zip(temperatures, ks, ps, strict=True):
+        check_sampling(temperature=values[0], top_k=values[1], top_p=values[2])
     if generators is None:
-        generators = [torch.Generator().manual_seed(seed) for seed in torch.randint(2**62, (batch,)).tolist()]
-    if len(generators) != batch:
+        keys = torch.randint(2**62, (batch,)).tolist()
+    elif len(generators) != batch:
         raise ValueError(f"{len(generators)} generators for {batch} samples")
+    else:
+        keys = [int(torch.randint(2**62, (), generator=g, device=g.device)) for g in generators]
 
-    cond, emb_masks = pad_rows(cond), None if emb_masks is None else pad_rows(emb_masks)
-    rows = cond.shape[0]
-    guided = cfg_scale > 1.0
-    if guided:
-        cond = torch.cat([cond, model.cls_embedding.unconditional(cond)])
-        emb_masks = None if emb_masks is None else torch.cat([emb_masks, emb_masks])
-    prefix = model.cls_embedding(cond, drop=False)  # (rows or 2*rows, N, D)
-    cache = KVCache(config.n_layer, prefix.shape[0], config.n_kv_head, prefix.shape[1] + max_new_tokens,
-                    config.dim // config.n_head, device=prefix.device, dtype=prefix.dtype)
-    mask = attention_mask(emb_masks, prefix.shape[1], prefix.shape[1] + max_new_tokens, device=prefix.device)
-
-    codes = torch.empty(rows, max_new_tokens, dtype=torch.long, device=prefix.device)
-    for step in range(max_new_tokens):
-        if guided and cfg_interval > -1 and step - 1 > cfg_interval:  # the unconditional stream has done its work
-            guided = False
-            cache.keep_rows(rows)
-            mask = mask[:rows]
-        start, end = cache.length, cache.length + (prefix.shape[1] if step == 0 else 1)
-        step_mask = mask[:, :, start:end, :end]
-        if step == 0:
-            logits = model.decode(None, prefix=prefix, cache=cache, mask=step_mask)
-        else:
-            newest = codes[:, step - 1]
-            logits = model.decode(newest.repeat(2) if guided else newest, cache=cache, mask=step_mask)
-        if guided:
-            logits = guide(*logits.chunk(2), cfg_scale)
-        if sample_logits:
-            logits = filter_logits(logits[:batch], temperature=temperature, top_k=top_k, top_p=top_p)
-            codes[:batch, step] = draw(logits, generators)
-            codes[batch:, step] = codes[batch - 1, step]
-        else:
-            codes[:, step] = logits.argmax(-1)
-    return codes[:batch]
+    engine = take_engine(model)
+    device = cond.device
+    extra = -batch % engine.row_multiple  # the last image again
+    cond, emb_masks = _extended(cond, extra), None if emb_masks is None else _extended(emb_masks, extra)
+    scales, temperatures, ks, ps, keys = (x + x[-1:] * extra for x in (scales, temperatures, ks, ps, keys))
+    settings = Settings(*(torch.tensor(x, dtype=dtype, device=device) for x, dtype in (
+        (scales, torch.float32), (temperatures, torch.float32), (ks, torch.long), (ps, torch.float32),
+        (keys, torch.long))), greedy=not sample_logits, uses_top_k=any(0 < k < config.vocab_size for k in ks),
+        uses_top_p=any(p < 1 for p in ps))
+    guided = [scale > 1 for scale in scales]
+    if any(guided) and engine.row_multiple > 1:
+        guided = [True] * len(guided)  # an even number of rows; where the scale says so, their logits are not used
+    if decode == "sequential" or (decode == "auto" and device.type != "cpu"):  # windows run without CUDA graphs
+        window = 1
+    if window is None:
+        window = max(1 if decode == "auto" else 2, RIDGE[device.type] // (batch + sum(guided)))
+    run = _Run(model, engine, settings, scales, [i for i, yes in enumerate(guided) if yes], cfg_interval,
+               max_new_tokens, max(1, min(window, max_new_tokens - 1)))
+    run.prefill(cond, emb_masks)
+    run.finish(adaptive=decode == "auto", statistics=statistics or Statistics())
+    model.engines.append(engine)  # not after an error: its caches may be half-written
+    return run.codes[:batch, :max_new_tokens].clone()
 
 
-def pad_rows(x: Tensor) -> Tensor:
-    """Repeat the last row until the batch is a multiple of ROW_MULTIPLE."""
-    missing = -x.shape[0] % ROW_MULTIPLE
-    return torch.cat([x, x[-1:].expand(missing, *x.shape[1:])])
+def take_engine(model: Transformer) -> Engine:
+    """The model's engine, made where there is none that is idle and fits. Put it back into model.engines after use."""
+    weights, kernels = fitting_kernels(model)
+    while model.engines:
+        engine = model.engines.pop()
+        if engine.weights == weights:
+            return engine
+    return TorchEngine(model) if kernels is None else NativeEngine(model, weights, kernels)
 
 
-def attention_mask(emb_masks: Tensor | None, prefix: int, total: int, *, device: torch.device) -> Tensor:
-    """Causal mask (B or 1, 1, total, total), bool; padded prefix positions are hidden from all but themselves."""
-    mask = torch.ones(total, total, dtype=torch.bool, device=device).tril()[None]
-    if emb_masks is not None:
-        mask = mask.repeat(emb_masks.shape[0], 1, 1)
-        mask[:, :, :prefix] &= emb_masks.bool()[:, None]
-        mask |= torch.eye(total, dtype=torch.bool, device=device)
-    return mask[:, None]
+class _Run:
+    """The state of one call: what is cached, where each image is, which codes are drafts."""
+
+    def __init__(self, model: Transformer, engine: Engine, settings: Settings, scales: list[float],
+                 guided: list[int], interval: int, length: int, window: int) -> None:
+        self.model, self.engine, self.settings = model, engine, settings
+        self.length, self.window = length, window
+        device, images = settings.keys.device, len(scales)
+        self.images = torch.arange(images, device=device)
+        self.guided = torch.tensor(guided, dtype=torch.long, device=device)
+        self.partner = torch.full((images,), -1, dtype=torch.long, device=device)  # an image's unconditional row
+        self.partner[self.guided] = images + torch.arange(len(guided), device=device)
+        self.partner[settings.scale <= 1] = -1
+        self.nobody = torch.full_like(self.partner, -1)
+        self.place = torch.ones(1, dtype=torch.long, device=device)  # of the next code, in lockstep
+        self.guided_until = length if interval < 0 else interval + 2  # the first position without guidance
+        self.codes = torch.zeros(images, length + window, dtype=torch.long, device=device)
+        self.engine.reserve(images + len(guided), model.config.cls_token_num + length + window)
+        rope, prefix = model.rope(device), model.config.cls_token_num
+        self.rope = rope[prefix:]
+        self.no_rotation = rope[:1]
+
+    def prefill(self, cond: Tensor, emb_masks: Tensor | None) -> None:
+        """Cache the prefixes and choose the first codes."""
+        embed, images = self.model.cls_embedding, len(self.images)
+        prefix, width = embed(cond, drop=False), self.model.config.cls_token_num
+        visible = torch.ones(images, width, dtype=torch.bool, device=cond.device) if emb_masks is None \
+            else emb_masks.bool()
+        same = torch.arange(len(self.guided), device=cond.device)
+        if len(self.guided):  # unconditional prefixes differ by what is visible of them only
+            distinct = visible[self.guided]
+            if self.engine.row_multiple == 1:
+                seen: dict[bytes, int] = {}
+                patterns = [row.tobytes() for row in distinct.cpu().numpy()]
+                same = torch.tensor([seen.setdefault(pattern, len(seen)) for pattern in patterns], device=cond.device)
+                distinct = distinct[[patterns.index(pattern) for pattern in seen]]
+            none = embed(embed.unconditional(cond[:1]), drop=False).expand(len(distinct), *prefix.shape[1:])
+            prefix, visible = torch.cat([prefix, none]), torch.cat([visible, distinct])
+        # Prefix rows have no position, so hidden ones are left out; only the last gives logits, hidden or not.
+        shown = visible.clone()
+        shown[:, -1] = True
+        order = (~shown).to(torch.uint8).argsort(dim=1, stable=True)
+        tokens, hidden = shown.sum(1), ~visible[:, -1]  # (R,)
+        order = order[:, :int(tokens.max())]
+        x = prefix.gather(1, order[..., None].expand(*order.shape, prefix.shape[2]))
+        rope = self.no_rotation.expand(1, x.shape[1], *self.no_rotation.shape[1:])
+        logits = []
+        at_once = max(self.engine.row_multiple, PREFILL_TOKENS // x.shape[1])
+        for first in range(0, len(x), at_once):
+            part = slice(first, min(first + at_once, len(x)))
+            rows = torch.arange(part.stop - part.start, device=x.device)
+            logits.append(self.engine.step(x[part], rope, torch.zeros_like(rows), rows=part, longest=0, uniform=True,
+                                           wanted=rows * x.shape[1] + tokens[part] - 1).clone())
+        self.prefix = tokens - hidden.long()  # cached tokens before the first code; a hidden last one is overwritten
+        for i, source in reversed(list(enumerate(same.tolist()))):
+            if i != source:
+                self.engine.copy_row(images + source, images + i, length=x.shape[1])
+        self.prefix = torch.cat([self.prefix[:images], self.prefix[images:][same]])
+        lengths = self.prefix.unique().tolist()
+        self.longest, self.uniform = lengths[-1], len(lengths) == 1
+        unconditional = torch.where(self.partner >= 0, images, -1)
+        unconditional[self.guided] = torch.where(self.partner[self.guided] >= 0, images + same, -1)
+        self.codes[:, 0] = choose(torch.cat(logits), self.images, unconditional, torch.zeros_like(self.images),
+                                  self.images, self.settings)
+        self.codes[:, 1:] = self.codes[:, :1]  # drafts; any will do
+        self.cursor = torch.ones_like(self.images)  # the first code that is not decided
+        kept = ("codes", "prefix", "place", "images", "guided", "partner", "nobody", "rope")
+        own = {name: getattr(self, name) for name in kept}
+        settings = {name: value for name, value in vars(self.settings).items() if isinstance(value, Tensor)}
+        kind = (len(self.images), tuple(self.guided.tolist()), self.codes.shape, self.settings.greedy,
+                self.settings.uses_top_k, self.settings.uses_top_p, self.uniform, self.rope.shape)
+        buffers = self.engine.graphs.adopt(kind, {**own, **settings})
+        for name in kept:
+            setattr(self, name, buffers[name])
+        self.settings = replace(self.settings, **{name: buffers[name] for name in settings})
+
+    def finish(self, *, adaptive: bool, statistics: Statistics) -> None:
+        """Decide all codes. adaptive: a few steps in lockstep, a few with windows, then the faster way."""
+        statistics.window = self.window
+        position = 1  # of all images, while they go in lockstep
+        trial = min(TRIAL, self.length // 4) if adaptive and self.window > 1 else 0
+        lockstep_until = self.length if self.window == 1 else 1 + trial
+        start = time.perf_counter()
+        while position < lockstep_until:
+            self.advance_together(position)
+            position += 1
+            statistics.steps, statistics.tokens = statistics.steps + 1, statistics.tokens + 1
+        if position == self.length:
+            return
+        seconds = (time.perf_counter() - start) / max(1, trial)  # a code took
+        self.cursor.fill_(position)
+        window, steps, start, before = self.window, 0, time.perf_counter(), statistics.tokens
+        while len(active := self.images[self.cursor < self.length]):
+            statistics.tokens += self.advance(active, window) * len(active) / len(self.images)
+            statistics.steps, steps = statistics.steps + 1, steps + 1
+            if steps == trial and (time.perf_counter() - start) / (statistics.tokens - before) > seconds:
+                window = statistics.window = 1
+
+    def advance_together(self, position: int) -> None:
+        """Decide code `position` of every image, in lockstep."""
+        guides = position < self.guided_until and len(self.guided) > 0
+        longest = self.longest + position - 1
+        end = self.engine.read_up_to(longest + 1) if isinstance(self.engine, TorchEngine) else None
+
+        def step() -> None:
+            before = self.place - 1
+            x = self.model.tok_embeddings(self.codes.index_select(1, before))  # (B, 1, D)
+            lengths = self.prefix + before
+            if guides:
+                x = torch.cat([x, x[self.guided]])
+            logits = self.engine.step(x, self.rope.index_select(0, before)[None], lengths[:len(x)],
+                                      rows=slice(0, len(x)), longest=longest, uniform=self.uniform)
+            found = choose(logits, self.images, self.partner if guides else self.nobody,
+                           self.place.expand_as(self.images), self.images, self.settings)
+            self.codes.index_copy_(1, self.place, found[:, None])
+            self.place += 1
+
+        self.engine.graphs.run((guides, end), step)
+
+    def advance(self, active: Tensor, window: int) -> float:
+        """Run a window of drafts of the `active` images; keep what is decided. Returns the mean number of new codes."""
+        whole = isinstance(self.engine, TorchEngine)  # its rows cannot be picked: finished images go along
+        if whole:
+            active = self.images
+        offsets = torch.arange(window, device=active.device)
+        places = self.cursor[active][:, None] + offsets  # (A, W) the codes to decide
+        inputs = self.codes[active].gather(1, places - 1)
+        guides = torch.isin(active, self.guided) & (self.cursor[active] < self.guided_until)  # (A,)
+        if whole:
+            guides = torch.isin(active, self.guided)
+        both = torch.cat([torch.arange(len(active), device=active.device), guides.nonzero()[:, 0]])  # image of each row
+        rows = torch.cat([active, self.row_of(active[guides])])
+        x = self.model.tok_embeddings(inputs)[both]  # (R, W, D)
+        rope = self.rope[(places - 1).clamp(max=len(self.rope) - 1)][both]
+        lengths = self.prefix[rows] + self.cursor[active][both] - 1
+        logits = self.engine.step(x, rope, lengths, rows=slice(0, len(rows)) if whole else rows,
+                                  longest=int(lengths.max()), uniform=False)
+        at = torch.full((len(active),), -1, device=active.device)
+        at[guides] = len(active) + torch.arange(int(guides.sum()), device=active.device)
+        at = torch.where(self.partner[active] >= 0, at, -1)
+        conditional = torch.arange(len(active) * window, device=active.device)
+        unconditional = torch.where((at[:, None] >= 0) & (places < self.guided_until),
+                                    at[:, None] * window + offsets, -1)
+        found = choose(logits, conditional, unconditional.flatten(), places.flatten(),
+                       active.repeat_interleave(window), self.settings).view_as(places)
+        drafts = self.codes[active].gather(1, places)
+        agreed = (found == drafts).long().cumprod(1).sum(1)
+        before = self.cursor[active]
+        after = (before + (agreed + 1).clamp(max=window)).clamp(max=self.length)
+        codes = self.codes[active].scatter(1, places, found)
+        self.codes[active], self.cursor[active] = codes, after
+        return float((after - before).sum()) / len(active)
+
+    def row_of(self, images: Tensor) -> Tensor:
+        """The unconditional cache rows of `images`, which are guided."""
+        return len(self.images) + torch.searchsorted(self.guided, images)
+
+
+def _per_image(name: str, value: float | Sequence[float] | Tensor, batch: int) -> list:
+    if isinstance(value, int | float):
+        return [value] * batch
+    values = value.tolist() if isinstance(value, Tensor) else list(value)
+    if len(values) != batch:
+        raise ValueError(f"{len(values)} values of {name} for {batch} samples")
+    return values
+
+
+def _extended(x: Tensor, extra: int) -> Tensor:
+    return torch.cat([x, x[-1:].expand(extra, *x.shape[1:])])

@@ -77,6 +77,13 @@ class ModelArgs:
         return self.multiple_of * math.ceil(int(8 * self.dim / 3) / self.multiple_of)
 
 
+class Idle(list):
+    """Decoders with their caches that the next call of `generate` takes; copies of a model start without."""
+
+    def __reduce__(self) -> tuple:
+        return Idle, ()
+
+
 class Transformer(nn.Module):
     """[prefix, x_1 … x_{L-1}] → logits of x_1 … x_L."""
 
@@ -98,6 +105,7 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(config.dim, eps=config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
         self._rope: dict[torch.device, Tensor] = {}  # no buffer: the table must stay fp32 and out of checkpoints
+        self.engines = Idle()
         if not self.output.weight.is_meta:
             self.init_weights(int(torch.randint(2**62, ())))
 
@@ -134,9 +142,9 @@ class Transformer(nn.Module):
                 self._rope[device] = table.to(device)
         return self._rope[device]
 
-    def hidden_states(self, x: Tensor, *, mask: Tensor | None, cache: KVCache | None, start: int) -> Tensor:
-        """Run the layers on embeddings x (B, T, D) at sequence positions start … start+T-1 → (B, T, D), normed."""
-        rope = self.rope(x.device)[start:start + x.shape[1]]
+    def hidden_states(self, x: Tensor, *, mask: Tensor | None, rope: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Run the layers on embeddings x (B, T, D) with rotary rows `rope` (T, K/2, 2) or (B, T, K/2, 2) → (B, T, D),
+        normed. mask and cache: see `Attention`."""
         for i, layer in enumerate(self.layers):
             x = layer(x, rope, mask, cache, i)
         return self.norm(x)
@@ -155,7 +163,7 @@ class Transformer(nn.Module):
         x = self.tok_dropout(torch.cat([prefix, self.tok_embeddings(idx)], dim=1))  # fp32 under autocast
         if mask is not None and mask.ndim == 3:
             mask = mask[:, None]
-        x = self.hidden_states(x, mask=mask, cache=None, start=0)
+        x = self.hidden_states(x, mask=mask, rope=self.rope(x.device)[:x.shape[1]])
         x = x[:, self.config.cls_token_num - 1:]  # (B, n+1, D)
         weight = None if valid is None else valid.float()[:, None].expand(targets.shape).flatten()
         if loss_only and targets is not None:
@@ -167,14 +175,6 @@ class Transformer(nn.Module):
             return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
         per_token = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
         return logits, (per_token * weight).sum() / weight.sum().clamp_min(1)
-
-    def decode(self, tokens: Tensor | None, *, prefix: Tensor | None = None, cache: KVCache,
-               mask: Tensor | None = None) -> Tensor:
-        """One cached step: `prefix` embeddings (B, N, D), or the newest codes `tokens` (B,) → logits (B, V) fp32."""
-        x = prefix if tokens is None else self.tok_embeddings(tokens)[:, None]
-        x = self.hidden_states(x, mask=mask, cache=cache, start=cache.length)
-        cache.advance(x.shape[1])
-        return self.output(x[:, -1]).float()
 
 
 def _build(width: dict[str, int], **options) -> Transformer:

@@ -1,29 +1,39 @@
-"""Keys and values of the tokens seen so far, in one preallocated block for all layers."""
+"""Keys and values of the tokens seen so far, in one preallocated block per layer."""
 import torch
 from torch import Tensor
 
 
 class KVCache:
-    """Static cache: (layers, rows, KV heads, max_tokens, K) for keys and the same for values."""
+    """Static caches, per layer keys and values (rows, KV heads, capacity, K); each row has its own number of tokens.
 
-    def __init__(self, layers: int, rows: int, kv_heads: int, max_tokens: int, head_dim: int, *, device: torch.device,
+    `place` says where a step's tokens go; `update` is what the layers call.
+    """
+
+    def __init__(self, layers: int, rows: int, kv_heads: int, capacity: int, head_dim: int, *, device: torch.device,
                  dtype: torch.dtype) -> None:
-        shape = (layers, rows, kv_heads, max_tokens, head_dim)
-        self.keys = torch.empty(shape, device=device, dtype=dtype)
-        self.values = torch.empty(shape, device=device, dtype=dtype)
-        self.length = 0  # tokens that every layer holds; `advance` moves it once a step is through all layers
+        shape = (rows, kv_heads, capacity, head_dim)
+        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(layers)]
+        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(layers)]
+        self.rows, self.capacity = rows, capacity
+        self.used, self.end, self.slots = slice(0, rows), 0, None
+
+    def place(self, slots: Tensor | int, *, rows: slice, end: int) -> None:
+        """The next step writes at `slots` (R, T), or from the slot `slots` on, of `rows`, and reads up to `end`."""
+        self.used, self.end, self.slots = rows, end, slots
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append k, v (rows, KV heads, T, K) to one layer; return all keys and values up to and with them."""
-        end = self.length + k.shape[2]
-        self.keys[layer, :, :, self.length:end] = k
-        self.values[layer, :, :, self.length:end] = v
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+        """Write k, v (R, KV heads, T, K) of one layer; return its keys and values (R, KV heads, end, K)."""
+        keys, values = self.keys[layer][self.used], self.values[layer][self.used]
+        if isinstance(self.slots, int):
+            keys[:, :, self.slots:self.slots + k.shape[2]] = k
+            values[:, :, self.slots:self.slots + k.shape[2]] = v
+        else:
+            index = self.slots[:, None, :, None].expand(k.shape)
+            keys.scatter_(2, index, k.to(keys.dtype))
+            values.scatter_(2, index, v.to(values.dtype))
+        return keys[:, :, :self.end], values[:, :, :self.end]
 
-    def advance(self, tokens: int) -> None:
-        """Count `tokens` more as held."""
-        self.length += tokens
-
-    def keep_rows(self, rows: int) -> None:
-        """Forget all but the first `rows` rows (views: nothing is copied)."""
-        self.keys, self.values = self.keys[:, :rows], self.values[:, :rows]
+    def copy_row(self, source: int, target: int, *, length: int) -> None:
+        """Let row `target` begin with the `length` first tokens of row `source`."""
+        for cache in (*self.keys, *self.values):
+            cache[target, :, :length] = cache[source, :, :length]

@@ -24,7 +24,8 @@ def rope_table(grid: tuple[int, int], head_dim: int, prefix_length: int, *, base
 
 
 def apply_rope(x: Tensor, table: Tensor) -> Tensor:
-    """Rotate neighbouring pairs (2c, 2c+1) of x (B, T, H, K) by `table` (T, K/2, 2), in fp32, cast back."""
+    """Rotate neighbouring pairs (2c, 2c+1) of x (B, T, H, K) by `table` (T, K/2, 2) or (B, T, K/2, 2), in fp32, cast
+    back."""
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # (B, T, H, K/2) each
-    cos, sin = table[:, None].unbind(-1)  # (T, 1, K/2) each
+    cos, sin = table.unsqueeze(-3).unbind(-1)  # (T, 1, K/2) or (B, T, 1, K/2) each
     return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2).type_as(x)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from autoregressive.models.generate import generate
 from autoregressive.models.gpt import GPT_models, Transformer
@@ -45,9 +46,16 @@ class Pipeline:
     def __call__(self, labels: list[int], *, seed: int, indices: list[int],
                  size: tuple[int, int] | None = None) -> np.ndarray:
         """Labels, and the index of each image in the stream of `seed` → uint8 (B, H, W, 3), resized to `size`."""
+        return self.to_pixels(self.sample_codes(labels, seed=seed, indices=indices), size=size)
+
+    def sample_codes(self, labels: list[int], *, seed: int, indices: list[int]) -> Tensor:
+        """Labels, and the index of each image in the stream of `seed` → codes (B, h*w) on the GPT's device."""
         device = next(self.gpt.parameters()).device
-        codes = generate(self.gpt, torch.tensor(labels, device=device), self.gpt.config.block_size,
-                         generators=[sample_generator(seed, index) for index in indices], **self.settings)
+        return generate(self.gpt, torch.tensor(labels, device=device), self.gpt.config.block_size,
+                        generators=[sample_generator(seed, index) for index in indices], **self.settings)
+
+    def to_pixels(self, codes: Tensor, *, size: tuple[int, int] | None = None) -> np.ndarray:
+        """Codes (B, h*w) → uint8 (B, H, W, 3), resized to `size`."""
         pixels = decode_images(self.tokenizer, codes, self.gpt.config.grid)
         if size not in (None, self.image_size):
             pixels = F.interpolate(pixels, size=size, mode="bicubic")

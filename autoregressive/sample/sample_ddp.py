@@ -3,21 +3,31 @@
     bash scripts/autoregressive/sample_c2i.sh --gpt-ckpt GPT.pt --vq-ckpt VQ.pt --num-fid-samples 50000 --cfg-scale 2.0
 
 <sample-dir>/<settings>/000000.png … and <sample-dir>/<settings>.npz; config.json in the folder says how they were made.
-Image i is the same for any number of processes and any batch size. Run again to continue after an interruption.
+Image i is the same for any number of processes and any batch size (--per-proc-batch-size 0: what memory holds). Run
+again to continue after an interruption: a kill costs the newest shard, a minute or a hundredth of the time so far.
 """
+import contextlib
 import json
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar, Literal
 
 import numpy as np
+import torch
+from torch import Tensor
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from autoregressive.sample.batch_size import batch_that_fits, even_batch
 from autoregressive.sample.options import SampleFlags
 from autoregressive.sample.pipeline import Pipeline, labels_for, load_pipeline
+from autoregressive.sample.sample_store import SampleStore, stored_images
+from autoregressive.sample.set_writer import SetWriter
 from utils import cli, dist, images
 from utils.checkpoint import replacing, resolve
 from utils.cli import flag
@@ -33,6 +43,7 @@ class SampleSetFlags(SampleFlags, SeedFlags, BatchFlags, SetFlags, RecipeFlags):
     num_fid_samples: int = flag(50000, "number of images")
     label_mode: Literal["random", "balanced"] = flag("random", "classes: drawn uniformly, or index mod classes",
                                                      choices=("random", "balanced"))
+    png: bool = flag(True, "also write each image as a PNG; --no-png: the npz alone")
     cfg_scale: float = 1.5
 
 
@@ -57,6 +68,7 @@ def claim(folder: Path, described: dict) -> None:
         if differs:
             raise ValueError(f"{folder} holds images made with another {', '.join(differs)}: give another --sample-dir "
                              "or remove it")
+        return
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(described, indent=2) + "\n")
 
@@ -64,35 +76,107 @@ def claim(folder: Path, described: dict) -> None:
 def main(flags: SampleSetFlags, pipeline: Pipeline | None = None) -> Path:
     """Sample what is missing, then pack the npz. Returns its path. `pipeline`: that of the flags, if loaded already."""
     process = dist.setup()
-    if flags.num_fid_samples < 1 or flags.per_proc_batch_size < 1:
-        raise ValueError("--num-fid-samples and --per-proc-batch-size must be at least 1")
+    if flags.num_fid_samples < 1 or flags.per_proc_batch_size < 0:
+        raise ValueError("--num-fid-samples must be at least 1, --per-proc-batch-size at least 0 (what memory holds)")
     pipeline = pipeline or load_pipeline(flags, device=process.device)
     size = flags.image_size_eval or pipeline.image_size
     described = {**pipeline.described, "image_size_eval": list(size), "label_mode": flags.label_mode,
                  "seed": flags.global_seed}
-    folder = Path(flags.sample_dir) / folder_name(described, flags)
+    store = SampleStore(Path(flags.sample_dir) / folder_name(described, flags), described, size=size)
+    try:
+        with store.locked() if process.is_main else contextlib.nullcontext():
+            complete_set(store, flags, pipeline, process, described=described)
+    except OSError as error:
+        raise OSError(f"{store.folder}: {error}: what was written counts, run again to continue") from error
+    return store.npz
+
+
+def complete_set(store: SampleStore, flags: SampleSetFlags, pipeline: Pipeline, process: dist.Process, *,
+                 described: dict) -> None:
+    """Bring the set to --num-fid-samples images, and say what came out."""
+    count = flags.num_fid_samples
     if process.is_main:
-        claim(folder, described)
-    dist.barrier()
-    names = [f"{i:06d}.png" for i in range(flags.num_fid_samples)]
-    labels = labels_for(range(flags.num_fid_samples), mode=flags.label_mode, num_classes=pipeline.num_classes,
-                        seed=flags.global_seed)
-    present = set(dist.broadcast_object([path.name for path in folder.glob("*.png")]))
-    todo = [i for i, name in enumerate(names) if name not in present][process.rank::process.world_size]
-    with tqdm(total=len(todo), desc="sampling", unit="image", mininterval=1.0, disable=not process.is_main) as bar:
-        for first in range(0, len(todo), flags.per_proc_batch_size):
-            batch = todo[first:first + flags.per_proc_batch_size]
-            pictures = pipeline([labels[i] for i in batch], seed=flags.global_seed, indices=batch, size=size)
-            for i, picture in zip(batch, pictures, strict=True):
-                images.save_png(folder / names[i], picture)
-            bar.update(len(batch))
-    dist.barrier()
-    packed = folder.with_name(f"{folder.name}.npz")
+        claim(store.folder, described)
+        store.sweep()
+    finished = dist.broadcast_object(process.is_main and store.is_finished(count))
+    if not finished:
+        labels = labels_for(range(count), mode=flags.label_mode, num_classes=pipeline.num_classes,
+                            seed=flags.global_seed)
+        start = time.perf_counter()
+        made = sample_missing(store, flags, pipeline, process, labels=labels)
+        seconds = time.perf_counter() - start
+        if process.is_main:
+            store.pack(np.array(labels))
+        dist.barrier()
+    elif process.is_main:
+        store.remove_shards(count)  # of a run that was killed just before it did
+    if flags.png:
+        add_pngs(store, count, process)
     if process.is_main:
-        images.pack_folder(folder, names, labels=np.array(labels))
-        print(f"{len(names)} images in {folder} and {packed}")
+        where = f"{count} images in {store.folder} and {store.npz}" if flags.png else f"{count} images in {store.npz}"
+        print(f"{where}: " + ("finished already, nothing to sample" if finished else
+                              f"{made} sampled in {seconds:.1f} s, {made / seconds:.2f} images/s"))
+
+
+def sample_missing(store: SampleStore, flags: SampleSetFlags, pipeline: Pipeline, process: dist.Process, *,
+                   labels: list[int]) -> int:
+    """Sample the images that are neither held nor there as PNGs, this process its share. Returns how many all made.
+
+    The bar shows all processes' images, by the pace of this one.
+    """
+    if process.is_main:
+        lacking = store.lacking(len(labels))
+        bare = store.without_png(lacking)
+    lacking, bare = dist.broadcast_object((lacking, bare) if process.is_main else None)
+    drawn = sorted(set(lacking) - set(bare))[process.rank::process.world_size]
+    stream = torch.cuda.Stream() if process.device.type == "cuda" else None
+    with SetWriter(store, png=flags.png) as writer:
+        read = set()
+        for index, picture in store.read_pngs(drawn):
+            writer.add([index], partial(np.expand_dims, picture, 0))
+            read.add(index)
+        todo = bare[process.rank::process.world_size] + [index for index in drawn if index not in read]
+        batch_size = even_batch(len(todo), flags.per_proc_batch_size or batch_that_fits(pipeline, process.device))
+        if process.is_main and todo:
+            print(f"{batch_size} images at a time on each process")
+        with tqdm(total=len(bare), desc="sampling", unit="image", mininterval=1.0, disable=not process.is_main) as bar:
+            for first in range(0, len(todo), batch_size):
+                batch = todo[first:first + batch_size]
+                codes = pipeline.sample_codes([labels[i] for i in batch], seed=flags.global_seed, indices=batch)
+                writer.add(batch, decoding(pipeline, codes, size=store.size, stream=stream))
+                bar.update(min(len(batch) * process.world_size, bar.total - bar.n))
+    return int(dist.total(torch.tensor(len(todo))))
+
+
+def decoding(pipeline: Pipeline, codes: Tensor, *, size: tuple[int, int],
+             stream: torch.cuda.Stream | None) -> Callable[[], np.ndarray]:
+    """What gives the images of `codes`, for another thread to call.
+
+    On a GPU that is the decoding, on a `stream` of its own beside the sampling of the next batch. A CPU has no core to
+    spare: decoded at once.
+    """
+    if stream is None:
+        return partial(np.asarray, pipeline.to_pixels(codes, size=size))
+    sampled = torch.cuda.current_stream().record_event()
+
+    def decode() -> np.ndarray:
+        with torch.cuda.stream(stream):
+            stream.wait_event(sampled)
+            return pipeline.to_pixels(codes, size=size)
+
+    return decode
+
+
+def add_pngs(store: SampleStore, count: int, process: dist.Process) -> None:
+    """Write, from the npz, the PNGs that are not there, this process its share."""
+    bare = dist.broadcast_object(store.without_png(range(count)) if process.is_main else None)
+    mine = set(bare[process.rank::process.world_size])
+    if mine:
+        pictures = tqdm(stored_images(store.npz), total=count, desc="PNGs", unit="image", disable=not process.is_main)
+        for index, picture in enumerate(pictures):
+            if index in mine:
+                images.save_png(store.png(index), picture)
     dist.barrier()
-    return packed
 
 
 if __name__ == "__main__":

@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tokenizer.tokenizer_image import convolution
+from tokenizer.tokenizer_image.convolution import convolve
+
 
 def group_norm(channels: int) -> nn.GroupNorm:
     """GroupNorm with 32 groups, or groups of 4 channels where the layer is narrower than 128."""
@@ -25,6 +28,8 @@ class PointwiseConv(nn.Conv2d):
         super().__init__(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        if convolution.ready(self, x):
+            return convolution.run_kernel(x, self.weight, self.bias)
         return F.linear(x.permute(0, 2, 3, 1), self.weight[:, :, 0, 0], self.bias).permute(0, 3, 1, 2)
 
 
@@ -41,9 +46,8 @@ class ResnetBlock(nn.Module):
         self.nin_shortcut = nn.Identity() if in_channels == out_channels else PointwiseConv(in_channels, out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
-        return self.nin_shortcut(x) + h
+        h = convolve(self.conv1, x, norm=self.norm1)
+        return convolve(self.conv2, h, norm=self.norm2, dropout=self.dropout, residual=self.nin_shortcut(x))
 
 
 class AttnBlock(nn.Module):
@@ -58,10 +62,16 @@ class AttnBlock(nn.Module):
         self.proj_out = PointwiseConv(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        z = self.norm(x)
-        q, k, v = (layer(z).flatten(2).transpose(1, 2) for layer in (self.q, self.k, self.v))  # (B, h*w, C)
+        layers = self.q, self.k, self.v
+        if convolution.ready(self.q, x):
+            scaling = convolution.scaling(self.norm, x)
+            z = [convolution.run_kernel(x, layer.weight, layer.bias, scaling=scaling) for layer in layers]
+        else:
+            normed = self.norm(x)
+            z = [layer(normed) for layer in layers]
+        q, k, v = (part.flatten(2).transpose(1, 2) for part in z)  # (B, h*w, C)
         z = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]  # scale C^-1/2
-        return x + self.proj_out(z.transpose(1, 2).reshape(x.shape))
+        return convolve(self.proj_out, z.transpose(1, 2).reshape(x.shape), residual=x)
 
 
 class Downsample(nn.Module):
@@ -72,7 +82,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+        return convolve(self.conv, x)
 
 
 class Upsample(nn.Module):
@@ -83,7 +93,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return convolve(self.conv, x, upsample=True)
 
 
 class Level(nn.Module):
@@ -134,10 +144,10 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], z_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
+        x = convolve(self.conv_in, x)
         for block in [*self.conv_blocks, *self.mid]:
             x = block(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return convolve(self.conv_out, x, norm=self.norm_out)
 
 
 class Decoder(nn.Module):
@@ -163,10 +173,10 @@ class Decoder(nn.Module):
         return self.conv_out.weight
 
     def forward(self, z: Tensor) -> Tensor:
-        x = self.conv_in(z)
+        x = convolve(self.conv_in, z)
         for block in [*self.mid, *self.conv_blocks]:
             x = block(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return convolve(self.conv_out, x, norm=self.norm_out)
 
 
 def to_channels_last(module: nn.Module) -> nn.Module:

@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tokenizer.tokenizer_image import convolution
+
 USAGE_WINDOW = 65536  # assignments over which codebook usage is counted, as in the paper
 ROWS_PER_CHUNK = 8192  # bounds the similarity matrix: 8192 x 16384 fp32 = 512 MiB
 
@@ -30,12 +32,19 @@ class VectorQuantizer(nn.Module):
         if l2_norm:
             with torch.no_grad():
                 self.embedding.weight.copy_(F.normalize(self.embedding.weight, dim=-1))
+        self._normalised: tuple[Tensor, Tensor] | None = None  # (weights, what `codebook` made of them)
         self.register_buffer("codebook_used", torch.full((USAGE_WINDOW,), -1.0))  # oldest first; -1: none yet
 
     def codebook(self) -> Tensor:
         """The vectors that codes stand for, (codebook_size, dim); unit length when `l2_norm`."""
-        weight = self.embedding.weight.float()
-        return F.normalize(weight, dim=-1) if self.l2_norm else weight
+        weight = self.embedding.weight
+        if self.training or not self.l2_norm or (torch.is_grad_enabled() and weight.requires_grad):
+            return F.normalize(weight.float(), dim=-1) if self.l2_norm else weight.float()
+        known = self._normalised
+        if known is None or known[0].device != weight.device or not torch.equal(known[0], weight):
+            with torch.inference_mode(False), torch.no_grad():
+                known = self._normalised = weight.detach().clone(), F.normalize(weight.float(), dim=-1)
+        return known[1]
 
     def forward(self, features: Tensor) -> tuple[Tensor, CodebookLosses | None, Tensor]:
         """Features (B, C, h, w) → (quantised (B, C, h, w) with straight-through gradient, losses, codes (B*h*w,)).
@@ -47,7 +56,8 @@ class VectorQuantizer(nn.Module):
             if self.l2_norm:
                 z = F.normalize(z, dim=-1)
             codebook = self.codebook()
-            codes = nearest_codes(z.flatten(0, 2), codebook, l2_norm=self.l2_norm)  # (B*h*w,)
+            codes = nearest_codes(z.flatten(0, 2), codebook, l2_norm=self.l2_norm,
+                                  native=convolution.ready(self.embedding, z))  # (B*h*w,)
             quantised = F.embedding(codes, codebook).view(z.shape)
             losses = None
             if self.training:
@@ -83,10 +93,14 @@ class VectorQuantizer(nn.Module):
 
 
 @torch.no_grad()
-def nearest_codes(z: Tensor, codebook: Tensor, *, l2_norm: bool) -> Tensor:
-    """Index of the nearest code for each row of z (N, C) → (N,) int64, in chunks of bounded memory."""
+def nearest_codes(z: Tensor, codebook: Tensor, *, l2_norm: bool, native: bool = False) -> Tensor:
+    """Index of the nearest code for each row of z (N, C) → (N,) int64, in chunks of bounded memory.
+
+    native: by the CPU's own kernels, whose sums do not depend on the number of rows.
+    """
     bias = None if l2_norm else -0.5 * codebook.square().sum(-1)  # |z-e|^2 = |z|^2 - 2 (z.e - |e|^2 / 2)
-    return torch.cat([F.linear(rows, codebook, bias).argmax(-1) for rows in z.split(ROWS_PER_CHUNK)])
+    product = convolution.linear if native else F.linear
+    return torch.cat([product(rows, codebook, bias).argmax(-1) for rows in z.split(ROWS_PER_CHUNK)])
 
 
 def entropy_loss(z: Tensor, codebook: Tensor, *, temperature: float = 0.01) -> Tensor:

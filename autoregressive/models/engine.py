@@ -1,0 +1,89 @@
+"""The engines that a step of decoding runs on: tokens of many sequences in, logits out, keys and values kept.
+
+A step takes T tokens for each of R rows: one token, a window of drafts, or a group of arbitrary positions (the rotary
+rows say where a token is; `causal=False` lets all of a group see each other). Rows have their own lengths.
+`NativeEngine` (native_engine.py) runs C++ kernels on a CPU, `TorchEngine` the model's own modules on any device.
+"""
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from autoregressive.models.gpt import Transformer
+from autoregressive.models.graphs import StepGraphs
+from autoregressive.models.kv_cache import KVCache
+
+BUCKET = 64  # on a GPU the cache is read up to a multiple of it: few shapes to capture, little to read in vain
+
+
+class Engine(Protocol):
+    """One model's decoder. Not for two threads at once."""
+
+    row_multiple: int  # numbers of rows that give a row the same bits are the multiples of this
+    weights: int | None  # which kernels: see `weight_type`; None: the model's modules
+    graphs: StepGraphs
+
+    def reserve(self, rows: int, tokens: int) -> None:
+        """Have caches for so many rows of so many tokens; what was cached is lost if they have to grow."""
+
+    def step(self, x: Tensor, rope: Tensor, lengths: Tensor, *, rows: Tensor | slice, wanted: Tensor | None = None,
+             causal: bool = True, longest: int, uniform: bool) -> Tensor:
+        """Run embeddings x (R, T, D) with rotary rows `rope` (R or 1, T, K/2, 2), after `lengths` (R,) int64 cached
+        tokens, on `rows` of the caches; each token sees the cached ones and those of the step up to itself, or all.
+
+        Returns fp32 logits (n, V) of the tokens with index `wanted` (n,) among the R*T; None: of every token. `longest`
+        is the largest length, or more; `uniform` says that all lengths are that.
+        """
+
+    def copy_row(self, source: int, target: int, *, length: int) -> None:
+        """Let row `target` begin with the `length` first tokens of row `source`."""
+
+
+class TorchEngine:
+    """The model's modules over a `KVCache`, on any device."""
+
+    weights = None
+
+    def __init__(self, model: Transformer) -> None:
+        self.model = model
+        self.row_multiple = 8 if model.output.weight.device.type == "cpu" else 1  # below, the CPU's products differ
+        self.cache: KVCache | None = None
+        self.graphs = StepGraphs()
+
+    def reserve(self, rows: int, tokens: int) -> None:
+        """Have caches for so many rows of so many tokens."""
+        cache, weight, config = self.cache, self.model.tok_embeddings.weight, self.model.config
+        kind = (weight.device, weight.dtype)
+        if cache is None or cache.rows < rows or cache.capacity < tokens or self.kind != kind:
+            self.cache = None  # before the new one is made
+            self.graphs = StepGraphs()
+            self.cache = KVCache(config.n_layer, rows, config.n_kv_head, -(-tokens // BUCKET) * BUCKET,
+                                 config.dim // config.n_head, device=weight.device, dtype=weight.dtype)
+            self.kind = kind
+
+    def step(self, x: Tensor, rope: Tensor, lengths: Tensor, *, rows: slice, wanted: Tensor | None = None,
+             causal: bool = True, longest: int, uniform: bool) -> Tensor:
+        """See `Engine.step`."""
+        count, new = x.shape[:2]
+        if uniform and x.device.type == "cpu":
+            end = longest + new
+            self.cache.place(longest, rows=rows, end=end)
+        else:
+            end = self.read_up_to(longest + new)
+            self.cache.place(lengths[:, None] + torch.arange(new, device=x.device), rows=rows, end=end)
+        mask = None
+        if (new > 1 and causal) or not isinstance(self.cache.slots, int):
+            last = lengths[:, None] + (torch.arange(new, device=x.device) if causal else new - 1)  # (R, T or 1)
+            mask = torch.arange(end, device=x.device) <= last[..., None]  # (R, T or 1, end)
+            mask = mask.expand(count, new, end)[:, None]
+        hidden = self.model.hidden_states(x, mask=mask, cache=self.cache, rope=rope)
+        hidden = hidden.flatten(0, 1)
+        return self.model.output(hidden if wanted is None else hidden[wanted]).float()
+
+    def read_up_to(self, tokens: int) -> int:
+        """Cache positions that attention reads when `tokens` are in use."""
+        return min(-(-tokens // BUCKET) * BUCKET, self.cache.capacity)
+
+    def copy_row(self, source: int, target: int, *, length: int) -> None:
+        """Let row `target` begin with the `length` first tokens of row `source`."""
+        self.cache.copy_row(source, target, length=length)

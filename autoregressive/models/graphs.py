@@ -1,0 +1,43 @@
+"""CUDA graphs of whole decoding steps: one launch instead of some hundred (not verified on a GPU).
+
+A graph replays kernels on fixed addresses, so everything that a step reads and writes lives in buffers that outlast the
+call of `generate`: the next call of the same kind fills the same buffers and replays the same graphs. On a CPU the same
+code runs without graphs.
+"""
+from collections.abc import Callable, Hashable
+
+import torch
+from torch import Tensor
+
+
+class StepGraphs:
+    """The buffers of one kind of call, and the graphs captured over them."""
+
+    def __init__(self) -> None:
+        self.kind: Hashable = None
+        self.buffers: dict[str, Tensor] = {}
+        self.graphs: dict[Hashable, torch.cuda.CUDAGraph | None] = {}
+
+    def adopt(self, kind: Hashable, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Buffers that hold `values`: those of the last call, if it was of the same kind."""
+        if kind == self.kind:
+            for name, value in values.items():
+                self.buffers[name].copy_(value)
+        else:
+            self.kind, self.buffers, self.graphs = kind, values, {}
+        return self.buffers
+
+    def run(self, shape: Hashable, step: Callable[[], None]) -> None:
+        """Do a step, which depends on `shape` and the buffers only: first as it is, then captured, then replayed."""
+        if not torch.cuda.is_available() or next(iter(self.buffers.values())).device.type != "cuda":
+            step()
+        elif shape not in self.graphs:  # the first run loads and chooses kernels, which a capture may not
+            step()
+            self.graphs[shape] = None
+        else:
+            if self.graphs[shape] is None:
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # others may use the GPU meanwhile
+                    step()
+                self.graphs[shape] = graph
+            self.graphs[shape].replay()

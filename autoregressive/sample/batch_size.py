@@ -1,0 +1,66 @@
+"""How many images to sample at a time: `--per-proc-batch-size 0` asks for as many as memory holds."""
+import math
+import os
+from pathlib import Path
+
+import torch
+
+from autoregressive.sample.pipeline import Pipeline
+from tokenizer.build import CHUNK
+
+ENOUGH = {"cpu": 32, "cuda": 512}  # images; more rows than this are no faster, arithmetic is the limit
+SHARE = 0.8  # of the free memory; the rest is for fragments and what is not counted here
+LOGIT_COPIES = 8  # of the logits in fp32: guided, filtered, sorted with int64 places, noise
+PIXEL_COPIES = 4  # of an image in fp32 and 8 bits on their way out
+DECODER_COPIES = 4  # of the tokenizer's widest activations
+MEMINFO = "/proc/meminfo"
+CONTAINER = (("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),  # limit and use, cgroups v2 and v1
+             ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"))
+
+
+def even_batch(total: int, limit: int) -> int:
+    """The largest batch of equal ones: `total` images in as few batches as `limit` allows, none of them small."""
+    return math.ceil(total / math.ceil(total / limit)) if total else limit
+
+
+def bytes_per_image(pipeline: Pipeline, device: torch.device) -> int:
+    """What each image of a batch adds: keys and values of two streams with guidance, logits, pixels on a CPU."""
+    config, weight = pipeline.gpt.config, next(pipeline.gpt.parameters())
+    rows = 2 if pipeline.settings["cfg_scale"] > 1 else 1
+    tokens = config.cls_token_num + config.block_size
+    cache = 2 * config.n_layer * config.n_kv_head * (config.dim // config.n_head) * tokens * weight.element_size()
+    pixels = PIXEL_COPIES * 3 * 4 * math.prod(pipeline.image_size) if device.type == "cpu" else 0
+    return rows * (cache + LOGIT_COPIES * 4 * config.vocab_size) + pixels
+
+
+def decoder_bytes(pipeline: Pipeline, device: torch.device) -> int:
+    """What the tokenizer's decoder needs besides, whatever the batch: it takes CHUNK images at a time."""
+    widest = pipeline.tokenizer.config.ch * 4 * math.prod(pipeline.image_size)
+    return CHUNK[device.type] * widest * DECODER_COPIES
+
+
+def batch_that_fits(pipeline: Pipeline, device: torch.device) -> int:
+    """The largest batch for the free memory of `device`, at least 1, at most what makes it faster."""
+    room = SHARE * free_memory(device) - decoder_bytes(pipeline, device)
+    return max(1, min(ENOUGH[device.type], int(room / bytes_per_image(pipeline, device))))
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that this process may still use: of its GPU, or its share of the machine's memory or the container's."""
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
+    free = [line.split()[1] for line in text_of(MEMINFO).splitlines() if line.startswith("MemAvailable:")]
+    room = [1024 * int(kibibytes) for kibibytes in free] or [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for limit, used in CONTAINER:
+        if text_of(limit).isdecimal() and text_of(used).isdecimal():  # not "max", not missing
+            room.append(int(text_of(limit)) - int(text_of(used)))
+    return min(room) / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def text_of(path: str) -> str:
+    """What a small file says, stripped; nothing when it cannot be read."""
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return ""

@@ -1,0 +1,191 @@
+"""Where a sample set grows: shards that hold what is finished, and the npz that is made of them in the end.
+
+<folder>/shards/shard-*.npz: images (arr_0) and which they are (indices), written whole or not at all; zip's checksums
+tell damage. The npz itself counts as one more of them, so that a set can grow. All carry a seal, the hash of the set's
+description, as the zip file's comment: what other models left in the same place does not count.
+"""
+import contextlib
+import errno
+import fcntl
+import glob
+import hashlib
+import json
+import os
+import sys
+import zipfile
+import zlib
+from collections import deque
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from evaluations.c2i.image_sets import NpzImages, read_rgb, small_array
+from utils import images
+from utils.checkpoint import DAMAGED, sweep
+
+BROKEN_ZIP = (*DAMAGED, zipfile.BadZipFile, zlib.error)
+ROWS = 8  # images read at a time
+
+
+class SampleStore:
+    """The files of one sample set: images of `size` (height, width), made as `described` says."""
+
+    def __init__(self, folder: Path, described: dict[str, Any], *, size: tuple[int, int]) -> None:
+        self.folder, self.shards, self.size = folder, folder / "shards", size
+        self.npz = folder.with_name(f"{folder.name}.npz")
+        self.larger = self.shards / self.npz.name  # the npz of more images than were asked for later
+        self.seal = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest().encode()
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other runs out. Raises ValueError if one is in; where a file system has no locks, nobody is kept out."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                os.close(handle)
+                raise ValueError(f"another run is filling {self.folder}: wait for it or give another --sample-dir") \
+                    from None
+        try:
+            yield
+        finally:
+            os.close(handle)  # this unlocks, and so does a kill
+
+    def sweep(self) -> None:
+        """Remove what killed writers left half done."""
+        sweep(self.folder)
+        sweep(self.shards)
+        for path in self.npz.parent.glob(f".{glob.escape(self.npz.name)}.*.tmp"):
+            path.unlink()
+
+    def png(self, index: int) -> Path:
+        """The PNG of an image."""
+        return self.folder / f"{index:06d}.png"
+
+    def without_png(self, indices: Iterable[int]) -> list[int]:
+        """Which of the images have no PNG."""
+        present = {path.name for path in self.folder.glob("*.png")}
+        return [index for index in indices if self.png(index).name not in present]
+
+    def is_finished(self, count: int) -> bool:
+        """Whether the npz holds images 0 to count - 1 of this set, as far as its header says."""
+        try:
+            return self.is_ours(self.npz) and len(self.indices(self.npz)) == count
+        except BROKEN_ZIP:
+            return False
+
+    def is_ours(self, path: Path) -> bool:
+        """Whether an npz is there and of this set."""
+        try:
+            with zipfile.ZipFile(path) as archive:
+                return archive.comment == self.seal
+        except (FileNotFoundError, zipfile.BadZipFile):
+            return False
+
+    def indices(self, path: Path) -> np.ndarray:
+        """Which images a shard or the npz holds, ascending. Raises one of BROKEN_ZIP if it cannot be told."""
+        if not self.is_ours(path):
+            raise ValueError(f"{path} is cut short or of another set")
+        found = NpzImages(path)
+        if path.name == self.npz.name:
+            return np.arange(found.count)
+        with zipfile.ZipFile(path) as archive:
+            indices = small_array(archive, "indices")
+        if indices.shape != (found.count,) or found.size != self.size:
+            raise ValueError(f"{path} does not hold the images that it announces")
+        return indices
+
+    def held(self, *, check: bool = False) -> dict[Path, np.ndarray]:
+        """The shards, and the npz if it is this set's, and which images are in each.
+
+        `check`: read them whole, not only their headers. What is damaged is named and removed.
+        """
+        held = {}
+        for path in [*sorted(self.shards.glob("*.npz")), *([self.npz] if self.is_ours(self.npz) else [])]:
+            try:
+                indices = self.indices(path)
+                if check:
+                    deque(stored_images(path), maxlen=0)
+                held[path] = indices
+            except (*BROKEN_ZIP, OSError) as error:
+                if isinstance(error, OSError) and error.errno != errno.EINVAL:  # that is a damaged offset
+                    raise
+                print(f"warning: {path.name} is removed, its images are made again: {error}", file=sys.stderr)
+                path.unlink()
+        return held
+
+    def lacking(self, count: int) -> list[int]:
+        """Which of images 0 to count - 1 are not held, every file read whole."""
+        held = {index for indices in self.held(check=True).values() for index in indices.tolist()}
+        return [index for index in range(count) if index not in held]
+
+    def add(self, made: list[tuple[int, np.ndarray]]) -> None:
+        """Write images (index, uint8 (H, W, 3)) as one shard."""
+        made = sorted(made, key=lambda pair: pair[0])
+        images.save_npz(self.shards / f"shard-{made[0][0]:06d}.npz", (picture for _, picture in made), count=len(made),
+                        shape=self.size, extra={"indices": np.array([index for index, _ in made])}, comment=self.seal)
+
+    def read_pngs(self, indices: list[int]) -> Iterator[tuple[int, np.ndarray]]:
+        """Images of which there is only a PNG (index, uint8 (H, W, 3)). What is damaged is named and removed."""
+        for index in indices:
+            try:
+                picture = read_rgb(self.png(index))
+                if picture.shape[:2] != self.size:
+                    raise ValueError(f"{self.png(index)} is {picture.shape[0]}x{picture.shape[1]}")
+            except ValueError as error:
+                print(f"warning: {error}: it is made again", file=sys.stderr)
+                self.png(index).unlink()
+                continue
+            yield index, picture
+
+    def pack(self, labels: np.ndarray) -> None:
+        """Make the npz of images 0 to len(labels) - 1 from what is held, then remove the shards.
+
+        Raises ValueError if an image is not held, or a shard is found damaged.
+        """
+        if self.is_ours(self.npz) and len(self.indices(self.npz)) > len(labels) and not self.larger.exists():
+            self.shards.mkdir(exist_ok=True)
+            self.npz.replace(self.larger)  # what is not in the new one shall not be lost
+        rows_in_order = self.in_order(len(labels))
+        try:
+            images.save_npz(self.npz, tqdm(rows_in_order, total=len(labels), desc="packing", unit="image",
+                                           mininterval=1.0),
+                            count=len(labels), shape=self.size, labels=labels, comment=self.seal)
+        except BROKEN_ZIP as error:
+            raise ValueError(f"{error}: run again to make what is missing") from None
+        self.remove_shards(len(labels))
+
+    def in_order(self, count: int) -> Iterator[np.ndarray]:
+        """Images 0 to count - 1; a few of each shard that is being read are in memory."""
+        held = self.held()
+        home = {index: path for path, indices in held.items() for index in indices.tolist()}
+        missing = [index for index in range(count) if index not in home]
+        if missing:
+            raise ValueError(f"{len(missing)} images, such as {missing[0]}, are gone from {self.folder}")
+        readers: dict[Path, Iterator[tuple[int, np.ndarray]]] = {}
+        for index in range(count):
+            path = home[index]
+            if path not in readers:
+                readers[path] = zip(held[path].tolist(), stored_images(path), strict=True)
+            yield next(picture for i, picture in readers[path] if i == index)
+            if index == held[path][-1]:
+                del readers[path]
+
+    def remove_shards(self, count: int) -> None:
+        """Remove the shards whose images are all in an npz of `count`."""
+        for path, indices in self.held().items():
+            if path != self.npz and indices[-1] < count:
+                path.unlink()
+        with contextlib.suppress(OSError):  # not empty, or not there
+            self.shards.rmdir()
+
+
+def stored_images(path: Path) -> Iterator[np.ndarray]:
+    """The images of an npz, uint8 (H, W, 3), one by one. Raises ValueError where a checksum is wrong."""
+    for _, pictures in NpzImages(path).read(ROWS, rank=0, world_size=1):
+        yield from pictures

@@ -1,0 +1,106 @@
+"""What the ways of decoding beside plain sequential decoding bring: Jacobi's windows, quantised weights.
+
+    python3 benchmarks/bench_sample_modes.py --gpt-ckpt gpt.pt --vq-ckpt vq.pt    # Jacobi
+    python3 benchmarks/bench_sample_modes.py --mode quantized                      # int8, int4
+
+How many codes a Jacobi pass decides depends on the distribution, so random weights say nothing about it: it needs a
+trained model. Quantised weights are measured on random ones: their error is that of the logits of one forward pass over
+random codes, in fp32 arithmetic. Rows go to benchmarks/results/sample.md.
+"""
+import itertools
+import statistics
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from autoregressive.models.generate import Statistics, generate
+from autoregressive.models.quantized import quantize_
+from autoregressive.sample.options import SampleFlags
+from autoregressive.sample.pipeline import load_pipeline
+from benchmarks.bench_sample import IMAGES, case_labels, chosen_cases, our_codes, random_gpt
+from benchmarks.roofline import clock, timed
+from benchmarks.sample_rows import RowFlags, add_row, surroundings
+from utils import cli, dist
+from utils.cli import flag
+from utils.dist import Precision
+from utils.seeding import sample_generator
+
+
+@dataclass(kw_only=True)
+class BenchModesFlags(SampleFlags, RowFlags):
+    """The benchmark of ways of decoding. --only is for quantised weights, models and drawing are for Jacobi."""
+
+    precision: Precision = "none"
+    only: str = "GPT-?:256:1:2.0:0:fp32"
+    mode: Literal["jacobi", "quantized"] = flag("jacobi", "what to measure", choices=("jacobi", "quantized"))
+
+
+def measure_jacobi(config: BenchModesFlags, device: torch.device) -> None:
+    """A row for each number of images, by the models of --gpt-ckpt and --vq-ckpt."""
+    pipeline = load_pipeline(config, device=device)
+    gpt, settings, described = pipeline.gpt, pipeline.settings, pipeline.described
+    tokens = gpt.config.block_size
+    for images in tqdm(IMAGES, unit="case", mininterval=1.0):
+        labels = torch.arange(images, device=device) % gpt.config.num_classes
+        spans: dict[str, list[float]] = {"sequential": [], "jacobi": []}
+        speeds, equal = [], []
+        for seed in range(config.repeats + 1):  # the first warms up
+            codes, statistics_of = {}, {}
+            for decode, seconds in spans.items():
+                generators = [sample_generator(seed, i) for i in range(images)]
+                statistics_of[decode] = Statistics()
+                start = clock(device)
+                codes[decode] = generate(gpt, labels, tokens, generators=generators, decode=decode,
+                                         statistics=statistics_of[decode], **settings)
+                seconds.append(clock(device) - start)
+            speeds.append(statistics_of["jacobi"].tokens_per_step)
+            equal.append((codes["sequential"] == codes["jacobi"]).float().mean().item())
+        sequential, jacobi = (statistics.median(seconds[1:]) for seconds in spans.values())
+        add_row("Jacobi decoding", [
+            described["gpt_model"], f"{tokens} x {images}", described["dtype"].removeprefix("torch."),
+            f"{settings['cfg_scale']}, {settings['top_k']}, {settings['temperature']}", *surroundings(device),
+            str(config.repeats), f"{sequential:.2f}", f"{jacobi:.2f}", f"{sequential / jacobi:.2f}×",
+            f"{statistics.mean(speeds[1:]):.2f}", f"{statistics.mean(equal):.1%}"], write=config.append_rows)
+
+
+@torch.no_grad()
+def measure_quantized(config: BenchModesFlags, device: torch.device) -> None:
+    """A row for each case and number of bits, against the same model as it is."""
+    for case, bits in tqdm(list(itertools.product(chosen_cases(config.only), (8, 4))), unit="case", mininterval=1.0):
+        models = [random_gpt(case, device) for _ in range(2)]
+        quantize_(models[1], bits)
+        codes = torch.randint(models[0].config.vocab_size, (case.images, case.tokens - 1), device=device)
+        largest, rms, same = logit_error(*(model(codes, case_labels(case, device))[0] for model in models))
+        spans: tuple[list[float], list[float]] = ([], [])
+        for _ in range(config.repeats + 1):  # the first warms up
+            for model, seconds in zip(models, spans, strict=True):
+                seconds.append(timed(partial(our_codes, model, case, device), device))
+        steps = [1e3 * statistics.median(seconds[1:]) / case.tokens for seconds in spans]
+        add_row("Quantised weights", [
+            case.name, f"int{bits}", *surroundings(device), str(config.repeats), *(f"{step:.1f}" for step in steps),
+            f"{steps[0] / steps[1]:.2f}×", f"{largest:.2%}", f"{rms:.2%}", f"{same:.1%}"], write=config.append_rows)
+
+
+def logit_error(exact: Tensor, changed: Tensor) -> tuple[float, float, float]:
+    """Of logits (…, V): the largest and the RMS difference, over the RMS of `exact`; the share of equal best codes."""
+    exact, changed = exact.double(), changed.double()
+    difference, scale = (changed - exact), exact.square().mean().sqrt()
+    return ((difference.abs().max() / scale).item(), (difference.square().mean().sqrt() / scale).item(),
+            (exact.argmax(-1) == changed.argmax(-1)).double().mean().item())
+
+
+def main(config: BenchModesFlags) -> None:
+    device = dist.setup(config.device).device
+    {"jacobi": measure_jacobi, "quantized": measure_quantized}[config.mode](config, device)
+
+
+if __name__ == "__main__":
+    cli.run(main, BenchModesFlags)

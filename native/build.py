@@ -1,0 +1,86 @@
+"""C++ kernels for the CPU, compiled for this very machine on first use (a few seconds) and kept in the cache folder.
+
+What PyTorch's own CPU kernels leave lying in decoding: a product of two rows with a matrix runs at a quarter of the
+memory's speed, its last bit depends on the number of rows, and half precision is emulated. The sources here need no
+PyTorch headers (plain pointers, called through ctypes), so they build in seconds. Without a compiler, or with
+LLAMAGEN_NATIVE=0 in the environment, everything runs on PyTorch's kernels instead.
+"""
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from torch import Tensor
+
+from utils.checkpoint import cache_folder
+
+SOURCES = Path(__file__).resolve().parent
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fPIC",
+         "-shared")
+
+
+def load(name: str, *defines: str) -> ctypes.CDLL | None:
+    """The kernels of <name>.cpp, compiled with `defines` (NAME=VALUE each), or None where they are switched off or
+    cannot be built (said once, on stderr)."""
+    return None if os.environ.get("LLAMAGEN_NATIVE") == "0" else _load(name, defines)
+
+
+def pointer(x: Tensor | None) -> ctypes.c_void_p:
+    """Where a contiguous CPU tensor's values begin."""
+    assert x is None or (x.is_contiguous() and x.device.type == "cpu"), (x.shape, x.stride(), x.device)
+    return ctypes.c_void_p(None if x is None else x.data_ptr())
+
+
+@functools.cache
+def _load(name: str, defines: tuple[str, ...]) -> ctypes.CDLL | None:
+    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), None)
+    if compiler is None:
+        print("no C++ compiler found (g++, clang++ or $CXX): PyTorch's kernels do the work, which are slower",
+              file=sys.stderr)
+        return None
+    try:
+        return ctypes.CDLL(str(_built(name, compiler, [f"-D{define}" for define in defines])))
+    except (OSError, subprocess.CalledProcessError) as error:
+        lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        print(f"the C++ kernels could not be built with {compiler}: PyTorch's kernels do the work, which are "
+              f"slower ({lines[0] if lines else error})", file=sys.stderr)
+        return None
+
+
+def _built(name: str, compiler: str, defines: list[str]) -> Path:
+    """The shared library of <name>.cpp, named by all it depends on; built where it is missing."""
+    texts = [path.read_bytes() for path in (SOURCES / f"{name}.cpp", *sorted(SOURCES.glob("*.h")))]
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
+    parts = [*texts, version, " ".join([*FLAGS, *defines]).encode(), _cpu().encode()]
+    key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+    folder = cache_folder() / "native"
+    if not (folder / f"{name}-{key}.so").is_file():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError:
+            folder = Path(tempfile.mkdtemp(prefix="llamagen-"))
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            made = Path(temporary) / f"{name}.so"
+            command = [compiler, *FLAGS, *defines, str(SOURCES / f"{name}.cpp"), "-o", str(made)]
+            try:
+                subprocess.run([*command, "-fopenmp"], capture_output=True, text=True, check=True)
+            except subprocess.CalledProcessError:  # a compiler without OpenMP: one thread
+                subprocess.run(command, capture_output=True, text=True, check=True)
+            os.replace(made, folder / f"{name}-{key}.so")
+    return folder / f"{name}-{key}.so"
+
+
+def _cpu() -> str:
+    """What -march=native looks at."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return "".join(next((line for line in lines if line.startswith(key)), "")
+                       for key in ("model name", "flags", "Features"))
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"

@@ -1,0 +1,126 @@
+// From logits to codes: guidance, temperature, top-k, top-p and a Gumbel-max draw, one code after the other.
+//
+// What autoregressive/models/sampling.py says in PyTorch, which the tests compare with, without sorting what need not
+// be sorted and without noise for what cannot be drawn.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <utility>
+#include <vector>
+
+#include "simd.h"
+
+struct Draws {
+    const float* logits;            // (rows, stride)
+    int64_t stride, vocab, count;
+    const int32_t* conditional;     // (count,) rows
+    const int32_t* unconditional;   // (count,) rows, -1 where there is no guidance
+    const float* scale;             // (count,) each, as are the following
+    const float* temperature;
+    const int64_t* top_k;           // 0: all
+    const float* top_p;             // 1: all
+    const int64_t* key;
+    const int64_t* position;
+    int64_t greedy;
+    int64_t* codes;                 // (count,) out
+    int64_t threads;
+};
+
+// Philox 4x32 with ten rounds ("Parallel random numbers: as easy as 1, 2, 3", SC 2011), eight counters at a time.
+static void philox(uint64_t key, uint32_t position, uint32_t block, uint32_t (&out)[4][8]) {
+    uint32_t c0[8], c1[8], c2[8], c3[8], k0 = (uint32_t)key, k1 = (uint32_t)(key >> 32);
+    for (int i = 0; i < 8; i++) c0[i] = block + i, c1[i] = position, c2[i] = 0, c3[i] = 0;
+    for (int round = 0; round < 10; round++) {
+        for (int i = 0; i < 8; i++) {
+            const uint64_t a = (uint64_t)0xD2511F53u * c0[i], b = (uint64_t)0xCD9E8D57u * c2[i];
+            const uint32_t x = (uint32_t)(b >> 32) ^ c1[i] ^ k0, y = (uint32_t)(a >> 32) ^ c3[i] ^ k1;
+            c0[i] = x, c1[i] = (uint32_t)b, c2[i] = y, c3[i] = (uint32_t)a;
+        }
+        k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
+    }
+    for (int i = 0; i < 8; i++) out[0][i] = c0[i], out[1][i] = c1[i], out[2][i] = c2[i], out[3][i] = c3[i];
+}
+
+// -ln(-ln(1 - u)) for u = (bits + 1/2) / 2^32: small u, which win, keep their precision.
+static inline f8 gumbel(const uint32_t* bits) {
+    float u[8];
+    for (int i = 0; i < 8; i++) u[i] = (float)bits[i] * 0x1p-32f + 0x1p-33f;
+    const f8 x = load(u), one = all(1.0f);
+    const f8 series = x * (one + x * (all(1 / 2.0f) + x * (all(1 / 3.0f) + x * (all(1 / 4.0f) + x * all(1 / 5.0f)))));
+    const f8 rest = one - x, far = all(0.0f) - logarithm(select(rest > all(0.0f), rest, all(0x1p-24f)));
+    return all(0.0f) - logarithm(select(x < all(0x1p-6f), series, far));
+}
+
+static int64_t draw(const Draws& d, int64_t i, std::vector<float>& logits, std::vector<float>& other,
+                    std::vector<std::pair<float, int32_t>>& ranked) {
+    const int64_t V = d.vocab, padded = (int64_t)logits.size();
+    const float* c = d.logits + d.conditional[i] * d.stride;
+    const float* u = d.unconditional[i] < 0 ? nullptr : d.logits + d.unconditional[i] * d.stride;
+    const float scale = d.scale[i], divisor = std::max(d.temperature[i], 1e-5f);
+    for (int64_t v = 0; v < V; v++) logits[v] = (u ? u[v] + scale * (c[v] - u[v]) : c[v]) / divisor;
+    std::fill(logits.begin() + V, logits.end(), -std::numeric_limits<float>::infinity());
+    if (d.greedy) return std::max_element(logits.begin(), logits.begin() + V) - logits.begin();
+
+    float least = -std::numeric_limits<float>::infinity();
+    if (0 < d.top_k[i] && d.top_k[i] < V) {
+        other.assign(logits.begin(), logits.begin() + V);
+        std::nth_element(other.begin(), other.begin() + d.top_k[i] - 1, other.end(), std::greater<float>());
+        least = other[d.top_k[i] - 1];
+    }
+    int64_t last = padded;  // of codes that tie with `least`, those from here on are out
+    if (d.top_p[i] < 1) {
+        ranked.clear();
+        double mass = 0;
+        const float top = *std::max_element(logits.begin(), logits.begin() + V);
+        for (int64_t v = 0; v < V; v++)
+            if (logits[v] >= least) ranked.emplace_back(-logits[v], (int32_t)v), mass += std::exp(logits[v] - top);
+        const size_t survivors = ranked.size();
+        double before = 0;
+        size_t rank = 0, sorted = 0;
+        while (rank < survivors && (rank == 0 || before <= d.top_p[i] * mass)) {
+            if (rank == sorted) {  // the best few are most often enough
+                sorted = std::min(survivors, sorted ? 4 * sorted : 512);
+                if (sorted < survivors) std::nth_element(ranked.begin() + rank, ranked.begin() + sorted, ranked.end());
+                std::sort(ranked.begin() + rank, ranked.begin() + sorted);
+            }
+            before += std::exp(-ranked[rank].first - top), rank++;
+        }
+        least = -ranked[rank - 1].first, last = ranked[rank - 1].second + 1;
+        if (rank < survivors) {  // those that tie with the last one kept, but come later, are out
+            for (int64_t v = last; v < V; v++)
+                if (logits[v] == least) logits[v] = -std::numeric_limits<float>::infinity();
+        }
+    }
+
+    f8 best = all(-std::numeric_limits<float>::infinity());
+    i8 place = {}, lanes = {0, 4, 8, 12, 16, 20, 24, 28};
+    for (int64_t start = 0; start < V; start += 32) {
+        bool any = false;
+        for (int64_t v = start; v < start + 32; v++) any |= logits[v] >= least;
+        if (!any) continue;
+        uint32_t bits[4][8];
+        philox((uint64_t)d.key[i], (uint32_t)d.position[i], (uint32_t)(start / 4), bits);
+        for (int j = 0; j < 4; j++) {  // codes start + j, start + j + 4, …
+            float strided[8];
+            for (int l = 0; l < 8; l++) strided[l] = logits[start + j + 4 * l];
+            const f8 x = load(strided), score = x + gumbel(bits[j]);
+            const i8 better = (score > best) & (x >= all(least));
+            best = select(better, score, best);
+            place = (better & (lanes + (int32_t)(start + j))) | (~better & place);
+        }
+    }
+    int winner = 0;
+    for (int l = 1; l < 8; l++)
+        if (best[l] > best[winner] || (best[l] == best[winner] && place[l] < place[winner])) winner = l;
+    return place[winner];
+}
+
+extern "C" void sample(const Draws* d) {
+#pragma omp parallel num_threads(d->threads)
+    {
+        std::vector<float> logits((d->vocab + 31) / 32 * 32), other;
+        std::vector<std::pair<float, int32_t>> ranked;
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < d->count; i++) d->codes[i] = draw(*d, i, logits, other, ranked);
+    }
+}

@@ -1,0 +1,85 @@
+// Eight floats at a time, in the compilers' own vector types: AVX2, two NEON registers, or whatever there is.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+typedef float f8 __attribute__((vector_size(32), aligned(4)));
+typedef int32_t i8 __attribute__((vector_size(32), aligned(4)));
+typedef uint32_t u8 __attribute__((vector_size(32), aligned(2)));
+
+static inline f8 load(const float* p) { return *(const f8*)p; }
+static inline void store(float* p, f8 x) { *(f8*)p = x; }
+static inline f8 all(float x) { return f8{x, x, x, x, x, x, x, x}; }
+static inline f8 select(i8 mask, f8 yes, f8 no) { return (f8)(((i8)yes & mask) | ((i8)no & ~mask)); }
+
+static inline float sum(f8 x) {
+    return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7]));
+}
+
+typedef float f4 __attribute__((vector_size(16), aligned(4)));
+
+static inline f4 halves(f8 x) {
+    return __builtin_shufflevector(x, x, 0, 1, 2, 3) + __builtin_shufflevector(x, x, 4, 5, 6, 7);
+}
+
+// Four times `sum`, in the same order of additions.
+static inline f4 sums(f8 a, f8 b, f8 c, f8 d) {
+    const f4 ha = halves(a), hb = halves(b), hc = halves(c), hd = halves(d);
+    const f4 ab = __builtin_shufflevector(ha, hb, 0, 4, 1, 5) + __builtin_shufflevector(ha, hb, 2, 6, 3, 7);
+    const f4 cd = __builtin_shufflevector(hc, hd, 0, 4, 1, 5) + __builtin_shufflevector(hc, hd, 2, 6, 3, 7);
+    return __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+}
+
+// Keeps a loaded vector in a register: compilers like to load it again for each use.
+static inline f8 held(f8 x) {
+#ifdef __AVX2__
+    asm("" : "+x"(x));
+#endif
+    return x;
+}
+
+static inline float largest(f8 x) {
+    float best = x[0];
+    for (int i = 1; i < 8; i++) best = x[i] > best ? x[i] : best;
+    return best;
+}
+
+// e^x to two units in the last place; 0 below -87, e^88 above 88.
+static inline f8 exponential(f8 x) {
+    const i8 tiny = x < all(-87.0f);
+    x = select(x > all(88.0f), all(88.0f), select(tiny, all(-87.0f), x));
+    const f8 shifter = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+    const f8 n = (x * all(1.44269504088896341f) + shifter) - shifter;
+    const f8 r = (x - n * all(0.693359375f)) + n * all(2.12194440e-4f);  // |r| <= ln(2) / 2
+    f8 y = all(1.9875691500e-4f);  // minimax coefficients of Cephes' expf
+    y = y * r + all(1.3981999507e-3f);
+    y = y * r + all(8.3334519073e-3f);
+    y = y * r + all(4.1665795894e-2f);
+    y = y * r + all(1.6666665459e-1f);
+    y = y * r + all(5.0000001201e-1f);
+    y = y * r * r + r + all(1.0f);
+    const i8 scale = (__builtin_convertvector(n, i8) + 127) << 23;
+    return select(tiny, all(0.0f), y * (f8)scale);
+}
+
+// ln x for normal x > 0, to two units in the last place.
+static inline f8 logarithm(f8 x) {
+    i8 bits = (i8)x;
+    i8 exponent = ((bits >> 23) & 255) - 126;
+    f8 m = (f8)((bits & 0x007fffff) | 0x3f000000);  // [0.5, 1)
+    const i8 low = m < all(0.707106781186547524f);
+    exponent = exponent + low;  // a true lane is -1
+    m = select(low, m + m, m) - all(1.0f);
+    const f8 e = __builtin_convertvector(exponent, f8), z = m * m;
+    f8 y = all(7.0376836292e-2f);  // minimax coefficients of Cephes' logf
+    y = y * m - all(1.1514610310e-1f);
+    y = y * m + all(1.1676998740e-1f);
+    y = y * m - all(1.2420140846e-1f);
+    y = y * m + all(1.4249322787e-1f);
+    y = y * m - all(1.6668057665e-1f);
+    y = y * m + all(2.0000714765e-1f);
+    y = y * m - all(2.4999993993e-1f);
+    y = y * m + all(3.3333331174e-1f);
+    y = y * m * z - e * all(2.12194440e-4f) - all(0.5f) * z;
+    return (m + y) + e * all(0.693359375f);
+}

@@ -1,0 +1,187 @@
+"""The tokenizer's own CPU kernels: against PyTorch's layers, bit for bit in any batch and number of threads."""
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.bench_tokenizer import PlainTokenizer, deviation
+from native import build
+from tokenizer.build import decode_images, encode_images, rows_at_once
+from tokenizer.tokenizer_image import convolution
+from tokenizer.tokenizer_image.convolution import convolve, ready
+from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel
+from utils import images
+
+needs_kernels = pytest.mark.skipif(convolution.kernels() is None, reason="no C++ compiler")
+
+
+@pytest.fixture(scope="module")
+def model() -> VQModel:
+    """A tokenizer whose channels (12, 24, 40, 300 codes) fill none of the kernels' blocks."""
+    torch.manual_seed(0)
+    return VQModel(VQConfig(encoder_ch_mult=(1, 2), decoder_ch_mult=(1, 2), ch=12, z_channels=40, codebook_size=300,
+                            num_res_blocks=1)).eval().requires_grad_(False)
+
+
+@pytest.fixture
+def no_kernels(monkeypatch):
+    """As on a machine without a compiler."""
+    monkeypatch.setattr(build, "load", lambda name: None)
+
+
+def conv(channels: int, out: int, kernel: int, **options) -> nn.Conv2d:
+    torch.manual_seed(channels + out)
+    return nn.Conv2d(channels, out, kernel, **options).eval().requires_grad_(False)
+
+
+@needs_kernels
+@pytest.mark.parametrize(("channels", "out", "size"), [
+    (8, 16, (4, 4)), (3, 5, (1, 1)), (13, 20, (7, 30)), (40, 3, (18, 5)), (24, 33, (26, 49)), (64, 48, (17, 25))])
+def test_a_convolution_is_its_definition(channels, out, size):
+    layer, x = conv(channels, out, 3, padding=1), torch.randn(2, channels, *size)
+    exact = F.conv2d(x.double(), layer.weight.double(), layer.bias.double(), padding=1)
+    torch.testing.assert_close(convolve(layer, x).double(), exact, atol=1e-5, rtol=0)
+    norm = nn.GroupNorm(1, channels, eps=1e-6).eval().requires_grad_(False)
+    norm.weight.uniform_(-1, 2)
+    norm.bias.uniform_(-1, 1)
+    normed = F.silu(F.group_norm(x.double(), 1, norm.weight.double(), norm.bias.double(), 1e-6))
+    exact = F.conv2d(normed, layer.weight.double(), layer.bias.double(), padding=1)
+    residual = torch.randn(2, out, *size)
+    found = convolve(layer, x, norm=norm, residual=residual.contiguous(memory_format=torch.channels_last))
+    torch.testing.assert_close(found.double(), exact + residual, atol=1e-5, rtol=0)
+    doubled = F.interpolate(x.double(), scale_factor=2.0, mode="nearest")
+    exact = F.conv2d(doubled, layer.weight.double(), layer.bias.double(), padding=1)
+    torch.testing.assert_close(convolve(layer, x, upsample=True).double(), exact, atol=1e-5, rtol=0)
+
+
+@needs_kernels
+def test_other_windows_are_their_definition():
+    x = torch.randn(2, 13, 10, 14)
+    half, point = conv(13, 21, 3, stride=2), conv(13, 40, 1)
+    exact = F.conv2d(F.pad(x.double(), (0, 1, 0, 1)), half.weight.double(), half.bias.double(), stride=2)
+    torch.testing.assert_close(convolve(half, x).double(), exact, atol=1e-5, rtol=0)
+    exact = F.conv2d(x.double(), point.weight.double(), point.bias.double())
+    torch.testing.assert_close(convolve(point, x).double(), exact, atol=1e-5, rtol=0)
+    z, book = torch.randn(70, 6), torch.randn(1100, 6)
+    torch.testing.assert_close(convolution.linear(z, book, book[:, 0].clone()), F.linear(z, book, book[:, 0]))
+
+
+@needs_kernels
+def test_group_norm_does_not_lose_a_small_spread_on_a_large_mean():
+    x = torch.randn(2, 8, 40, 33) + torch.tensor([30.0] * 4 + [0.0] * 4)[:, None, None]
+    norm = nn.GroupNorm(2, 8, eps=1e-6).requires_grad_(False)
+    factor, summand = convolution.scaling(norm, x)
+    exact = F.group_norm(x.double(), 2, eps=1e-6)
+    found = x.double() * factor.double()[..., None, None] + summand.double()[..., None, None]
+    torch.testing.assert_close(found, exact, atol=2e-4, rtol=0)
+
+
+def outcome(model: VQModel, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    codes = encode_images(model, pixels)
+    return codes, decode_images(model, codes, (pixels.shape[2] // 2, pixels.shape[3] // 2))
+
+
+@needs_kernels
+def test_bits_depend_neither_on_the_batch_nor_on_threads(model):
+    pixels = torch.rand(9, 3, 22, 14) * 2 - 1
+    codes, pictures = outcome(model, pixels)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            for size in (1, 4, 9) if threads > 1 else range(1, 10):
+                parts = [outcome(model, part) for part in pixels.split(size)]
+                assert torch.equal(torch.cat([part[0] for part in parts]), codes), (threads, size)
+                assert torch.equal(torch.cat([part[1] for part in parts]), pictures), (threads, size)
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_kernels
+def test_one_image_costs_one_image(model, monkeypatch):
+    seen = []
+    decode = model.decode_code
+    monkeypatch.setattr(model, "decode_code", lambda codes, shape: (seen.append(len(codes)), decode(codes, shape))[1])
+    decode_images(model, torch.zeros(1, 12, dtype=torch.long), (3, 4))
+    assert seen == [1]
+    monkeypatch.setattr("tokenizer.build.PIXELS", 3 * 48)
+    decode_images(model, torch.zeros(7, 12, dtype=torch.long), (3, 4))
+    assert seen == [1, 3, 3, 1]
+
+
+@needs_kernels
+def test_without_kernels_the_pictures_are_the_same(model, monkeypatch):
+    pixels = torch.rand(3, 3, 18, 26) * 2 - 1
+    codes, pictures = outcome(model, pixels)
+    monkeypatch.setattr(build, "load", lambda name: None)
+    assert not ready(model.decoder.conv_in)
+    plain_codes, plain = outcome(model, pixels)
+    assert torch.equal(plain_codes, codes)
+    torch.testing.assert_close(plain, pictures, atol=2e-5, rtol=0)
+    levels = images.to_uint8(plain).astype(int) - images.to_uint8(pictures).astype(int)
+    assert abs(levels).max() <= 1
+
+
+def test_without_kernels_the_batch_is_padded(model, no_kernels, monkeypatch):
+    seen = []
+    decode = model.decode_code
+    monkeypatch.setattr(model, "decode_code", lambda codes, shape: (seen.append(len(codes)), decode(codes, shape))[1])
+    assert decode_images(model, torch.zeros(9, 4, dtype=torch.long), (2, 2)).shape == (9, 3, 4, 4)
+    assert seen == [8, 8]
+
+
+@needs_kernels
+def test_weights_changed_in_place_count_at_once(model):
+    changed = copy.deepcopy(model)
+    codes = torch.arange(12)[None]
+    before = decode_images(changed, codes, (3, 4))
+    for parameter in (changed.decoder.conv_out.weight, changed.quantize.embedding.weight):
+        parameter.data.mul_(-1)  # what no version counter sees
+        after = decode_images(changed, codes, (3, 4))
+        assert (after - before).abs().max() > 1e-3
+        before = after
+
+
+def test_the_codebook_is_normalised_once(model, monkeypatch):
+    quantizer = copy.deepcopy(model.quantize)
+    with torch.inference_mode():
+        first = quantizer.codebook()
+    assert quantizer.codebook() is first and not first.is_inference()
+    quantizer.embedding.weight.data[3].mul_(-2)
+    assert torch.equal(quantizer.codebook()[3], -first[3])
+    assert quantizer.train().codebook() is not quantizer.codebook()
+    assert "_normalised" not in quantizer.state_dict()
+
+
+@needs_kernels
+def test_training_and_other_types_run_on_the_layers(model):
+    trained = copy.deepcopy(model).requires_grad_(True)
+    layer, x = trained.decoder.conv_in, torch.zeros(1, 40, 4, 4)
+    assert not ready(layer, x)  # a gradient is wanted
+    with torch.no_grad():
+        assert ready(layer, x) and not ready(layer, x.double())
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert not ready(layer, x)
+        assert not ready(trained.train().decoder.conv_in, x)
+        assert rows_at_once(trained, 64) is None and rows_at_once(trained.eval(), 64) == 2**18 // 64
+    assert not ready(layer.requires_grad_(False), x.requires_grad_())
+    trained.requires_grad_(True)(torch.rand(1, 3, 8, 8))[0].sum().backward()
+    assert all(p.grad is not None for p in trained.decoder.parameters())
+
+
+def test_the_benchmarks_plain_side_is_the_same_tokenizer(model):
+    plain, pixels = PlainTokenizer(model), torch.rand(2, 3, 12, 16) * 2 - 1
+    codes, pictures = outcome(model, pixels)
+    assert torch.equal(plain.encode(pixels), codes)
+    found = plain.decode(codes, (6, 8))
+    torch.testing.assert_close(found, pictures, atol=2e-5, rtol=0)
+    assert deviation(codes, codes) == "0 of 96 codes" and plain.flops > plain.reduced > plain.flops / 4
+
+
+def test_bf16_decoding_is_near(model):
+    codes = torch.arange(24)[None]
+    exact, low = decode_images(model, codes, (4, 6)), decode_images(model, codes, (4, 6), dtype=torch.bfloat16)
+    assert low.dtype == torch.float32
+    assert 0 < (low - exact).square().mean() < 1e-3

@@ -1,0 +1,115 @@
+"""A convolution with what stands before and after it in the tokenizer's layers: one call, two ways.
+
+Where nothing is trained and fp32 runs on a CPU, native/conv.cpp does all of it in one pass: Winograd's convolution
+(arXiv 1509.09308) with GroupNorm, SiLU, upsampling and the residual folded in, several times as fast as PyTorch's
+kernels. Its results depend neither on the batch nor on the number of threads. Everywhere else the layers themselves
+run, one after the other.
+"""
+import ctypes
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from native import build
+from utils.allocator import keep_freed_memory
+
+
+def convolve(layer: nn.Conv2d, x: Tensor, *, norm: nn.GroupNorm | None = None, dropout: nn.Module | None = None,
+             upsample: bool = False, residual: Tensor | None = None) -> Tensor:
+    """residual + layer(dropout(silu(norm(x)))), x (B, in, h, w) → (B, out, h', w'); what is None is left out.
+
+    `upsample` doubles h and w first (nearest neighbour). A layer of stride 2 without padding gets one zero row below
+    and one zero column on the right.
+    """
+    if ready(layer, x):
+        return run_kernel(x, layer.weight, layer.bias, stride=layer.stride[0], before=layer.padding[0],
+                          upsample=upsample, scaling=None if norm is None else scaling(norm, x), silu=norm is not None,
+                          residual=residual)
+    if norm is not None:
+        x = F.silu(norm(x))
+    if dropout is not None:
+        x = dropout(x)
+    if upsample:
+        x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+    if layer.stride == (2, 2):
+        x = F.pad(x, (0, 1, 0, 1))
+    y = layer(x)
+    return y if residual is None else residual + y
+
+
+def ready(layer: nn.Module, x: Tensor | None = None) -> bool:
+    """Whether the kernels may run `layer` (on x): eval mode, no gradient, no autocast, fp32 on a CPU, a compiler."""
+    weight = layer.weight
+    tensors = (weight,) if x is None else (weight, x)
+    return (not layer.training and all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors)
+            and type(weight) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling()
+            and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+            and not torch.is_autocast_enabled("cpu") and kernels() is not None)
+
+
+def run_kernel(x: Tensor, weight: Tensor, bias: Tensor | None, *, stride: int = 1, before: int = 0,
+               upsample: bool = False, scaling: tuple[Tensor, Tensor] | None = None, silu: bool = False,
+               residual: Tensor | None = None) -> Tensor:
+    """The kernels' convolution of x (B, in, h, w) by weight (out, in, k, k), h' = h (doubled by `upsample`) / stride.
+
+    `before`: zeros above and left of the picture; `scaling`: a factor and a summand (B, in) each, applied to x first.
+    """
+    out, channels, side, _ = weight.shape
+    winograd = (side, stride, before) == (3, 1, 1)
+    height, width = (size * 2 if upsample else size // stride for size in x.shape[2:])
+    y = torch.empty(x.shape[0], height, width, out)
+    packed = torch.empty(kernels().packed_size(winograd, side, channels, out))
+    x, residual = pixel_rows(x), None if residual is None else pixel_rows(residual)
+    factor, summand = scaling or (None, None)
+    kernels().convolution(
+        winograd, pointer(x), *x.shape, pointer(factor), pointer(summand), silu, upsample, pointer(weight),
+        (ctypes.c_long * 4)(*weight.stride()), side, stride, before, pointer(packed), pointer(bias), pointer(residual),
+        pointer(y), height, width, out, torch.get_num_threads())
+    return y.permute(0, 3, 1, 2)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """F.linear by the kernels: (N, in) → (N, out)."""
+    return run_kernel(x.t()[None, :, None], weight[:, :, None, None], bias)[0, :, 0].t()
+
+
+def scaling(norm: nn.GroupNorm, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The factor and the summand (B, C) each that GroupNorm comes down to for each image and channel of x."""
+    x = pixel_rows(x)
+    batch, height, width, channels = x.shape
+    factor, summand = torch.empty(2, batch, channels)
+    kernels().group_norm(pointer(x), batch, height * width, channels, norm.num_groups, pointer(norm.weight),
+                         pointer(norm.bias), norm.eps, pointer(factor), pointer(summand), torch.get_num_threads())
+    return factor, summand
+
+
+def pixel_rows(x: Tensor) -> Tensor:
+    """(B, C, h, w) in any memory format → (B, h, w, C) contiguous; a view where memory is channels-last."""
+    return x.permute(0, 2, 3, 1).contiguous()
+
+
+def pointer(x: Tensor | None) -> int | None:
+    """Where x begins."""
+    return None if x is None else x.data_ptr()
+
+
+def kernels() -> ctypes.CDLL | None:
+    """native/conv.cpp, or None where it cannot be built or is switched off."""
+    library = build.load("conv")
+    return library if library is None else declared(library)
+
+
+@functools.cache
+def declared(library: ctypes.CDLL) -> ctypes.CDLL:
+    """The library with its functions' types; memory that is freed is kept, as each layer asks for as much again."""
+    keep_freed_memory()
+    integer, size, address = ctypes.c_int, ctypes.c_long, ctypes.c_void_p
+    library.packed_size.argtypes, library.packed_size.restype = (integer, size, size, size), size
+    library.group_norm.argtypes = (address, *[size] * 4, address, address, ctypes.c_double, address, address, integer)
+    library.convolution.argtypes = (
+        integer, address, *[size] * 4, address, address, integer, integer, address, address, *[size] * 3,
+        *[address] * 4, *[size] * 3, integer)
+    library.group_norm.restype = library.convolution.restype = None
+    return library
