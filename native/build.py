@@ -14,6 +14,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
+from collections import defaultdict
 from pathlib import Path
 
 from torch import Tensor
@@ -24,11 +26,27 @@ SOURCES = Path(__file__).resolve().parent
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fPIC",
          "-shared")
 
+_LOCKS: dict[tuple[str, tuple[str, ...]], threading.Lock] = defaultdict(threading.Lock)  # one build of each at a time
+
 
 def load(name: str, *defines: str) -> ctypes.CDLL | None:
     """The kernels of <name>.cpp, compiled with `defines` (NAME=VALUE each), or None where they are switched off or
     cannot be built (said once, on stderr)."""
-    return None if os.environ.get("LLAMAGEN_NATIVE") == "0" else _load(name, defines)
+    if not available():
+        return None
+    with _LOCKS[name, defines]:
+        return _load(name, defines)
+
+
+def available() -> bool:
+    """Whether kernels are wanted and can be compiled here."""
+    return os.environ.get("LLAMAGEN_NATIVE") != "0" and _compiler() is not None
+
+
+def prepare(*kernels: tuple[str, ...]) -> None:
+    """Begin to build what `load` will be asked for, in the background: nothing waits but who needs it."""
+    for arguments in kernels:
+        threading.Thread(target=load, args=arguments, daemon=True).start()
 
 
 def pointer(x: Tensor | None) -> ctypes.c_void_p:
@@ -38,12 +56,17 @@ def pointer(x: Tensor | None) -> ctypes.c_void_p:
 
 
 @functools.cache
-def _load(name: str, defines: tuple[str, ...]) -> ctypes.CDLL | None:
-    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), None)
-    if compiler is None:
+def _compiler() -> str | None:
+    found = next(filter(None, map(shutil.which, filter(None, (os.environ.get("CXX"), "g++", "clang++", "c++")))), None)
+    if found is None:
         print("no C++ compiler found (g++, clang++ or $CXX): PyTorch's kernels do the work, which are slower",
               file=sys.stderr)
-        return None
+    return found
+
+
+@functools.cache
+def _load(name: str, defines: tuple[str, ...]) -> ctypes.CDLL | None:
+    compiler = _compiler()
     try:
         return ctypes.CDLL(str(_built(name, compiler, [f"-D{define}" for define in defines])))
     except (OSError, subprocess.CalledProcessError) as error:

@@ -130,3 +130,26 @@ def sets(tmp_path) -> tuple[Path, Path]:
     np.savez(tmp_path / "ref.npz", arr_0=pictures(40, seed=0))
     np.savez(tmp_path / "sample.npz", arr_0=pictures(31, seed=1))
     return tmp_path / "ref.npz", tmp_path / "sample.npz"
+
+
+@pytest.fixture(params=["native", "torch"])
+def engine(request, monkeypatch) -> type:
+    """The class of the engine that models then decode on: C++ kernels or PyTorch's."""
+    from autoregressive.models.engine import TorchEngine
+    from autoregressive.models.native_engine import NativeEngine
+    from native.build import load
+
+    monkeypatch.setenv("LLAMAGEN_NATIVE", "1" if request.param == "native" else "0")
+    if request.param == "native" and load("sample") is None:
+        pytest.skip("no C++ compiler")
+    return NativeEngine if request.param == "native" else TorchEngine
+
+
+@pytest.fixture
+def native(monkeypatch) -> None:
+    """C++ kernels are there and on."""
+    from native.build import load
+
+    monkeypatch.setenv("LLAMAGEN_NATIVE", "1")
+    if load("sample") is None:
+        pytest.skip("no C++ compiler")

@@ -9,24 +9,25 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-OURS = ("utils", "dataset", "language", "tokenizer", "autoregressive", "evaluations", "benchmarks", "tests")
+OURS = ("utils", "native", "dataset", "language", "tokenizer", "autoregressive", "evaluations", "benchmarks", "tests")
 FILES = sorted(path.relative_to(ROOT) for top in OURS[:-1] for path in (ROOT / top).rglob("*.py"))
 SOURCES = [path for path in FILES if path.name != "__init__.py"]
 
 # For each room, longest prefix first: what of ours it may import.
 MAY_IMPORT = {
     "utils": {"utils"},
-    "autoregressive/models": {"utils", "autoregressive.models"},
+    "native": {"utils", "native"},  # C++ kernels for the CPU
+    "autoregressive/models": {"utils", "native", "autoregressive.models"},
     "dataset": {"utils", "dataset"},
     "language": {"utils", "dataset", "language"},
     "evaluations": {"utils", "dataset", "evaluations"},  # image sets only; who makes images may ask how good they are
-    "tokenizer": {"utils", "dataset", "evaluations", "tokenizer"},
-    "autoregressive": {"utils", "dataset", "evaluations", "language", "tokenizer", "autoregressive"},
+    "tokenizer": {"utils", "native", "dataset", "evaluations", "tokenizer"},
+    "autoregressive": {"utils", "native", "dataset", "evaluations", "language", "tokenizer", "autoregressive"},
     "benchmarks": set(OURS[:-1]),
 }
 MODEL_FILES = [Path("tokenizer/tokenizer_image") / name for name in
                ("vq_model.py", "layers.py", "quantize.py", "discriminator.py")]
-ONLY_TORCH = {"utils", "torch", "torchvision"}
+ONLY_TORCH = {"utils", "native", "torch", "torchvision"}
 
 
 def imports(path: Path) -> set[str]:

@@ -1,165 +1,129 @@
-"""Decoding: greedy and guided steps against full forwards, the filters against naive ones, and samples that do not
-depend on their batch."""
+"""Decoding: its codes against full forwards, on both engines and in both ways; settings per image; faults."""
+import copy
 import math
+import os
+import pickle
+from pathlib import Path
 
 import pytest
 import torch
 
-from autoregressive.models.generate import attention_mask, generate
-from autoregressive.models.gpt import GPT_models
-from autoregressive.models.sampling import check_sampling, draw, filter_logits, guide
+from autoregressive.models.engine import TorchEngine
+from autoregressive.models.generate import Statistics, generate
+from autoregressive.models.native_engine import NativeEngine
+from native import build
+from tests.decoding import keys_of, plain_codes, streams
 from tests.test_gpt import CAPTION, TEXT, V, condition, tiny
-from utils.seeding import sample_generator
 
-
-@torch.no_grad()
-def step_by_step(model, cond, steps: int, *, scale: float = 1.0, interval: int = -1, valid=None) -> torch.Tensor:
-    """Greedy codes (B, steps), each from full forwards over everything before it, with guidance by its formula."""
-    codes = torch.empty(len(cond), 0, dtype=torch.long)
-    free = model.cls_embedding.unconditional(cond)
-    for step in range(steps):
-        length = model.config.cls_token_num + step
-        mask = attention_mask(valid, model.config.cls_token_num, length, device=codes.device)
-        logits = model(codes, cond, mask=mask)[0][:, -1]
-        decoding_step = step - 1  # 0 is the first after the prefill
-        if scale > 1 and (interval == -1 or decoding_step <= interval):
-            without = model(codes, free, mask=mask)[0][:, -1]
-            logits = without + scale * (logits - without)
-        codes = torch.cat([codes, logits.argmax(-1, keepdim=True)], 1)
-    return codes
+WAYS = [{"decode": "sequential"}, *({"decode": "jacobi", "window": window} for window in (2, 3, 7, 50)),
+        {"decode": "auto", "window": 4}]
+MASKS = {  # of text tokens, five images
+    "left": [[0, 0, 0, 0, 1], [0, 0, 0, 1, 1], [0, 0, 1, 1, 1], [0, 1, 1, 1, 1], [1, 1, 1, 1, 1]],
+    "right": [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 1]],
+    "last hidden": [[1, 1, 1, 1, 0]] * 5,
+    "mixed": [[0, 1, 0, 1, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0], [0, 0, 1, 0, 1], [0, 1, 0, 1, 0]],
+    "visible": [[1] * 5] * 5,
+    "none": None}
 
 
 @pytest.mark.parametrize(("scale", "interval"), [(1.0, -1), (3.0, -1), (3.0, 0), (3.0, 4), (3.0, 100), (0.5, 2)])
-@pytest.mark.parametrize("kind", ["c2i", "t2i"])
-def test_greedy_is_the_argmax_of_full_forwards(kind, scale, interval):
-    model = tiny(model_type=kind, n_kv_head=2, grid=(3, 4))
+@pytest.mark.parametrize("options", [
+    {}, {"n_kv_head": 2, "grid": (3, 4)}, {"n_kv_head": 1, "grid": (2, 5)}, {"dim": 40, "n_head": 2, "grid": (1, 7)},
+    {"model_type": "t2i", "n_kv_head": 2, "grid": (4, 2)}], ids=str)
+def test_greedy_is_the_argmax_of_full_forwards(options, scale, interval, engine):
+    model = tiny(**options)
     cond, valid = condition(model, 5)
-    expected = step_by_step(model, cond, 12, scale=scale, interval=interval, valid=valid)
-    codes = generate(model, cond, 12, emb_masks=valid, cfg_scale=scale, cfg_interval=interval, sample_logits=False)
-    assert codes.dtype == torch.long and torch.equal(codes, expected)
+    length = model.config.block_size
+    expected = plain_codes(model, cond, length, scale=scale, interval=interval, valid=valid)
+    for way in WAYS:
+        codes = generate(model, cond, length, emb_masks=valid, cfg_scale=scale, cfg_interval=interval,
+                         sample_logits=False, **way)
+        assert codes.dtype == torch.long and torch.equal(codes, expected), way
+    assert [type(one) for one in model.engines] == [engine]
 
 
-def test_the_guidance_interval_matters_in_these_models():
-    model = tiny(grid=(3, 4))
-    cond = torch.arange(8) % 3
-    runs = [step_by_step(model, cond, 12, scale=3.0, interval=interval) for interval in (-1, 0, 4)]
-    runs.append(step_by_step(model, cond, 12))
+@pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize("name", MASKS)
+def test_hidden_text_is_not_seen(name, way, engine):
+    model = tiny(model_type="t2i", grid=(3, 4))
+    cond, mask = torch.randn(5, TEXT, CAPTION), MASKS[name]
+    valid = None if mask is None else torch.tensor(mask)
+    for scale, interval in ((1.0, -1), (3.0, -1), (3.0, 2)):
+        expected = plain_codes(model, cond, 12, scale=scale, interval=interval, valid=valid, keys=keys_of(streams(5)))
+        codes = generate(model, cond, 12, emb_masks=valid, cfg_scale=scale, cfg_interval=interval,
+                         generators=streams(5), **way)
+        assert torch.equal(codes, expected), scale
+    assert type(model.engines[0]) is engine
+
+
+def test_masks_settings_and_intervals_matter_in_these_models():
+    model, text = tiny(grid=(3, 4)), tiny(model_type="t2i", grid=(3, 4))
+    cond, features = torch.arange(5) % 3, torch.randn(5, TEXT, CAPTION)
+    keys = keys_of(streams(5))
+    runs = [plain_codes(model, cond, 12, scale=3.0, interval=interval, keys=keys) for interval in (-1, 0, 4)]
+    runs += [plain_codes(model, cond, 12, keys=keys, **one) for one in (
+        {}, {"temperature": 2.0}, {"top_k": 4}, {"top_p": 0.5})]
+    runs += [plain_codes(text, features, 12, valid=None if mask is None else torch.tensor(mask), keys=keys)
+             for name, mask in MASKS.items() if name != "none"]
     for i, run in enumerate(runs):
-        assert not any(torch.equal(run, other) for other in runs[:i])
+        assert not any(torch.equal(run, other) for other in runs[:i]), i
 
 
-def test_a_scale_of_one_or_less_is_no_guidance():
+@pytest.mark.parametrize("settings", [
+    {}, {"cfg_scale": 2.0}, {"cfg_scale": 4.0, "cfg_interval": 3, "temperature": 1.5, "top_k": 9},
+    {"cfg_scale": 1.5, "top_p": 0.8}, {"top_k": 20, "top_p": 0.9, "temperature": 0.7}], ids=str)
+@pytest.mark.parametrize("options", [{"grid": (3, 4)}, {"vocab_size": 300, "n_kv_head": 2}, {"model_type": "t2i"}],
+                         ids=str)
+def test_a_sample_is_the_largest_of_logits_and_noise(options, settings, engine):
+    model = tiny(**options)
+    cond, valid = condition(model, 5)
+    length = model.config.block_size
+    plain = {name.removeprefix("cfg_"): value for name, value in settings.items()}
+    expected = plain_codes(model, cond, length, keys=keys_of(streams(5)), valid=valid, **plain)
+    for way in WAYS:
+        codes = generate(model, cond, length, emb_masks=valid, generators=streams(5), **way, **settings)
+        assert torch.equal(codes, expected), way
+    assert type(model.engines[0]) is engine
+
+
+MIXED = {"cfg_scale": [1.0, 3.0, 0.0, -2.0, 1.5, 7.0, 1.0, 2.0], "top_p": [0.0, 0.5, 1.0, 0.9, 1.0, 0.5, 1.0, 1.0],
+         "temperature": [1.0, 0.0, 1e-6, 2.0, 1.0, 2.0, 0.5, 1.0], "top_k": [0, 1, V, V + 5, 3, 0, 2, 0]}
+
+
+@pytest.mark.parametrize("changes", [{}, {"cfg_interval": 3}, {"sample_logits": False}, {"top_p": 1.0, "top_k": 0}],
+                         ids=str)
+@pytest.mark.parametrize("way", [WAYS[0], WAYS[2]], ids=str)
+def test_every_image_has_its_own_settings(way, changes, engine):
+    model, cond = tiny(grid=(3, 4)), torch.arange(8) % 3
+    settings = {**MIXED, **changes}
+    together = generate(model, cond, 12, generators=streams(8), **way, **settings)
+    tensors = {name: torch.tensor(value) if isinstance(value, list) else value for name, value in settings.items()}
+    assert torch.equal(generate(model, cond, 12, generators=streams(8), **way, **tensors), together)
+    for i in range(8):
+        own = {name: value[i] if isinstance(value, list) else value for name, value in settings.items()}
+        alone = generate(model, cond[i:i + 1], 12, generators=streams(8)[i:i + 1], **way, **own)
+        assert torch.equal(alone[0], together[i]), (i, own)
+    assert type(model.engines[0]) is engine
+
+
+def test_a_scale_of_one_or_less_is_no_guidance(engine):
     model, cond = tiny(), torch.arange(6) % 3
 
     def sample(scale):
-        return generate(model, cond, 9, cfg_scale=scale, generators=[sample_generator(0, i) for i in range(6)])
+        return generate(model, cond, 9, cfg_scale=scale, generators=streams(6))
 
     assert torch.equal(sample(1.0), sample(0.0)) and torch.equal(sample(1.0), sample(-2.0))
     assert not torch.equal(sample(1.0), sample(4.0))
 
 
-def test_guide_is_its_formula():
-    conditional, unconditional = torch.randn(2, 4, V)
-    torch.testing.assert_close(guide(conditional, unconditional, 1.0), conditional)
-    torch.testing.assert_close(guide(conditional, unconditional, 0.0), unconditional)
-    torch.testing.assert_close(guide(conditional, unconditional, 2.5), 2.5 * conditional - 1.5 * unconditional)
-
-
-def naive_filter(row: list[float], temperature: float, top_k: int, top_p: float) -> set[int]:
-    """Which codes survive, in plain Python."""
-    scaled = [value / max(temperature, 1e-5) for value in row]
-    alive = sorted(range(len(row)), key=lambda i: -scaled[i])
-    if top_k > 0:
-        alive = alive[:top_k]
-    weights = [math.exp(scaled[i] - scaled[alive[0]]) for i in alive]
-    kept, mass = set(), 0.0
-    for i, weight in zip(alive, weights, strict=True):
-        kept.add(i)
-        mass += weight / sum(weights)
-        if top_p < 1 and mass > top_p:
-            break
-    return kept
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.3, 5.0, 1e-6, 0.0])
-@pytest.mark.parametrize("top_k", [0, 1, 5, V, V + 10])
-@pytest.mark.parametrize("top_p", [0.0, 0.3, 0.9, 1.0])
-def test_filters_are_the_naive_ones(temperature, top_k, top_p):
-    logits = torch.randn(6, V, generator=torch.Generator().manual_seed(1)) * 2
-    found = filter_logits(logits, temperature=temperature, top_k=top_k, top_p=top_p)
-    for row, result in zip(logits, found, strict=True):
-        kept = naive_filter(row.double().tolist(), temperature, top_k, top_p)
-        assert set(result.isfinite().nonzero().flatten().tolist()) == kept
-        alive = sorted(kept)
-        torch.testing.assert_close(result[alive], row[alive] / max(temperature, 1e-5))
-    assert not draw(found, [sample_generator(0, i) for i in range(6)]).isnan().any()
-
-
-def test_temperature_zero_takes_the_best_code():
+def test_temperature_zero_takes_the_best_code(engine):
     model, cond = tiny(), torch.arange(5) % 3
     greedy = generate(model, cond, 9, sample_logits=False)
     for settings in ({"temperature": 0.0}, {"temperature": 1e-6}, {"top_k": 1}, {"top_p": 0.0}):
         assert torch.equal(generate(model, cond, 9, **settings), greedy), settings
 
 
-def test_ties_at_the_edge_of_top_k_are_kept():
-    found = filter_logits(torch.tensor([[3.0, 1.0, 1.0, 0.0]]), top_k=2)
-    assert found.isfinite().tolist() == [[True, True, True, False]]
-
-
-@pytest.mark.parametrize("settings", [{}, {"top_k": 4}, {"top_p": 0.7, "temperature": 1.5}], ids=str)
-def test_draws_follow_the_probabilities(settings):
-    """Chi-square of 8,000 draws; the limit is exceeded by a right sampler less than once in 10,000 seeds."""
-    logits = filter_logits(torch.tensor([[1.0, 0.5, 0.0, -0.5, -1.0, -3.0]]), **settings)
-    count = 8_000
-    drawn = draw(logits.expand(count, -1), [sample_generator(7, i) for i in range(count)])
-    expected = logits[0].softmax(-1) * count
-    seen = torch.bincount(drawn, minlength=6)
-    alive = expected > 0
-    assert not seen[~alive].any()
-    assert ((seen - expected)[alive] ** 2 / expected[alive]).sum().item() < 26  # 5 degrees of freedom or fewer
-
-
-def test_draws_of_one_stream_are_independent():
-    generator = sample_generator(0, 0)
-    drawn = torch.cat([draw(torch.zeros(1, 4), [generator]) for _ in range(4000)])
-    pairs = torch.bincount(drawn[:-1] * 4 + drawn[1:], minlength=16)
-    assert ((pairs - 3999 / 16) ** 2 / (3999 / 16)).sum().item() < 45
-
-
-@pytest.mark.parametrize("scale", [1.0, 2.0])
-@pytest.mark.parametrize("options", [
-    {"vocab_size": 256, "grid": (3, 3)},
-    {"vocab_size": 16384, "dim": 192, "n_head": 6, "n_layer": 2},
-    {"vocab_size": 1000, "dim": 768, "n_head": 12, "n_kv_head": 4, "n_layer": 1},
-    {"vocab_size": 512, "n_head": 4, "model_type": "t2i", "cls_token_num": TEXT, "caption_dim": CAPTION},
-], ids=["S", "192", "768", "t2i"])
-def test_a_sample_is_the_same_alone_and_in_any_batch(options, scale, monkeypatch):
-    """Not only its codes: what they are drawn from, to the last bit, so that no near tie can tell batches apart."""
-    torch.manual_seed(3)
-    model = GPT_models["GPT-S"](**{"num_classes": 3, "grid": (2, 3), **options}).eval()
-    torch.nn.init.normal_(model.output.weight, std=0.05)
-    cond, valid = condition(model, 9) if "model_type" in options else (torch.arange(9) % 3, None)
-    seen: list[torch.Tensor] = []
-    monkeypatch.setattr("autoregressive.models.generate.draw",
-                        lambda logits, generators: (seen.append(logits), draw(logits, generators))[1])
-
-    def sample(rows: range) -> tuple[torch.Tensor, torch.Tensor]:
-        seen.clear()
-        codes = generate(model, cond[list(rows)], model.config.block_size, cfg_scale=scale, cfg_interval=2,
-                         emb_masks=None if valid is None else valid[list(rows)],
-                         generators=[sample_generator(5, i) for i in rows])
-        return codes, torch.stack(seen, 1)  # (B, L), (B, L, V)
-
-    codes, logits = sample(range(9))
-    assert len(torch.unique(codes, dim=0)) == 9
-    for size in (1, 2, 3, 5, 7, 8):
-        parts = [sample(range(first, min(first + size, 9))) for first in range(0, 9, size)]
-        assert torch.equal(torch.cat([part[0] for part in parts]), codes), size
-        assert torch.equal(torch.cat([part[1] for part in parts]), logits), size
-
-
-def test_without_generators_the_global_seed_decides():
+def test_without_generators_the_global_seed_decides(engine):
     model, cond = tiny(), torch.arange(3)
 
     def sample(seed):
@@ -169,21 +133,166 @@ def test_without_generators_the_global_seed_decides():
     assert torch.equal(sample(0), sample(0)) and not torch.equal(sample(0), sample(1))
 
 
-@pytest.mark.parametrize("kind", ["c2i", "t2i"])
-def test_bfloat16_models_sample(kind):
-    model = tiny(model_type=kind).bfloat16()
-    cond, valid = condition(model, 3)
-    cond = cond if kind == "c2i" else cond.bfloat16()
-    codes = generate(model, cond, 9, emb_masks=valid, cfg_scale=2.0)
-    assert codes.shape == (3, 9) and codes.min() >= 0 and codes.max() < V
+# ---- one call after the other
+
+
+def test_calls_of_any_size_follow_each_other(engine):
+    model, cond = tiny(grid=(3, 4)), torch.arange(9) % 3
+    for batch, length, scale, way in ((2, 12, 2.0, WAYS[0]), (9, 3, 1.0, WAYS[1]), (1, 12, 3.0, WAYS[3]),
+                                      (9, 12, 2.0, WAYS[2]), (9, 12, 2.0, WAYS[0]), (4, 1, 2.0, WAYS[1])):
+        codes = generate(model, cond[:batch], length, cfg_scale=scale, generators=streams(batch), **way)
+        fresh = generate(tiny(grid=(3, 4)), cond[:batch], length, cfg_scale=scale, generators=streams(batch), **way)
+        assert torch.equal(codes, fresh) and codes.shape == (batch, length)
+        assert [type(one) for one in model.engines] == [engine]
+    before = codes.clone()
+    generate(model, cond[:4], 1, generators=streams(4, seed=1))
+    assert torch.equal(codes, before)  # a result does not live in the engine's buffers
+
+
+@pytest.mark.parametrize("way", [WAYS[0], WAYS[2]], ids=str)
+def test_after_an_error_the_next_call_is_a_good_one(way, engine, monkeypatch):
+    model, cond = tiny(), torch.arange(3)
+    expected = generate(model, cond, 9, cfg_scale=2.0, generators=streams(3), **way)
+    calls, step = [], engine.step
+
+    def failing(*args, **keywords):
+        calls.append(1)
+        if len(calls) == 3:
+            raise MemoryError("the third step")
+        return step(*args, **keywords)
+
+    monkeypatch.setattr(engine, "step", failing)
+    with pytest.raises(MemoryError, match="the third step"):
+        generate(model, cond, 9, cfg_scale=3.0, generators=streams(3, seed=1), **way)
+    assert not model.engines
+    assert torch.equal(generate(model, cond, 9, cfg_scale=2.0, generators=streams(3), **way), expected)
+
+
+def test_weights_changed_in_place_and_models_cast_between_calls(engine):
+    model, cond = tiny(), torch.arange(3)
+    codes = generate(model, cond, 9, sample_logits=False)
+    other = tiny(seed=1)
+    model.load_state_dict(other.state_dict())
+    changed = generate(model, cond, 9, sample_logits=False)
+    assert not torch.equal(changed, codes)
+    assert torch.equal(changed, generate(other, cond, 9, sample_logits=False))
+    model.bfloat16()
+    half = generate(model, cond, 9, sample_logits=False)
+    fresh = generate(tiny(seed=1).bfloat16(), cond, 9, sample_logits=False)
+    assert torch.equal(half, fresh)
+    assert torch.equal(generate(model.float(), cond, 9, sample_logits=False),
+                       generate(tiny(seed=1).bfloat16().float(), cond, 9, sample_logits=False))
+    assert type(model.engines[0]) is engine
+
+
+def test_the_switch_between_engines_is_read_at_each_call(native, monkeypatch):
+    model, cond = tiny(), torch.arange(3)
+    codes = generate(model, cond, 9, generators=streams(3))
+    assert type(model.engines[0]) is NativeEngine
+    monkeypatch.setenv("LLAMAGEN_NATIVE", "0")
+    assert torch.equal(generate(model, cond, 9, generators=streams(3)), codes)
+    assert [type(one) for one in model.engines] == [TorchEngine]
+
+
+def test_models_can_be_copied_and_pickled_after_a_call(engine):
+    model, cond = tiny(), torch.arange(3)
+    codes = generate(model, cond, 9, generators=streams(3))
+    size = len(pickle.dumps(tiny()))
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert not twin.engines
+        with torch.no_grad():
+            twin.output.weight.neg_()  # its own weights
+        assert not torch.equal(generate(twin, cond, 9, generators=streams(3)), codes)
+        assert torch.equal(generate(model, cond, 9, generators=streams(3)), codes)
+    assert len(pickle.dumps(model)) < 1.2 * size
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
+def test_memory_does_not_grow(engine):
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    model, cond = tiny(vocab_size=4096, n_layer=1), torch.arange(6) % 3
+
+    def calls(count: int) -> None:
+        for i in range(count):
+            way = (WAYS[0], WAYS[1])[i % 2]
+            generate(model, cond[:1 + i % 6], 9, cfg_scale=1 + i % 2, generators=streams(1 + i % 6), **way)
+
+    calls(40)
+    before = resident()
+    calls(200)
+    assert resident() - before < 8 * 2**20  # a leaked row of logits per step would be 60 MB
+
+
+@pytest.mark.parametrize("trouble", ["missing", "broken"])
+def test_without_a_compiler_pytorch_does_the_work(trouble, own_cache, monkeypatch, capsys):
+    monkeypatch.setenv("LLAMAGEN_NATIVE", "1")
+    monkeypatch.setattr(build, "_load", build._load.__wrapped__)  # nothing is remembered
+    if trouble == "missing":
+        monkeypatch.delenv("CXX", raising=False)
+        monkeypatch.setattr(build.shutil, "which", lambda name: None)
+    else:
+        monkeypatch.setenv("CXX", "no-such-compiler")
+    assert build.load("sample") is None
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1 and "PyTorch's kernels do the work" in error
+    assert ("no C++ compiler found" if trouble == "missing" else "no-such-compiler") in error
+    model = tiny()
+    codes = generate(model, torch.arange(3), 9, generators=streams(3))
+    assert type(model.engines[0]) is TorchEngine
+    assert torch.equal(codes, plain_codes(model, torch.arange(3), 9, keys=keys_of(streams(3))))
+
+
+def test_the_missing_compiler_is_said_once(own_cache, monkeypatch, capsys):
+    monkeypatch.setenv("LLAMAGEN_NATIVE", "1")
+    monkeypatch.setenv("CXX", "false")  # starts, and fails
+    build._load.cache_clear()
+    try:
+        for _ in range(2):
+            generate(tiny(), torch.arange(3), 9)
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == len(set(lines)) <= 2, lines  # one each for decode.cpp and sample.cpp
+    finally:
+        build._load.cache_clear()
+
+
+# ---- what it tells, and what it refuses
+
+
+def test_statistics_say_what_was_done(engine):
+    model, cond = tiny(grid=(3, 4)), torch.arange(4) % 3
+    told = Statistics()
+    generate(model, cond, 12, decode="sequential", statistics=told)
+    assert (told.steps, told.tokens, told.window, told.tokens_per_step) == (11, 11, 1, 1)
+    for window in (2, 5, 11):
+        told = Statistics()
+        generate(model, cond, 12, temperature=0.0, decode="jacobi", window=window, statistics=told)
+        assert told.tokens == pytest.approx(11) and told.window == window
+        assert 11 / window <= told.steps <= 11 and told.tokens_per_step == pytest.approx(11 / told.steps)
+    with torch.no_grad():
+        model.output.weight.zero_()  # every code is 0, as every draft
+    told = Statistics()
+    assert not generate(model, cond, 12, sample_logits=False, decode="jacobi", window=5, statistics=told).any()
+    assert told.steps == 3
+    told = Statistics()
+    generate(model, cond, 1, statistics=told)
+    assert (told.steps, told.tokens, told.tokens_per_step) == (0, 0, 0)
 
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"cond": torch.tensor([0, 4])}, r"labels lie in \[0, 4\]"), ({"cond": torch.tensor([-1, 0])}, "labels"),
     ({"max_new_tokens": 10}, "holds 1 to 9"), ({"max_new_tokens": 0}, "holds 1 to 9"),
+    ({"cond": torch.empty(0, dtype=torch.long)}, "batch is empty"),
     ({"generators": [torch.Generator()]}, "1 generators for 2 samples"), ({"temperature": -1.0}, "--temperature"),
     ({"top_k": -1}, "--top-k"), ({"top_p": 1.5}, "--top-p"), ({"top_p": -0.1}, "--top-p"),
-    ({"temperature": math.nan}, "--temperature")])
+    ({"temperature": math.nan}, "--temperature"), ({"temperature": [1.0, math.inf]}, "--temperature is inf"),
+    ({"top_k": [0, -3]}, "--top-k is -3"), ({"top_p": [2.0, 1.0]}, "--top-p is 2.0"),
+    ({"cfg_scale": [1.0]}, "1 values of cfg_scale for 2 samples"),
+    ({"top_k": [1, 2, 3]}, "3 values of top_k for 2 samples"), ({"top_p": []}, "0 values of top_p for 2 samples"),
+    ({"temperature": torch.ones(3)}, "3 values of temperature for 2 samples"),
+    ({"decode": "parallel"}, "--decode is 'parallel', expected auto, sequential or jacobi"),
+    ({"window": 0}, "window is 0, expected 1 or more"), ({"window": -2, "decode": "jacobi"}, "window is -2")])
 def test_bad_requests_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         generate(tiny(), **{"cond": torch.tensor([0, 1]), "max_new_tokens": 9, **changes})
@@ -197,10 +306,5 @@ def test_text_features_of_another_shape_are_refused(changes):
         generate(tiny(model_type="t2i"), **{"cond": torch.randn(2, TEXT, CAPTION), "max_new_tokens": 9, **changes})
 
 
-def test_no_class_can_be_sampled():
+def test_no_class_can_be_sampled(engine):
     assert generate(tiny(), torch.tensor([3]), 4).shape == (1, 4)
-
-
-def test_settings_in_range_pass():
-    check_sampling(temperature=0.0, top_k=0, top_p=0.0)
-    check_sampling(temperature=2.0, top_k=10**6, top_p=1.0)

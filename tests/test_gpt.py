@@ -9,10 +9,10 @@ import torch.utils.checkpoint
 from torch import nn
 
 from autoregressive.models import lean
-from autoregressive.models.generate import attention_mask, generate
+from autoregressive.models.generate import generate, take_engine
 from autoregressive.models.gpt import GPT_models, ModelArgs, Transformer
-from autoregressive.models.kv_cache import KVCache
 from autoregressive.models.rope import apply_rope, rope_table
+from tests.decoding import attention_mask
 
 V, CAPTION, TEXT = 37, 24, 5
 PLAIN = {"token_dropout_p": 0.0, "resid_dropout_p": 0.0, "ffn_dropout_p": 0.0, "class_dropout_prob": 0.0}
@@ -40,23 +40,23 @@ def condition(model: Transformer, batch: int) -> tuple[torch.Tensor, torch.Tenso
     {}, {"n_kv_head": 2}, {"n_kv_head": 1}, {"grid": (2, 5)}, {"grid": (1, 7)}, {"dim": 40, "n_head": 2},
     {"model_type": "t2i"}, {"model_type": "t2i", "n_kv_head": 2, "grid": (4, 2)}], ids=str)
 @torch.no_grad()
-def test_cached_decoding_is_the_full_forward(options):
+def test_cached_decoding_is_the_full_forward(options, engine):
     model = tiny(**options)
     length, prefix_length = model.config.block_size, model.config.cls_token_num
     codes = torch.randint(V, (5, length))
-    cond, valid = condition(model, 5)
-    mask = attention_mask(valid, prefix_length, prefix_length + length - 1, device=codes.device)
-    whole, _ = model(codes[:, :-1], cond, mask=mask)
-    if valid is None:  # without a mask: the fused causal path
-        torch.testing.assert_close(model(codes[:, :-1], cond)[0], whole, atol=1e-4, rtol=0)
+    cond, _ = condition(model, 5)
+    whole, _ = model(codes[:, :-1], cond, mask=attention_mask(None, prefix_length, prefix_length + length - 1))
+    torch.testing.assert_close(model(codes[:, :-1], cond)[0], whole, atol=1e-4, rtol=0)  # the fused causal path
 
-    cache = KVCache(model.config.n_layer, 5, model.config.n_kv_head, prefix_length + length - 1,
-                    model.config.dim // model.config.n_head, device=codes.device, dtype=torch.float32)
-    prefix = model.cls_embedding(cond, drop=False)
-    steps = [model.decode(None, prefix=prefix, cache=cache, mask=mask[:, :, :prefix_length, :prefix_length])]
-    for i in range(length - 1):
-        end = prefix_length + i + 1
-        steps.append(model.decode(codes[:, i], cache=cache, mask=mask[:, :, end - 1:end, :end]))
+    decoder, rope = take_engine(model), model.rope(codes.device)[None]
+    assert type(decoder) is engine
+    decoder.reserve(5, prefix_length + length - 1)
+    step = partial(decoder.step, rows=slice(0, 5), uniform=True)
+    steps = [step(model.cls_embedding(cond, drop=False), rope[:, :prefix_length], torch.zeros(5, dtype=torch.long),
+                  wanted=torch.arange(1, 6) * prefix_length - 1, longest=0).clone()]
+    for at in range(prefix_length, prefix_length + length - 1):
+        x = model.tok_embeddings(codes[:, at - prefix_length])[:, None]
+        steps.append(step(x, rope[:, at:at + 1], torch.full((5,), at), longest=at).clone())
     torch.testing.assert_close(torch.stack(steps, 1), whole, atol=1e-4, rtol=0)
     assert whole.std() > 0.1
 
@@ -78,16 +78,16 @@ def test_left_padding_is_invisible():
     cond, valid = condition(model, 4)
     codes = torch.randint(V, (4, 8))
     noisy = torch.where(valid[..., None], cond, torch.randn_like(cond))
-    mask = attention_mask(valid, TEXT, TEXT + 8, device=codes.device)
+    mask = attention_mask(valid, TEXT, TEXT + 8)
     clean, dirty = (model(codes, x, mask=mask)[0] for x in (cond, noisy))
     torch.testing.assert_close(clean, dirty, atol=1e-5, rtol=0)
     assert (model(codes, cond)[0] - model(codes, noisy)[0]).abs().max() > 1e-3
     assert torch.equal(model(codes, cond, mask=mask[:, 0])[0], clean)  # (B, T, T) means the same as (B, 1, T, T)
 
 
-def test_attention_mask_is_causal_with_hidden_padding_and_its_diagonal():
+def test_the_oracle_s_mask_is_causal_with_hidden_padding_and_its_diagonal():
     valid = torch.tensor([[0, 0, 1], [1, 1, 1]])
-    mask = attention_mask(valid, 3, 5, device=valid.device)
+    mask = attention_mask(valid, 3, 5)
     for b in range(2):
         for i in range(5):
             for j in range(5):
@@ -304,7 +304,7 @@ def test_lean_blocks_are_the_plain_ones(options, rows, monkeypatch):
     monkeypatch.setattr(lean, "ROWS", rows)
     model = tiny(dim=64, **PLAIN, **options).train()  # head size 16: pairs fill the vector registers, no ulp is lost
     codes, (cond, valid) = torch.randint(V, (4, 9)), condition(model, 4)
-    mask = attention_mask(valid, TEXT, TEXT + 8, device=codes.device) if valid is not None else None
+    mask = attention_mask(valid, TEXT, TEXT + 8) if valid is not None else None
 
     def found() -> list:
         torch.manual_seed(1)  # for drop path

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from autoregressive.models.generate import attention_mask, generate
+from autoregressive.models.generate import generate
 from autoregressive.models.gpt import GPT_models
 from autoregressive.models.sampling import guide
 from tests.data.fill import fill, image
+from tests.decoding import attention_mask
 from tokenizer.tokenizer_image.vq_model import VQ_models
 
 DATA = Path(__file__).parent / "data"
@@ -100,14 +101,14 @@ def test_gpt_teacher_forced(gpt):
 
 @torch.no_grad()
 def test_gpt_greedy(gpt):
-    """Every code of the reference is the best guided logit after the codes before it; `generate` begins with them."""
+    """Every code of the reference is the best guided logit after the codes before it."""
     model, reference, _, condition, valid_text = gpt
     expected = torch.from_numpy(reference["greedy_codes"]).long()
     gap, scale, interval = reference["greedy_gap"], float(reference["cfg_scale"]), int(reference["cfg_interval"])
     rows, steps = expected.shape
     mask, width = None, model.config.cls_token_num + steps - 1
     if valid_text is not None:
-        mask = attention_mask(valid_text, model.config.cls_token_num, width, device=expected.device)
+        mask = attention_mask(valid_text, model.config.cls_token_num, width)
 
     best = model(expected[:, :-1], condition, mask=mask)[0]
     guided_steps = steps if interval < 0 else interval + 2  # the prefill, then decoding steps 0 … interval
@@ -120,9 +121,14 @@ def test_gpt_greedy(gpt):
     assert clear.float().mean() > 0.9
     assert torch.equal(best.argmax(-1)[clear], expected[clear])
 
-    codes = generate(model, condition, min(CACHED_STEPS, steps), emb_masks=valid_text, cfg_scale=scale,
-                     cfg_interval=interval, sample_logits=False)
-    for row in range(rows):
+
+def test_generate_begins_as_the_reference(gpt, engine):
+    model, reference, _, condition, valid_text = gpt
+    expected, gap = torch.from_numpy(reference["greedy_codes"]).long(), reference["greedy_gap"]
+    codes = generate(model, condition, min(CACHED_STEPS, expected.shape[1]), emb_masks=valid_text, sample_logits=False,
+                     cfg_scale=float(reference["cfg_scale"]), cfg_interval=int(reference["cfg_interval"]))
+    assert type(model.engines[0]) is engine
+    for row in range(len(expected)):
         close = np.flatnonzero(gap[row] < CLEAR)
         until = min([codes.shape[1], *close[:1]])
         assert torch.equal(codes[row, :until], expected[row, :until])

@@ -21,6 +21,7 @@ from autoregressive.models.sampling import Settings, check_sampling, choose
 
 Decode = Literal["auto", "sequential", "jacobi"]
 RIDGE = {"cpu": 8, "cuda": 64}  # tokens in a step that reading the weights hides, about
+WORTH_A_TRIAL = 0.002  # seconds of a step; below, what surrounds the model's pass counts more
 TRIAL = 16  # steps of each kind, by whose time `auto` chooses
 PREFILL_TOKENS = 4096  # of a prefix, in one step: bounds the memory
 
@@ -30,7 +31,7 @@ class Statistics:
     """What a call of `generate` did."""
 
     steps: int = 0  # forward passes after the prefill
-    tokens: float = 0.0  # codes that came from these steps, mean over the images
+    tokens: int = 0  # codes of each image that came from these steps
     window: int = 1  # drafts at once, as chosen in the end
 
     @property
@@ -97,14 +98,16 @@ def generate(model: Transformer, cond: Tensor, max_new_tokens: int, emb_masks: T
     guided = [scale > 1 for scale in scales]
     if any(guided) and engine.row_multiple > 1:
         guided = [True] * len(guided)  # an even number of rows; where the scale says so, their logits are not used
-    if decode == "sequential" or (decode == "auto" and device.type != "cpu"):  # windows run without CUDA graphs
+    if decode == "sequential" or (decode == "auto" and isinstance(engine, TorchEngine)):  # there they seldom pay
         window = 1
     if window is None:
         window = max(1 if decode == "auto" else 2, RIDGE[device.type] // (batch + sum(guided)))
     run = _Run(model, engine, settings, scales, [i for i, yes in enumerate(guided) if yes], cfg_interval,
                max_new_tokens, max(1, min(window, max_new_tokens - 1)))
     run.prefill(cond, emb_masks)
-    run.finish(adaptive=decode == "auto", statistics=statistics or Statistics())
+    run.finish(adaptive=decode == "auto")
+    if statistics is not None:
+        vars(statistics).update(vars(run.statistics))
     model.engines.append(engine)  # not after an error: its caches may be half-written
     return run.codes[:batch, :max_new_tokens].clone()
 
@@ -126,6 +129,7 @@ class _Run:
                  guided: list[int], interval: int, length: int, window: int) -> None:
         self.model, self.engine, self.settings = model, engine, settings
         self.length, self.window = length, window
+        self.statistics = Statistics(tokens=length - 1)
         device, images = settings.keys.device, len(scales)
         self.images = torch.arange(images, device=device)
         self.guided = torch.tensor(guided, dtype=torch.long, device=device)
@@ -195,9 +199,8 @@ class _Run:
             setattr(self, name, buffers[name])
         self.settings = replace(self.settings, **{name: buffers[name] for name in settings})
 
-    def finish(self, *, adaptive: bool, statistics: Statistics) -> None:
+    def finish(self, *, adaptive: bool) -> None:
         """Decide all codes. adaptive: a few steps in lockstep, a few with windows, then the faster way."""
-        statistics.window = self.window
         position = 1  # of all images, while they go in lockstep
         trial = min(TRIAL, self.length // 4) if adaptive and self.window > 1 else 0
         lockstep_until = self.length if self.window == 1 else 1 + trial
@@ -205,20 +208,33 @@ class _Run:
         while position < lockstep_until:
             self.advance_together(position)
             position += 1
-            statistics.steps, statistics.tokens = statistics.steps + 1, statistics.tokens + 1
-        if position == self.length:
-            return
         seconds = (time.perf_counter() - start) / max(1, trial)  # a code took
-        self.cursor.fill_(position)
-        window, steps, start, before = self.window, 0, time.perf_counter(), statistics.tokens
-        while len(active := self.images[self.cursor < self.length]):
-            statistics.tokens += self.advance(active, window) * len(active) / len(self.images)
-            statistics.steps, steps = statistics.steps + 1, steps + 1
-            if steps == trial and (time.perf_counter() - start) / (statistics.tokens - before) > seconds:
-                window = statistics.window = 1
+        if trial and seconds < WORTH_A_TRIAL:
+            lockstep_until = self.length
+        elif position < self.length:
+            self.cursor.fill_(position)
+            steps, start = 0, time.perf_counter()
+            while len(active := self.images[self.cursor < self.length]):
+                self.advance(active, self.window)
+                steps += 1
+                decided = float(self.cursor.float().mean()) - position
+                if steps == trial and (time.perf_counter() - start) / decided > seconds:
+                    lockstep_until = self.length
+                    break
+            self.statistics.steps += steps
+            position = int(self.cursor.max())
+            while len(active := self.images[self.cursor < position]):  # those that are behind
+                self.advance(active, 1)
+                self.statistics.steps += 1
+        self.statistics.window = 1 if lockstep_until == self.length else self.window
+        self.place.fill_(position)
+        while position < self.length:
+            self.advance_together(position)
+            position += 1
 
     def advance_together(self, position: int) -> None:
         """Decide code `position` of every image, in lockstep."""
+        self.statistics.steps += 1
         guides = position < self.guided_until and len(self.guided) > 0
         longest = self.longest + position - 1
         end = self.engine.read_up_to(longest + 1) if isinstance(self.engine, TorchEngine) else None
@@ -238,8 +254,8 @@ class _Run:
 
         self.engine.graphs.run((guides, end), step)
 
-    def advance(self, active: Tensor, window: int) -> float:
-        """Run a window of drafts of the `active` images; keep what is decided. Returns the mean number of new codes."""
+    def advance(self, active: Tensor, window: int) -> None:
+        """Run a window of drafts of the `active` images; keep what is decided."""
         whole = isinstance(self.engine, TorchEngine)  # its rows cannot be picked: finished images go along
         if whole:
             active = self.images
@@ -270,7 +286,6 @@ class _Run:
         after = (before + (agreed + 1).clamp(max=window)).clamp(max=self.length)
         codes = self.codes[active].scatter(1, places, found)
         self.codes[active], self.cursor[active] = codes, after
-        return float((after - before).sum()) / len(active)
 
     def row_of(self, images: Tensor) -> Tensor:
         """The unconditional cache rows of `images`, which are guided."""

@@ -15,6 +15,7 @@ from native.build import load, pointer
 
 SIDE = 16  # positions side by side in the cache of keys: the constant of the same name in native/decode.cpp
 WEIGHTS = {torch.float32: 0, torch.bfloat16: 1, 8: 2, 4: 3}
+MULTIPLE = {torch.float32: 8, torch.bfloat16: 16, 8: 32, 4: 64}  # of inputs, that one load of a kernel takes
 PROJECTIONS = ("attention.wqkv", "attention.wo", "feed_forward.w1", "feed_forward.w3", "feed_forward.w2")
 
 
@@ -50,7 +51,7 @@ def weight_type(model: Transformer) -> int | None:
     kind = kinds.pop()
     config = model.config
     if (kinds or kind not in WEIGHTS or model.output.weight.device.type != "cpu" or torch.is_autocast_enabled("cpu")
-            or config.dim % 64 or config.hidden % 64 or config.vocab_size >= 2**31 or model.training
+            or any(width % MULTIPLE[kind] for width in (config.dim, config.hidden)) or model.training
             or any(module._compiled_call_impl is not None for module in model.modules())
             or any(linear._forward_hooks or linear._forward_pre_hooks or not linear.weight.is_contiguous()
                    for linear in linears)):

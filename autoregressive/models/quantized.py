@@ -12,7 +12,7 @@ GROUP = 64  # inputs that share a scale in int4: the constant of the same name i
 class QuantizedLinear(nn.Module):
     """A linear layer without bias whose weight is kept in 8 or 4 bits.
 
-    weight int32 (out, in * bits / 32): field j of word i of a group is input 8 j + i of the group's 256 / bits inputs, as
+    weight int32 (out, in * bits / 32): field j of word i of a group is input 8 j + i of the group's 256 / bits, as
     native/product.h reads them. scale fp32 (out, 1), or (out, in / GROUP) for 4 bits.
     """
 

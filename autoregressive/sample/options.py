@@ -1,5 +1,6 @@
 """Flags of the sampling commands."""
 from dataclasses import dataclass
+from typing import Literal
 
 from autoregressive.train.config import GPTFlags, GuidanceFlags
 from tokenizer.build import TokenizerFlags
@@ -13,8 +14,14 @@ class SampleFlags(GPTFlags, TokenizerFlags, GuidanceFlags, CompileFlags):
     """Which models, and how codes are drawn."""
 
     from_fsdp: bool = flag(False, "--gpt-ckpt is a bare state dict (read without this flag too; with it, demanded)")
-    precision: Precision = flag("bf16", "type of the GPT's weights; none is fp32, as is anything on a CPU without bf16",
+    precision: Precision = flag("bf16", "type of the GPT's weights; none is fp32, as is fp16 on a CPU",
                                 choices=("none", "fp16", "bf16"))
+    quantize: Literal["int8", "int4"] | None = flag(None, "keep the GPT's weights in fewer bits: faster for few images "
+                                                          "on a CPU, but no longer the same model",
+                                                    choices=("int8", "int4"))
+    decode: Literal["auto", "sequential", "jacobi"] = flag(
+        "auto", "code by code, or windows of drafts (Jacobi); the codes are the same, auto takes the faster",
+        choices=("auto", "sequential", "jacobi"))
     cfg_interval: int = flag(-1, "guide only while the decoding step is at most this; -1: always")
     temperature: float = flag(1.0, "logits are divided by it")
     top_k: int = flag(0, "keep the k best codes; 0: all")

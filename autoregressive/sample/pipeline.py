@@ -10,15 +10,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from autoregressive.models.generate import generate
+from autoregressive.models.generate import Decode, generate
 from autoregressive.models.gpt import GPT_models, Transformer
+from autoregressive.models.native_engine import WEIGHTS
+from autoregressive.models.quantized import quantize_
 from autoregressive.models.sampling import check_sampling
 from autoregressive.sample.options import SampleFlags
+from native.build import available, prepare
 from tokenizer.build import ImageTokenizer, check_image_size, decode_images, load_tokenizer
 from utils import checkpoint, dist, images
 from utils.seeding import sample_generator
 
 DEFAULT_IMAGE_SIZE = 384  # of the released models; our own checkpoints know theirs
+KINDS = {"int8": 8, "int4": 4}  # bits of --quantize
 LABEL_STREAM = 0x1ABE1  # keeps labels and codes of a seed independent
 
 
@@ -31,6 +35,7 @@ class Pipeline:
     classes: list[str] | None
     settings: dict[str, Any]  # cfg_scale, cfg_interval, temperature, top_k, top_p
     described: dict[str, Any]  # models, files' hashes and sizes, for config.json
+    decode: Decode = "auto"  # has no influence on the images
 
     @property
     def num_classes(self) -> int:
@@ -52,7 +57,8 @@ class Pipeline:
         """Labels, and the index of each image in the stream of `seed` → codes (B, h*w) on the GPT's device."""
         device = next(self.gpt.parameters()).device
         return generate(self.gpt, torch.tensor(labels, device=device), self.gpt.config.block_size,
-                        generators=[sample_generator(seed, index) for index in indices], **self.settings)
+                        generators=[sample_generator(seed, index) for index in indices],
+                        decode=self.decode, **self.settings)
 
     def to_pixels(self, codes: Tensor, *, size: tuple[int, int] | None = None) -> np.ndarray:
         """Codes (B, h*w) → uint8 (B, H, W, 3), resized to `size`."""
@@ -88,6 +94,11 @@ class Pipeline:
 def load_pipeline(flags: SampleFlags, *, device: torch.device) -> Pipeline:
     """Load both models; all that can be wrong with them or the settings is said here, before any sampling."""
     check_sampling(temperature=flags.temperature, top_k=flags.top_k, top_p=flags.top_p)
+    if flags.quantize and device.type != "cpu":
+        raise ValueError(f"--quantize {flags.quantize} is for CPUs: there are no such kernels for a GPU here")
+    if device.type == "cpu":
+        weights = WEIGHTS[KINDS.get(flags.quantize, sampling_dtype(flags, device))]
+        prepare(("decode", f"WEIGHTS={weights}"), ("sample",), ("conv",))
     gpt, saved = load_gpt(flags, device=device)
     vq_name, tokenizer = load_tokenizer(flags, device=device)
     config = gpt.config
@@ -111,7 +122,9 @@ def load_pipeline(flags: SampleFlags, *, device: torch.device) -> Pipeline:
                  "vq_ckpt_sha256": checkpoint.content_hash(flags.vq_ckpt), "dtype": str(next(gpt.parameters()).dtype),
                  "weights": saved["weights"], "num_classes": config.num_classes, "image_size": list(config_size),
                  **settings}
-    return Pipeline(gpt, tokenizer, saved.get("classes"), settings, described)
+    if flags.quantize:
+        described["dtype"] = flags.quantize
+    return Pipeline(gpt, tokenizer, saved.get("classes"), settings, described, flags.decode)
 
 
 def load_gpt(flags: SampleFlags, *, device: torch.device) -> tuple[Transformer, dict[str, Any]]:
@@ -142,8 +155,18 @@ def load_gpt(flags: SampleFlags, *, device: torch.device) -> tuple[Transformer, 
         model = GPT_models[name](cls_token_num=flags.cls_token_num or 1, **found)
     model.to_empty(device="cpu")
     checkpoint.load_strict(model, state, flags.gpt_ckpt)
-    dtype = dist.compute_dtype(flags.precision, device)
-    return model.eval().requires_grad_(False).to(device=device, dtype=dtype), saved
+    model = model.eval().requires_grad_(False)
+    if flags.quantize:
+        quantize_(model, KINDS[flags.quantize])
+        return model, saved
+    return model.to(device=device, dtype=sampling_dtype(flags, device)), saved
+
+
+def sampling_dtype(flags: SampleFlags, device: torch.device) -> torch.dtype:
+    """The type of the weights. Our own kernels read bfloat16 on any CPU, PyTorch's on few."""
+    if device.type == "cpu" and flags.precision == "bf16" and not flags.compile and available():
+        return torch.bfloat16
+    return dist.compute_dtype(flags.precision, device)
 
 
 def labels_for(indices: range | list[int], *, mode: str, num_classes: int, seed: int) -> list[int]:

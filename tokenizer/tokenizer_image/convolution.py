@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from native import build
+from native.build import pointer
 from utils.allocator import keep_freed_memory
 
 
@@ -64,7 +65,7 @@ def run_kernel(x: Tensor, weight: Tensor, bias: Tensor | None, *, stride: int = 
     x, residual = pixel_rows(x), None if residual is None else pixel_rows(residual)
     factor, summand = scaling or (None, None)
     kernels().convolution(
-        winograd, pointer(x), *x.shape, pointer(factor), pointer(summand), silu, upsample, pointer(weight),
+        winograd, pointer(x), *x.shape, pointer(factor), pointer(summand), silu, upsample, weight.data_ptr(),
         (ctypes.c_long * 4)(*weight.stride()), side, stride, before, pointer(packed), pointer(bias), pointer(residual),
         pointer(y), height, width, out, torch.get_num_threads())
     return y.permute(0, 3, 1, 2)
@@ -88,11 +89,6 @@ def scaling(norm: nn.GroupNorm, x: Tensor) -> tuple[Tensor, Tensor]:
 def pixel_rows(x: Tensor) -> Tensor:
     """(B, C, h, w) in any memory format → (B, h, w, C) contiguous; a view where memory is channels-last."""
     return x.permute(0, 2, 3, 1).contiguous()
-
-
-def pointer(x: Tensor | None) -> int | None:
-    """Where x begins."""
-    return None if x is None else x.data_ptr()
 
 
 def kernels() -> ctypes.CDLL | None:
