@@ -23,8 +23,7 @@ from torch import Tensor
 from utils.checkpoint import cache_folder
 
 SOURCES = Path(__file__).resolve().parent
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fPIC",
-         "-shared")
+FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
 
 _LOCKS: dict[tuple[str, tuple[str, ...]], threading.Lock] = defaultdict(threading.Lock)  # one build of each at a time
 
@@ -36,6 +35,9 @@ def load(name: str, *defines: str) -> ctypes.CDLL | None:
         return None
     with _LOCKS[name, defines]:
         return _load(name, defines)
+
+
+os.register_at_fork(after_in_child=_LOCKS.clear)  # a build in the background belongs to the parent
 
 
 def available() -> bool:
@@ -66,37 +68,46 @@ def _compiler() -> str | None:
 
 @functools.cache
 def _load(name: str, defines: tuple[str, ...]) -> ctypes.CDLL | None:
-    compiler = _compiler()
-    try:
-        return ctypes.CDLL(str(_built(name, compiler, [f"-D{define}" for define in defines])))
-    except (OSError, subprocess.CalledProcessError) as error:
-        lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-        print(f"the C++ kernels could not be built with {compiler}: PyTorch's kernels do the work, which are "
-              f"slower ({lines[0] if lines else error})", file=sys.stderr)
-        return None
+    compiler, problem = _compiler(), None
+    for folder in (cache_folder() / "native", Path(tempfile.gettempdir()) / f"llamagen-{os.getuid()}"):
+        for _ in range(2):  # a file that is no library is made again
+            try:
+                path = _built(name, compiler, [f"-D{define}" for define in defines], folder)
+                if path.stat().st_uid not in (os.getuid(), 0):
+                    raise PermissionError(f"{path} belongs to somebody else")
+                return ctypes.CDLL(str(path))
+            except (OSError, subprocess.CalledProcessError) as error:
+                problem = error
+                if not isinstance(error, OSError) or "path" not in locals():
+                    break
+                path.unlink(missing_ok=True)
+    lines = (getattr(problem, "stderr", None) or str(problem)).strip().splitlines()
+    print(f"the C++ kernels could not be built with {compiler}: PyTorch's kernels do the work, which are slower "
+          f"({lines[0] if lines else problem})", file=sys.stderr)
+    return None
 
 
-def _built(name: str, compiler: str, defines: list[str]) -> Path:
-    """The shared library of <name>.cpp, named by all it depends on; built where it is missing."""
+def _built(name: str, compiler: str, defines: list[str], folder: Path) -> Path:
+    """The shared library of <name>.cpp in `folder`, named by all it depends on; built where it is missing."""
     texts = [path.read_bytes() for path in (SOURCES / f"{name}.cpp", *sorted(SOURCES.glob("*.h")))]
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
     parts = [*texts, version, " ".join([*FLAGS, *defines]).encode(), _cpu().encode()]
     key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
-    folder = cache_folder() / "native"
-    if not (folder / f"{name}-{key}.so").is_file():
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError:
-            folder = Path(tempfile.mkdtemp(prefix="llamagen-"))
-        with tempfile.TemporaryDirectory(dir=folder) as temporary:
-            made = Path(temporary) / f"{name}.so"
-            command = [compiler, *FLAGS, *defines, str(SOURCES / f"{name}.cpp"), "-o", str(made)]
+    library = folder / f"{name}-{key}.so"
+    if library.is_file():
+        return library
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        made, failure = Path(temporary) / library.name, None
+        for tuning in (("-march=native", "-fopenmp"), ("-march=native",), ("-fopenmp",), ()):  # not all can all
+            command = [compiler, *FLAGS, *tuning, *defines, str(SOURCES / f"{name}.cpp"), "-o", str(made)]
             try:
-                subprocess.run([*command, "-fopenmp"], capture_output=True, text=True, check=True)
-            except subprocess.CalledProcessError:  # a compiler without OpenMP: one thread
                 subprocess.run(command, capture_output=True, text=True, check=True)
-            os.replace(made, folder / f"{name}-{key}.so")
-    return folder / f"{name}-{key}.so"
+                os.replace(made, library)
+                return library
+            except subprocess.CalledProcessError as error:
+                failure = failure or error
+        raise failure
 
 
 def _cpu() -> str:

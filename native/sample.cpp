@@ -57,7 +57,10 @@ static int64_t draw(const Draws& d, int64_t i, std::vector<float>& logits, std::
     const float* c = d.logits + d.conditional[i] * d.stride;
     const float* u = d.unconditional[i] < 0 ? nullptr : d.logits + d.unconditional[i] * d.stride;
     const float scale = d.scale[i], divisor = std::max(d.temperature[i], 1e-5f);
-    for (int64_t v = 0; v < V; v++) logits[v] = (u ? u[v] + scale * (c[v] - u[v]) : c[v]) / divisor;
+    for (int64_t v = 0; v < V; v++) {
+        const float x = (u ? u[v] + scale * (c[v] - u[v]) : c[v]) / divisor;
+        logits[v] = x == x ? x : -std::numeric_limits<float>::infinity();  // not a number: never drawn
+    }
     std::fill(logits.begin() + V, logits.end(), -std::numeric_limits<float>::infinity());
     if (d.greedy) return std::max_element(logits.begin(), logits.begin() + V) - logits.begin();
 

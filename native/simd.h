@@ -3,9 +3,9 @@
 #include <cstdint>
 #include <cstring>
 
-typedef float f8 __attribute__((vector_size(32), aligned(4)));
-typedef int32_t i8 __attribute__((vector_size(32), aligned(4)));
-typedef uint32_t u8 __attribute__((vector_size(32), aligned(2)));
+typedef float f8 __attribute__((vector_size(32), aligned(4), may_alias));
+typedef int32_t i8 __attribute__((vector_size(32), aligned(4), may_alias));
+typedef uint32_t u8 __attribute__((vector_size(32), aligned(2), may_alias));
 
 static inline f8 load(const float* p) { return *(const f8*)p; }
 static inline void store(float* p, f8 x) { *(f8*)p = x; }
@@ -18,16 +18,14 @@ static inline float sum(f8 x) {
 
 typedef float f4 __attribute__((vector_size(16), aligned(4)));
 
-static inline f4 halves(f8 x) {
-    return __builtin_shufflevector(x, x, 0, 1, 2, 3) + __builtin_shufflevector(x, x, 4, 5, 6, 7);
-}
+static inline f4 halves(f8 x) { return f4{x[0], x[1], x[2], x[3]} + f4{x[4], x[5], x[6], x[7]}; }
 
 // Four times `sum`, in the same order of additions.
 static inline f4 sums(f8 a, f8 b, f8 c, f8 d) {
     const f4 ha = halves(a), hb = halves(b), hc = halves(c), hd = halves(d);
-    const f4 ab = __builtin_shufflevector(ha, hb, 0, 4, 1, 5) + __builtin_shufflevector(ha, hb, 2, 6, 3, 7);
-    const f4 cd = __builtin_shufflevector(hc, hd, 0, 4, 1, 5) + __builtin_shufflevector(hc, hd, 2, 6, 3, 7);
-    return __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+    const f4 ab = f4{ha[0], hb[0], ha[1], hb[1]} + f4{ha[2], hb[2], ha[3], hb[3]};
+    const f4 cd = f4{hc[0], hd[0], hc[1], hd[1]} + f4{hc[2], hd[2], hc[3], hd[3]};
+    return f4{ab[0], ab[1], cd[0], cd[1]} + f4{ab[2], ab[3], cd[2], cd[3]};
 }
 
 // Keeps a loaded vector in a register: compilers like to load it again for each use.

@@ -82,7 +82,7 @@ class Record:
 
 
 def same_bits(a: list[tuple[Tensor, Tensor]], b: list[tuple[Tensor, Tensor]]) -> bool:
-    return len(a) == len(b) and all(torch.equal(x, y) for p, q in zip(a, b, strict=True) for x, y in zip(p, q, strict=True))
+    return all(torch.equal(x, y) for pair in zip(a, b, strict=True) for x, y in zip(*pair, strict=True))
 
 
 def chi_square_tail(seen: Tensor, expected: Tensor, *, least: float = 5.0) -> float:

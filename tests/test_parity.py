@@ -105,7 +105,7 @@ def test_gpt_greedy(gpt):
     model, reference, _, condition, valid_text = gpt
     expected = torch.from_numpy(reference["greedy_codes"]).long()
     gap, scale, interval = reference["greedy_gap"], float(reference["cfg_scale"]), int(reference["cfg_interval"])
-    rows, steps = expected.shape
+    steps = expected.shape[1]
     mask, width = None, model.config.cls_token_num + steps - 1
     if valid_text is not None:
         mask = attention_mask(valid_text, model.config.cls_token_num, width)

@@ -4,6 +4,7 @@ A step takes T tokens for each of R rows: one token, a window of drafts, or a gr
 rows say where a token is; `causal=False` lets all of a group see each other). Rows have their own lengths.
 `NativeEngine` (native_engine.py) runs C++ kernels on a CPU, `TorchEngine` the model's own modules on any device.
 """
+import weakref
 from typing import Protocol
 
 import torch
@@ -17,10 +18,11 @@ BUCKET = 64  # on a GPU the cache is read up to a multiple of it: few shapes to 
 
 
 class Engine(Protocol):
-    """One model's decoder. Not for two threads at once."""
+    """One model's decoder. Not for two threads at once. It does not keep the model alive."""
 
-    row_multiple: int  # numbers of rows that give a row the same bits are the multiples of this
     weights: int | None  # which kernels: see `weight_type`; None: the model's modules
+    row_multiple: int  # numbers of rows that give a row the same bits are the multiples of this
+    picks_rows: bool  # a step may take any rows of the caches, not only the first
     graphs: StepGraphs
 
     def reserve(self, rows: int, tokens: int) -> None:
@@ -32,8 +34,12 @@ class Engine(Protocol):
         tokens, on `rows` of the caches; each token sees the cached ones and those of the step up to itself, or all.
 
         Returns fp32 logits (n, V) of the tokens with index `wanted` (n,) among the R*T; None: of every token. `longest`
-        is the largest length, or more; `uniform` says that all lengths are that.
+        is the largest length, or more; `uniform` says that all lengths are that. x may be overwritten by the step, and
+        the logits by the next one.
         """
+
+    def read_up_to(self, tokens: int) -> int:
+        """Cache positions that attention reads when `tokens` are in use: with the batch, what shapes a step."""
 
     def copy_row(self, source: int, target: int, *, length: int) -> None:
         """Let row `target` begin with the `length` first tokens of row `source`."""
@@ -43,23 +49,32 @@ class TorchEngine:
     """The model's modules over a `KVCache`, on any device."""
 
     weights = None
+    picks_rows = False
 
     def __init__(self, model: Transformer) -> None:
-        self.model = model
-        self.row_multiple = 8 if model.output.weight.device.type == "cpu" else 1  # below, the CPU's products differ
+        self.model = weakref.proxy(model)
         self.cache: KVCache | None = None
         self.graphs = StepGraphs()
+
+    @property
+    def row_multiple(self) -> int:
+        """Below 8 rows the CPU's products, and so the last bits, depend on their number."""
+        return 8 if self.model.output.weight.device.type == "cpu" else 1
 
     def reserve(self, rows: int, tokens: int) -> None:
         """Have caches for so many rows of so many tokens."""
         cache, weight, config = self.cache, self.model.tok_embeddings.weight, self.model.config
         kind = (weight.device, weight.dtype)
+        if weight.device.type == "cuda":  # graphs are bound to addresses
+            kind += tuple(tensor.data_ptr() for tensor in (*self.model.parameters(), *self.model.buffers()))
         if cache is None or cache.rows < rows or cache.capacity < tokens or self.kind != kind:
             self.cache = None  # before the new one is made
             self.graphs = StepGraphs()
             self.cache = KVCache(config.n_layer, rows, config.n_kv_head, -(-tokens // BUCKET) * BUCKET,
                                  config.dim // config.n_head, device=weight.device, dtype=weight.dtype)
             self.kind = kind
+        for values in self.cache.values:  # a NaN that an earlier call left would count, though its weight is zero
+            values.zero_()
 
     def step(self, x: Tensor, rope: Tensor, lengths: Tensor, *, rows: slice, wanted: Tensor | None = None,
              causal: bool = True, longest: int, uniform: bool) -> Tensor:

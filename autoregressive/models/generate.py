@@ -6,6 +6,8 @@ up to and with the first code that is not its draft. The codes are those of sequ
 ("Parallel and flexible sampling from autoregressive models", arXiv 2105.08164; for discrete codes with shared noise,
 "Predictive sampling with forecasting autoregressive models", arXiv 2002.09928). One loop does both.
 """
+import contextlib
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -47,7 +49,7 @@ def generate(model: Transformer, cond: Tensor, max_new_tokens: int, emb_masks: T
              top_p: float | Sequence[float] = 1.0, sample_logits: bool = True,
              generators: list[torch.Generator] | None = None, decode: Decode = "auto", window: int | None = None,
              statistics: Statistics | None = None) -> Tensor:
-    """Generate codes (B, max_new_tokens) int64 in raster order.
+    """Generate codes (B, max_new_tokens) int64 in raster order, in eval mode.
 
     cond: labels (B,) or text features (B, N, caption_dim); emb_masks (B, N): 1 where the prefix is text, 0 where it is
     padding, which is hidden from attention. cfg_scale <= 1 runs one stream. cfg_interval i > -1 guides only while the
@@ -69,13 +71,13 @@ def generate(model: Transformer, cond: Tensor, max_new_tokens: int, emb_masks: T
     if config.model_type == "t2i" and cond.shape[1:] != (config.cls_token_num, config.caption_dim):
         raise ValueError(f"text features are {tuple(cond.shape)}, the model takes (batch, {config.cls_token_num}, "
                          f"{config.caption_dim})")
-    if emb_masks is not None and emb_masks.shape != cond.shape[:2]:
+    if emb_masks is not None and (cond.ndim < 2 or emb_masks.shape != cond.shape[:2]):
         raise ValueError(f"emb_masks is {tuple(emb_masks.shape)}, expected {tuple(cond.shape[:2])} as the features")
     if decode not in ("auto", "sequential", "jacobi"):
         raise ValueError(f"--decode is {decode!r}, expected auto, sequential or jacobi")
     if window is not None and window < 1:
         raise ValueError(f"the window is {window}, expected 1 or more")
-    scales, temperatures, ks, ps = (_per_image(name, value, batch) for name, value in (
+    scales, temperatures, ks, ps = (_per_image(name, value, batch, whole=name == "top_k") for name, value in (
         ("cfg_scale", cfg_scale), ("temperature", temperature), ("top_k", top_k), ("top_p", top_p)))
     for values in zip(temperatures, ks, ps, strict=True):
         check_sampling(temperature=values[0], top_k=values[1], top_p=values[2])
@@ -98,39 +100,50 @@ def generate(model: Transformer, cond: Tensor, max_new_tokens: int, emb_masks: T
     guided = [scale > 1 for scale in scales]
     if any(guided) and engine.row_multiple > 1:
         guided = [True] * len(guided)  # an even number of rows; where the scale says so, their logits are not used
-    if decode == "sequential" or (decode == "auto" and isinstance(engine, TorchEngine)):  # there they seldom pay
+    if decode == "sequential" or (decode == "auto" and not engine.picks_rows):  # there they seldom pay
         window = 1
     if window is None:
-        window = max(1 if decode == "auto" else 2, RIDGE[device.type] // (batch + sum(guided)))
-    run = _Run(model, engine, settings, scales, [i for i, yes in enumerate(guided) if yes], cfg_interval,
-               max_new_tokens, max(1, min(window, max_new_tokens - 1)))
-    run.prefill(cond, emb_masks)
-    run.finish(adaptive=decode == "auto")
+        window = max(1 if decode == "auto" else 2, RIDGE.get(device.type, 64) // (len(guided) + sum(guided)))
+    window = max(1, min(window, max_new_tokens - 1))
+    training = [module for module in model.modules() if module.training]
+    with torch.inference_mode(False), torch.no_grad():  # what later calls take over is to be of use anywhere
+        try:
+            model.eval()
+            engine.reserve(len(guided) + sum(guided), config.cls_token_num + max_new_tokens + window)
+            run = _Run(model, engine, settings, [i for i, yes in enumerate(guided) if yes], cfg_interval,
+                       max_new_tokens, window)
+            run.prefill(cond, emb_masks)
+            run.finish(adaptive=decode == "auto")
+            codes = run.codes[:batch, :max_new_tokens].clone()
+        finally:
+            for module in training:
+                module.training = True
+    model.engines.append(engine)  # not after an error: its caches may be half-written
     if statistics is not None:
         vars(statistics).update(vars(run.statistics))
-    model.engines.append(engine)  # not after an error: its caches may be half-written
-    return run.codes[:batch, :max_new_tokens].clone()
+    return codes
 
 
 def take_engine(model: Transformer) -> Engine:
     """The model's engine, made where there is none that is idle and fits. Put it back into model.engines after use."""
     weights, kernels = fitting_kernels(model)
-    while model.engines:
-        engine = model.engines.pop()
-        if engine.weights == weights:
-            return engine
+    with contextlib.suppress(IndexError):  # none is left; another thread may take one too
+        while True:
+            engine = model.engines.pop()
+            if engine.weights == weights:
+                return engine
     return TorchEngine(model) if kernels is None else NativeEngine(model, weights, kernels)
 
 
 class _Run:
     """The state of one call: what is cached, where each image is, which codes are drafts."""
 
-    def __init__(self, model: Transformer, engine: Engine, settings: Settings, scales: list[float],
-                 guided: list[int], interval: int, length: int, window: int) -> None:
+    def __init__(self, model: Transformer, engine: Engine, settings: Settings, guided: list[int], interval: int,
+                 length: int, window: int) -> None:
         self.model, self.engine, self.settings = model, engine, settings
         self.length, self.window = length, window
         self.statistics = Statistics(tokens=length - 1)
-        device, images = settings.keys.device, len(scales)
+        device, images = settings.keys.device, len(settings.keys)
         self.images = torch.arange(images, device=device)
         self.guided = torch.tensor(guided, dtype=torch.long, device=device)
         self.partner = torch.full((images,), -1, dtype=torch.long, device=device)  # an image's unconditional row
@@ -140,7 +153,6 @@ class _Run:
         self.place = torch.ones(1, dtype=torch.long, device=device)  # of the next code, in lockstep
         self.guided_until = length if interval < 0 else interval + 2  # the first position without guidance
         self.codes = torch.zeros(images, length + window, dtype=torch.long, device=device)
-        self.engine.reserve(images + len(guided), model.config.cls_token_num + length + window)
         rope, prefix = model.rope(device), model.config.cls_token_num
         self.rope = rope[prefix:]
         self.no_rotation = rope[:1]
@@ -154,7 +166,7 @@ class _Run:
         same = torch.arange(len(self.guided), device=cond.device)
         if len(self.guided):  # unconditional prefixes differ by what is visible of them only
             distinct = visible[self.guided]
-            if self.engine.row_multiple == 1:
+            if self.engine.picks_rows:
                 seen: dict[bytes, int] = {}
                 patterns = [row.tobytes() for row in distinct.cpu().numpy()]
                 same = torch.tensor([seen.setdefault(pattern, len(seen)) for pattern in patterns], device=cond.device)
@@ -237,7 +249,6 @@ class _Run:
         self.statistics.steps += 1
         guides = position < self.guided_until and len(self.guided) > 0
         longest = self.longest + position - 1
-        end = self.engine.read_up_to(longest + 1) if isinstance(self.engine, TorchEngine) else None
 
         def step() -> None:
             before = self.place - 1
@@ -252,12 +263,12 @@ class _Run:
             self.codes.index_copy_(1, self.place, found[:, None])
             self.place += 1
 
-        self.engine.graphs.run((guides, end), step)
+        self.engine.graphs.run((guides, self.engine.read_up_to(longest + 1)), step)
 
     def advance(self, active: Tensor, window: int) -> None:
         """Run a window of drafts of the `active` images; keep what is decided."""
-        whole = isinstance(self.engine, TorchEngine)  # its rows cannot be picked: finished images go along
-        if whole:
+        whole = not self.engine.picks_rows
+        if whole:  # finished images go along
             active = self.images
         offsets = torch.arange(window, device=active.device)
         places = self.cursor[active][:, None] + offsets  # (A, W) the codes to decide
@@ -292,13 +303,17 @@ class _Run:
         return len(self.images) + torch.searchsorted(self.guided, images)
 
 
-def _per_image(name: str, value: float | Sequence[float] | Tensor, batch: int) -> list:
-    if isinstance(value, int | float):
-        return [value] * batch
-    values = value.tolist() if isinstance(value, Tensor) else list(value)
+def _per_image(name: str, value: float | Sequence[float] | Tensor, batch: int, *, whole: bool = False) -> list:
+    """A number, or one per image, of Python, NumPy or PyTorch → a list of `batch` finite numbers."""
+    values = torch.as_tensor(value, dtype=torch.float64).tolist()
+    values = values if isinstance(values, list) else [values] * batch
     if len(values) != batch:
         raise ValueError(f"{len(values)} values of {name} for {batch} samples")
-    return values
+    for number in values:
+        if not math.isfinite(number) or (whole and number != int(number)):
+            kind = "whole" if whole else "finite"
+            raise ValueError(f"--{name.replace('_', '-')} is {number}, expected a {kind} number")
+    return [int(number) for number in values] if whole else values
 
 
 def _extended(x: Tensor, extra: int) -> Tensor:

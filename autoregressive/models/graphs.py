@@ -24,20 +24,25 @@ class StepGraphs:
             for name, value in values.items():
                 self.buffers[name].copy_(value)
         else:
-            self.kind, self.buffers, self.graphs = kind, values, {}
+            self.kind, self.graphs = kind, {}
+            self.buffers = {name: value.clone() for name, value in values.items()}
         return self.buffers
 
     def run(self, shape: Hashable, step: Callable[[], None]) -> None:
         """Do a step, which depends on `shape` and the buffers only: first as it is, then captured, then replayed."""
-        if not torch.cuda.is_available() or next(iter(self.buffers.values())).device.type != "cuda":
+        device = next(iter(self.buffers.values())).device
+        if device.type != "cuda" or torch.is_autocast_enabled("cuda"):  # autocast keeps copies of weights for a while
             step()
         elif shape not in self.graphs:  # the first run loads and chooses kernels, which a capture may not
             step()
             self.graphs[shape] = None
         else:
-            if self.graphs[shape] is None:
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # others may use the GPU meanwhile
-                    step()
-                self.graphs[shape] = graph
-            self.graphs[shape].replay()
+            with torch.cuda.device(device):
+                if self.graphs[shape] is None:
+                    graph = torch.cuda.CUDAGraph()
+                    pool = next((other.pool() for other in self.graphs.values() if other is not None), None)
+                    with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.Stream(),
+                                          capture_error_mode="thread_local"):  # others may use the GPU meanwhile
+                        step()
+                    self.graphs[shape] = graph
+                self.graphs[shape].replay()

@@ -4,10 +4,12 @@ Arithmetic is fp32 whatever the weights are; beside bfloat16 weights the cache i
 on the other rows, nor on how many tokens a step holds, nor on the number of threads.
 """
 import ctypes
+import weakref
 
 import torch
 from torch import Tensor, nn
 
+from autoregressive.models.blocks import Attention, FeedForward, RMSNorm, TransformerBlock
 from autoregressive.models.gpt import Transformer
 from autoregressive.models.graphs import StepGraphs
 from autoregressive.models.quantized import QuantizedLinear
@@ -45,16 +47,20 @@ class _Step(ctypes.Structure):
 
 def weight_type(model: Transformer) -> int | None:
     """Which kernels fit the model: the value of WEIGHTS, or None if none do (a GPU, LoRA, hooks, odd sizes, …)."""
+    parts = [model.norm, *(module for layer in model.layers for module in (
+        layer, layer.attention, layer.feed_forward, layer.attention_norm, layer.ffn_norm))]
+    if {type(part) for part in parts} != {RMSNorm, TransformerBlock, Attention, FeedForward}:
+        return None
     linears = [model.output, *(layer.get_submodule(name) for layer in model.layers for name in PROJECTIONS)]
     kinds = {linear.bits if type(linear) is QuantizedLinear else linear.weight.dtype if type(linear) is nn.Linear
              and linear.bias is None and type(linear.weight) in (Tensor, nn.Parameter) else None for linear in linears}
     kind = kinds.pop()
     config = model.config
     if (kinds or kind not in WEIGHTS or model.output.weight.device.type != "cpu" or torch.is_autocast_enabled("cpu")
-            or any(width % MULTIPLE[kind] for width in (config.dim, config.hidden)) or model.training
+            or any(width % MULTIPLE[kind] for width in (config.dim, config.hidden))
             or any(module._compiled_call_impl is not None for module in model.modules())
-            or any(linear._forward_hooks or linear._forward_pre_hooks or not linear.weight.is_contiguous()
-                   for linear in linears)):
+            or any(module._forward_hooks or module._forward_pre_hooks for module in (*parts, *linears))
+            or not all(linear.weight.is_contiguous() for linear in linears)):
         return None
     return WEIGHTS[kind]
 
@@ -63,9 +69,10 @@ class NativeEngine:
     """C++ kernels over their own caches."""
 
     row_multiple = 1
+    picks_rows = True
 
     def __init__(self, model: Transformer, weights: int, kernels: ctypes.CDLL) -> None:
-        self.model, self.weights, self.kernels = model, weights, kernels
+        self.model, self.weights, self.kernels = weakref.proxy(model), weights, kernels
         kernels.scratch_size.restype = ctypes.c_int64
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
@@ -79,11 +86,12 @@ class NativeEngine:
         K = config.dim // config.n_head
         if rows > self.rows or tokens > self.capacity:
             self.keys, self.values = [], []  # before the new ones are made
-            self.rows, self.capacity = max(rows, self.rows), -(-max(tokens, self.capacity) // SIDE) * SIDE
+            self.rows, self.capacity = rows, -(-tokens // SIDE) * SIDE
             dtype = torch.float32 if self.weights == 0 else torch.bfloat16
-            shape = (self.rows, config.n_kv_head, self.capacity)
-            self.keys = [torch.empty(*shape, K, dtype=dtype) for _ in range(config.n_layer)]
-            self.values = [torch.empty(*shape, -(-K // SIDE) * SIDE, dtype=dtype) for _ in range(config.n_layer)]
+            shape = (rows, config.n_kv_head)
+            blocks, width = self.capacity // SIDE, -(-K // SIDE) * SIDE
+            self.keys = [torch.empty(*shape, blocks, K, SIDE, dtype=dtype) for _ in range(config.n_layer)]
+            self.values = [torch.empty(*shape, self.capacity, width, dtype=dtype) for _ in range(config.n_layer)]
         self.kept = [tensor.float().contiguous() for layer in self.model.layers
                      for tensor in (layer.attention_norm.weight, layer.ffn_norm.weight)]
         self.kept.append(self.model.norm.weight.float().contiguous())
@@ -99,15 +107,15 @@ class NativeEngine:
 
     def step(self, x: Tensor, rope: Tensor, lengths: Tensor, *, rows: Tensor | slice, wanted: Tensor | None = None,
              causal: bool = True, longest: int, uniform: bool) -> Tensor:
-        """See `Engine.step`. The logits are overwritten by the next step."""
+        """See `Engine.step`."""
         count, new = x.shape[:2]
         x = x.float().contiguous()
-        x = x.clone() if x.data_ptr() == self.model.tok_embeddings.weight.data_ptr() else x
         rope = rope.expand(count, *rope.shape[1:]).contiguous()
         rows = torch.arange(rows.start, rows.stop, dtype=torch.int32) if isinstance(rows, slice) else rows.int()
         wanted = torch.arange(count * new, dtype=torch.int32) if wanted is None else wanted.int()
         lengths, threads = lengths.int(), torch.get_num_threads()
-        assert len(rows) == len(lengths) == count and int(rows.max()) < self.rows, (rows, lengths, x.shape)
+        assert len(rows) == len(lengths) == count and 0 <= int(rows.min()) <= int(rows.max()) < self.rows, (rows, count)
+        assert 0 < len(wanted) <= count * new and 0 <= int(wanted.min()) <= int(wanted.max()) < count * new, wanted
         assert int(lengths.max()) <= longest <= self.capacity - new, (lengths, longest, new, self.capacity)
         size = self.kernels.scratch_size(ctypes.byref(self.described), ctypes.c_int64(count * new),
                                          ctypes.c_int64(threads))
@@ -121,10 +129,17 @@ class NativeEngine:
             len(wanted), pointer(self.logits), self.logits.shape[1], pointer(self.scratch), threads)))
         return self.logits[:len(wanted), :vocab]
 
+    def read_up_to(self, tokens: int) -> int:
+        """Just the tokens in use."""
+        return tokens
+
     def copy_row(self, source: int, target: int, *, length: int) -> None:
         """Let row `target` begin with the `length` first tokens of row `source`."""
-        for cache in (*self.keys, *self.values):
-            cache[target] = cache[source]
+        side = self.keys[0].shape[-2] * SIDE  # floats of SIDE neighbouring keys
+        for keys, values in zip(self.keys, self.values, strict=True):
+            keys[target].flatten(1)[:, :-(-length // SIDE) * side] = \
+                keys[source].flatten(1)[:, :-(-length // SIDE) * side]
+            values[target, :, :length] = values[source, :, :length]
 
 
 def fitting_kernels(model: Transformer) -> tuple[int, ctypes.CDLL] | tuple[None, None]:

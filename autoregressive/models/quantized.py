@@ -41,7 +41,10 @@ class QuantizedLinear(nn.Module):
 
 
 def quantize_(model: nn.Module, bits: int) -> None:
-    """Replace the linear layers of the blocks and the head, in place."""
+    """Replace the linear layers of the blocks and the head, in place. Raises ValueError where a width does not fit."""
+    for name, module in model.named_modules():
+        if name.startswith("layers.") and type(module) is nn.Linear and module.in_features % GROUP:
+            raise ValueError(f"--quantize int{bits}: {name} has {module.in_features} inputs, no multiple of {GROUP}")
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear and (name == "output" or name.startswith("layers.")):
             parent, _, child = name.rpartition(".")
