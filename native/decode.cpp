@@ -60,7 +60,7 @@ static inline uint16_t to_bfloat16(float x) {  // to nearest, ties to even
 // Sixteen cached numbers as two vectors. In bfloat16, number i lies beside number i + 8.
 static inline void load16(const float* p, f8& low, f8& high) { low = load(p), high = load(p + 8); }
 static inline void load16(const uint16_t* p, f8& low, f8& high) {
-    const u8 pairs = *(const u8*)p;
+    const u8 pairs = read<u8>(p);
     low = (f8)(pairs << 16), high = (f8)(pairs & 0xffff0000u);
 }
 static inline void put(float* p, int64_t i, float x) { p[i] = x; }

@@ -60,7 +60,7 @@ static __attribute__((noinline)) void tile(const float* x, int64_t ldx, const Li
         typename W::Raw raw[N];
         f8 part[M][N] = {};
         for (int line = 0; line < LINES; line++, ahead += 64) __builtin_prefetch(ahead);
-        for (int n = 0; n < N; n++) raw[n] = *(const typename W::Raw*)(base + n * stride);
+        for (int n = 0; n < N; n++) raw[n] = read<typename W::Raw>(base + n * stride);
         for (int j = 0; j < W::PARTS; j++) {
             f8 values[N];
             for (int n = 0; n < N; n++) values[n] = W::part(raw[n], j);

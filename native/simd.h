@@ -3,12 +3,18 @@
 #include <cstdint>
 #include <cstring>
 
-typedef float f8 __attribute__((vector_size(32), aligned(4), may_alias));
-typedef int32_t i8 __attribute__((vector_size(32), aligned(4), may_alias));
-typedef uint32_t u8 __attribute__((vector_size(32), aligned(2), may_alias));
+typedef float f8 __attribute__((vector_size(32), aligned(4)));
+typedef int32_t i8 __attribute__((vector_size(32), aligned(4)));
+typedef uint32_t u8 __attribute__((vector_size(32), aligned(4)));
 
-static inline f8 load(const float* p) { return *(const f8*)p; }
-static inline void store(float* p, f8 x) { *(f8*)p = x; }
+template <class X> static inline X read(const void* p) {  // one unaligned load, of whatever type the memory is
+    X x;
+    std::memcpy(&x, p, sizeof x);
+    return x;
+}
+
+static inline f8 load(const float* p) { return read<f8>(p); }
+static inline void store(float* p, f8 x) { std::memcpy(p, &x, sizeof x); }
 static inline f8 all(float x) { return f8{x, x, x, x, x, x, x, x}; }
 static inline f8 select(i8 mask, f8 yes, f8 no) { return (f8)(((i8)yes & mask) | ((i8)no & ~mask)); }
 
@@ -18,14 +24,23 @@ static inline float sum(f8 x) {
 
 typedef float f4 __attribute__((vector_size(16), aligned(4)));
 
-static inline f4 halves(f8 x) { return f4{x[0], x[1], x[2], x[3]} + f4{x[4], x[5], x[6], x[7]}; }
+#if defined(__clang__) || __GNUC__ >= 12
+#define PICK(x, y, a, b, c, d) __builtin_shufflevector(x, y, a, b, c, d)
+#else  // slower
+template <class X> static inline f4 PICK(X x, X y, int a, int b, int c, int d) {
+    constexpr int n = sizeof(X) / 4;
+    return f4{a < n ? x[a] : y[a - n], b < n ? x[b] : y[b - n], c < n ? x[c] : y[c - n], d < n ? x[d] : y[d - n]};
+}
+#endif
+
+static inline f4 halves(f8 x) { return PICK(x, x, 0, 1, 2, 3) + PICK(x, x, 4, 5, 6, 7); }
 
 // Four times `sum`, in the same order of additions.
 static inline f4 sums(f8 a, f8 b, f8 c, f8 d) {
     const f4 ha = halves(a), hb = halves(b), hc = halves(c), hd = halves(d);
-    const f4 ab = f4{ha[0], hb[0], ha[1], hb[1]} + f4{ha[2], hb[2], ha[3], hb[3]};
-    const f4 cd = f4{hc[0], hd[0], hc[1], hd[1]} + f4{hc[2], hd[2], hc[3], hd[3]};
-    return f4{ab[0], ab[1], cd[0], cd[1]} + f4{ab[2], ab[3], cd[2], cd[3]};
+    const f4 ab = PICK(ha, hb, 0, 4, 1, 5) + PICK(ha, hb, 2, 6, 3, 7);
+    const f4 cd = PICK(hc, hd, 0, 4, 1, 5) + PICK(hc, hd, 2, 6, 3, 7);
+    return PICK(ab, cd, 0, 1, 4, 5) + PICK(ab, cd, 2, 3, 6, 7);
 }
 
 // Keeps a loaded vector in a register: compilers like to load it again for each use.

@@ -138,7 +138,7 @@ def test_images_come_as_often_as_their_probability_says(changes, way, engine):
         chances = filter_logits(logits, **filters).log_softmax(-1)
         log_probability += chances.gather(1, images[:, i:i + 1])[:, 0]
     expected = log_probability.exp() * count
-    assert (expected > 5).sum() > 20 and expected.max() < count / 4  # a distribution worth testing
+    assert (expected > 5).sum() > 20 and expected.max() < count / 2  # a distribution worth testing
 
     torch.manual_seed(11)
     codes = generate(model, torch.ones(count, dtype=torch.long), length, decode=way, **changes)

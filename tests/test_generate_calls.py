@@ -2,6 +2,7 @@
 import copy
 import os
 import pickle
+import weakref
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,48 @@ def test_weights_changed_in_place_and_models_cast_between_calls(engine):
     assert torch.equal(generate(model.float(), cond, 9, sample_logits=False),
                        generate(tiny(seed=1).bfloat16().float(), cond, 9, sample_logits=False))
     assert type(model.engines[0]) is engine
+
+
+def test_not_a_number_does_not_outlive_its_call(engine):
+    model, cond = tiny(), torch.arange(3)
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    codes = generate(model, cond, 9, cfg_scale=2.0, generators=streams(3))
+    for parameter in model.parameters():
+        parameter.data.fill_(float("nan"))
+    broken = generate(model, cond, 9, cfg_scale=2.0, generators=streams(3))
+    assert broken.min() >= 0 and broken.max() < model.config.vocab_size
+    model.load_state_dict(weights)
+    assert torch.equal(generate(model, cond, 9, cfg_scale=2.0, generators=streams(3)), codes)
+
+
+def test_models_in_training_sample_in_eval_mode_and_go_on_training(engine, monkeypatch):
+    model, cond = tiny(), torch.arange(3)
+    codes = generate(model, cond, 9, generators=streams(3))
+    model.train().layers[1].eval()
+    modes = [module.training for module in model.modules()]
+    assert torch.equal(generate(model, cond, 9, generators=streams(3)), codes)
+    assert [module.training for module in model.modules()] == modes
+    monkeypatch.setattr(engine, "step", lambda *args, **keywords: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        generate(model, cond, 9)
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_calls_inside_and_outside_of_inference_mode(engine):
+    model, cond = tiny(), torch.arange(3)
+    with torch.inference_mode():
+        first = generate(model, cond, 9, generators=streams(3))
+    assert torch.equal(generate(model, cond, 9, generators=streams(3)), first)
+    with torch.inference_mode():
+        assert torch.equal(generate(model, cond, 9, generators=streams(3)), first)
+
+
+def test_an_engine_does_not_keep_its_model_alive(engine):
+    model = tiny()
+    generate(model, torch.arange(3), 9)
+    gone = weakref.ref(model)
+    del model
+    assert gone() is None
 
 
 def test_the_switch_between_engines_is_read_at_each_call(native, monkeypatch):

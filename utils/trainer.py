@@ -309,6 +309,7 @@ class Trainer:
         model = self.plain["model"].eval()
         with self.ema.shown() if self.ema is not None else contextlib.nullcontext(), parallel.gathered(model):
             yield model
+        getattr(model, "engines", []).clear()  # what sampling has cached is not to fill the memory of the training
 
     def show(self, logger: MetricsLogger, evaluate: Evaluate | None, *, preview: bool) -> None:
         """Preview and evaluation of this step, whose checkpoint is on its way."""
