@@ -61,8 +61,7 @@ def pointer(x: Tensor | None) -> ctypes.c_void_p:
 def _compiler() -> str | None:
     found = next(filter(None, map(shutil.which, filter(None, (os.environ.get("CXX"), "g++", "clang++", "c++")))), None)
     if found is None:
-        print("no C++ compiler found (g++, clang++ or $CXX): PyTorch's kernels do the work, which are slower",
-              file=sys.stderr)
+        _say("no C++ compiler found (g++, clang++ or $CXX): PyTorch's kernels do the work, which are slower")
     return found
 
 
@@ -82,9 +81,14 @@ def _load(name: str, defines: tuple[str, ...]) -> ctypes.CDLL | None:
                     break
                 path.unlink(missing_ok=True)
     lines = (getattr(problem, "stderr", None) or str(problem)).strip().splitlines()
-    print(f"the C++ kernels could not be built with {compiler}: PyTorch's kernels do the work, which are slower "
-          f"({lines[0] if lines else problem})", file=sys.stderr)
+    _say(f"the C++ kernels could not be built with {compiler}: PyTorch's kernels do the work, which are slower "
+         f"({lines[0] if lines else problem})")
     return None
+
+
+@functools.cache
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def _built(name: str, compiler: str, defines: list[str], folder: Path) -> Path:

@@ -94,7 +94,8 @@ static inline void score(const float* q, const Cached* keys, int64_t K, float sc
         for (int b = 0; b < B; b++) {
             f8 low, high;
             load16(keys + (b * K + k) * SIDE, low, high);
-            sums[2 * b] += qk * low, sums[2 * b + 1] += qk * high;
+            sums[2 * b] = multiply_add(qk, low, sums[2 * b]);
+            sums[2 * b + 1] = multiply_add(qk, high, sums[2 * b + 1]);
         }
     }
     for (int b = 0; b < 2 * B; b++) store(scores + 8 * b, sums[b] * all(scale));
@@ -109,7 +110,8 @@ static inline void mix(const float* p, const Cached* values, int64_t n, int64_t 
         for (int b = 0; b < B; b++) {
             f8 low, high;
             load16(values + s * stride + 16 * b, low, high);
-            sums[2 * b] += ps * low, sums[2 * b + 1] += ps * high;
+            sums[2 * b] = multiply_add(ps, low, sums[2 * b]);
+            sums[2 * b + 1] = multiply_add(ps, high, sums[2 * b + 1]);
         }
     }
     for (int b = 0; b < 2 * B; b++) store(out + 8 * b, sums[b]);

@@ -66,13 +66,14 @@ static __attribute__((noinline)) void tile(const float* x, int64_t ldx, const Li
             for (int n = 0; n < N; n++) values[n] = W::part(raw[n], j);
             for (int m = 0; m < M; m++) {
                 const f8 inputs = held(load(x + m * ldx + k + 8 * j));
-                for (int n = 0; n < N; n++) (Type == INT4 ? part : total)[m][n] += inputs * values[n];
+                f8(&row)[N] = (Type == INT4 ? part : total)[m];
+                for (int n = 0; n < N; n++) row[n] = multiply_add(inputs, values[n], row[n]);
             }
         }
         if (Type == INT4)
             for (int n = 0; n < N; n++) {
                 const f8 scale = all(w.scale[(first + n) * (K / GROUP) + k / GROUP]);
-                for (int m = 0; m < M; m++) total[m][n] += part[m][n] * scale;
+                for (int m = 0; m < M; m++) total[m][n] = multiply_add(part[m][n], scale, total[m][n]);
             }
     }
     const f8* flat = &total[0][0];

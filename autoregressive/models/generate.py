@@ -160,7 +160,8 @@ class _Run:
     def prefill(self, cond: Tensor, emb_masks: Tensor | None) -> None:
         """Cache the prefixes and choose the first codes."""
         embed, images = self.model.cls_embedding, len(self.images)
-        prefix, width = embed(cond, drop=False), self.model.config.cls_token_num
+        prefix = torch.cat([embed(one, drop=False) for one in cond.split(1)])  # each alone: captions are projected
+        width = self.model.config.cls_token_num
         visible = torch.ones(images, width, dtype=torch.bool, device=cond.device) if emb_masks is None \
             else emb_masks.bool()
         same = torch.arange(len(self.guided), device=cond.device)
