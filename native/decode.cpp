@@ -169,7 +169,7 @@ static void attend_head(const Model& m, const Layer& layer, const Step& s, int64
 }
 
 static void run(const Model& m, const Step& s) {
-    constexpr int COLUMNS = 24;  // of a product, taken by a thread at a time; twice it is a multiple of 16
+    constexpr int COLUMNS = 48;  // of a product, taken by a thread at a time: whole tiles, and whole cache lines of results
     const int64_t D = m.dim, M = s.R * s.T, F = m.hidden, width = (m.heads + 2 * m.kv_heads) * m.head_dim;
     float* normed = s.scratch;             // (M, D)
     float* qkv = normed + M * D;           // (M, width)
@@ -204,8 +204,8 @@ static void run(const Model& m, const Step& s) {
             for (int64_t i = 0; i < M; i++)
                 rms_norm(s.x + i * D, layer.ffn_norm, D, m.eps, normed + i * D);
 #pragma omp for schedule(dynamic)
-            for (int64_t n = 0; n < F; n += 2 * COLUMNS) {
-                const int64_t end = std::min(F, n + 2 * COLUMNS);
+            for (int64_t n = 0; n < F; n += COLUMNS) {
+                const int64_t end = std::min(F, n + COLUMNS);
                 product<WEIGHTS>(normed, D, M, layer.gate, n, end, D, [&](int64_t i, int64_t j, float y) {
                     hidden[i * F + W::place(j)] = y; });
                 for (int64_t i = 0; i < M; i++) silu(hidden + i * F + n, end - n);

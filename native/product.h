@@ -114,6 +114,7 @@ static inline int64_t strip(const float* x, int64_t ldx, int64_t m0, int64_t m1,
             put_tile<Type, M, N, 1>(x, ldx, m, w, n, K, ahead, put);
             if (ahead < (const char*)w.weight + (n + 2 * N) * stride) ahead += lines * 64;
         }
+        if (M > 2 && m + 2 <= m1) put_tile<Type, 2, N, 0>(x, ldx, m, w, n, K, ahead, put), m += 2;
         for (; m < m1; m++) put_tile<Type, 1, N, 0>(x, ldx, m, w, n, K, ahead, put);
     }
     return n;

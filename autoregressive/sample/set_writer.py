@@ -25,7 +25,7 @@ class SetWriter:
     def __init__(self, store: SampleStore, *, png: bool) -> None:
         self.store, self.png = store, png
         self.thread = ThreadPoolExecutor(1)
-        cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         self.png_threads = ThreadPoolExecutor(max(1, min(MAX_PNG_THREADS, cores)))
         self.jobs: deque[Future] = deque()
         self.png_jobs: list[Future] = []  # of the newest batch
