@@ -250,10 +250,11 @@ def peak_in_own_process(side: str, case: Case, config: BenchSampleFlags) -> list
 def measure_codes(config: BenchSampleFlags, device: torch.device) -> None:
     """A row for each case."""
     cases = chosen_cases(config.only)
-    bandwidth, speed = measured_peaks(device)
-    tqdm.write(f"measured: {bandwidth / 1e9:.1f} GB/s, {speed / 1e9:.0f} GFLOP/s")
+    peaks = {name: measured_peaks(device, DTYPES[name]) for name in sorted({case.dtype for case in cases})}
+    for name, (bandwidth, speed) in peaks.items():
+        tqdm.write(f"measured, {name}: {bandwidth / 1e9:.1f} GB/s, {speed / 1e9:.0f} GFLOP/s")
     pictures: dict[tuple[int, int], tuple[float, float]] = {}
-    shares = [case.limit(bandwidth, speed) * case.tokens for case in cases]  # of the time that all cases will take
+    shares = [case.limit(*peaks[case.dtype]) * case.tokens for case in cases]  # of the time that all cases will take
     with tqdm(total=sum(shares), bar_format="{l_bar}{bar}| {elapsed}, {remaining} to go", mininterval=1.0) as bar:
         for case, share in zip(cases, shares, strict=True):
             bar.set_description(case.name)
@@ -263,6 +264,7 @@ def measure_codes(config: BenchSampleFlags, device: torch.device) -> None:
             codes = code_seconds(case, device, repeats=config.repeats, whole=config.whole)
             gc.collect()
             memory = [peak_in_own_process(side, case, config) for side in ("plain", "ours")]
+            bandwidth, speed = peaks[case.dtype]
             limit = case.limit(bandwidth, speed)
             steps = [seconds / case.tokens for seconds in codes]
             speeds = [case.images / (a + b) for a, b in zip(codes, pictures[shape], strict=True)]

@@ -43,12 +43,14 @@ def limit_seconds(cost: StepCost, *, bandwidth: float, speed: float) -> float:
     return max((cost.weights + cost.cache + cost.logits) / bandwidth, cost.flops / speed)
 
 
-def measured_peaks(device: torch.device) -> tuple[float, float]:
-    """(bytes/s that all threads read, FLOP/s of matrix products), each the best of several ways and tries."""
+def measured_peaks(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """(bytes/s that all threads read, FLOP/s of products in fp32 or `dtype`), each the best of several tries."""
     values = torch.ones(2**28, device=device)  # 1 GiB
     square = values.view(2**14, -1)
     seconds = [timed(read, device) for read in (values.sum, values.max, lambda: square @ square[0]) for _ in range(5)]
-    dtypes = {torch.float32, dist.compute_dtype("bf16", device)}  # no bf16 where the CPU only imitates it
+    dtypes = {torch.float32}
+    if dtype != torch.float32:
+        dtypes.add(dist.compute_dtype("bf16", device))  # not where the CPU only imitates it
     return values.nbytes / min(seconds), max(product_speed(device, dtype) for dtype in dtypes)
 
 

@@ -69,17 +69,17 @@ def _compiler() -> str | None:
 def _load(name: str, defines: tuple[str, ...]) -> ctypes.CDLL | None:
     compiler, problem = _compiler(), None
     for folder in (cache_folder() / "native", Path(tempfile.gettempdir()) / f"llamagen-{os.getuid()}"):
-        for _ in range(2):  # a file that is no library is made again
+        try:
+            path = _built(name, compiler, [f"-D{define}" for define in defines], folder)
+            if path.stat().st_uid not in (os.getuid(), 0):
+                raise PermissionError(f"{path} belongs to somebody else")
             try:
-                path = _built(name, compiler, [f"-D{define}" for define in defines], folder)
-                if path.stat().st_uid not in (os.getuid(), 0):
-                    raise PermissionError(f"{path} belongs to somebody else")
                 return ctypes.CDLL(str(path))
-            except (OSError, subprocess.CalledProcessError) as error:
-                problem = error
-                if not isinstance(error, OSError) or "path" not in locals():
-                    break
-                path.unlink(missing_ok=True)
+            except OSError:  # cut short, say
+                path.unlink()
+                return ctypes.CDLL(str(_built(name, compiler, [f"-D{define}" for define in defines], folder)))
+        except (OSError, subprocess.CalledProcessError) as error:
+            problem = error
     lines = (getattr(problem, "stderr", None) or str(problem)).strip().splitlines()
     _say(f"the C++ kernels could not be built with {compiler}: PyTorch's kernels do the work, which are slower "
          f"({lines[0] if lines else problem})")

@@ -87,8 +87,8 @@ static void product(const float* a, long a_stride, const float* b, long depth, f
 #pragma GCC unroll 6
         for (int r = 0; r < R; r++) {
             const f8 x = all(a[r * a_stride + k]);
-            sums[r][0] += x * left;
-            sums[r][1] += x * right;
+            sums[r][0] = multiply_add(x, left, sums[r][0]);
+            sums[r][1] = multiply_add(x, right, sums[r][1]);
         }
     }
     for (int r = 0; r < R; r++) {

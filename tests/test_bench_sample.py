@@ -144,7 +144,7 @@ def test_rows_join_their_own_table(tmp_path, monkeypatch):
 
 def test_a_case_makes_a_whole_row(tmp_path, monkeypatch):
     monkeypatch.setattr(sample_rows, "RESULTS", tmp_path / "sample.md")
-    monkeypatch.setattr(bench_sample, "measured_peaks", lambda device: (10e9, 1e15))
+    monkeypatch.setattr(bench_sample, "measured_peaks", lambda device, dtype: (10e9, 1e15))
     monkeypatch.setattr(bench_sample, "picture_seconds", lambda case, device, repeats: (3.0, 1.0))
     monkeypatch.setattr(bench_sample, "code_seconds", lambda case, device, repeats, whole: (25.6, 6.4))
     monkeypatch.setattr(bench_sample, "peak_in_own_process", lambda side, case, config: [1.0, 4.0 - (side == "ours")])

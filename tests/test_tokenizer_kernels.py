@@ -11,7 +11,7 @@ from native import build
 from tokenizer.build import decode_images, encode_images, rows_at_once
 from tokenizer.tokenizer_image import convolution
 from tokenizer.tokenizer_image.convolution import convolve, ready
-from tokenizer.tokenizer_image.vq_model import VQConfig, VQModel
+from tokenizer.tokenizer_image.vq_model import VQ_models, VQConfig, VQModel
 from utils import images
 
 needs_kernels = pytest.mark.skipif(convolution.kernels() is None, reason="no C++ compiler")
@@ -185,3 +185,35 @@ def test_bf16_decoding_is_near(model):
     exact, low = decode_images(model, codes, (4, 6)), decode_images(model, codes, (4, 6), dtype=torch.bfloat16)
     assert low.dtype == torch.float32
     assert 0 < (low - exact).square().mean() < 1e-3
+
+
+def test_what_the_layers_refuse_the_kernels_refuse_too():
+    model = VQ_models["VQ-4-S"]().eval().requires_grad_(False)
+    for channels in (1, 4, 16):
+        with pytest.raises((ValueError, RuntimeError), match=r"channels|takes"):
+            encode_images(model, torch.zeros(1, channels, 16, 16))
+    assert encode_images(model, torch.zeros(0, 3, 16, 16)).numel() == 0
+    assert decode_images(model, torch.zeros(0, 16, dtype=torch.long), (4, 4)).shape == (0, 3, 16, 16)
+
+
+def test_the_default_type_does_not_matter():
+    model, codes = VQ_models["VQ-4-S"]().eval().requires_grad_(False), torch.arange(16)[None]
+    expected = decode_images(model, codes, (4, 4))
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(decode_images(model, codes, (4, 4)), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_compiled_decoder_does_not_depend_on_its_batch_either():
+    model, codes = VQ_models["VQ-4-S"]().eval().requires_grad_(False), torch.randint(256, (9, 16))
+    model.decoder.compile(backend="eager")
+    whole = decode_images(model, codes, (4, 4))
+    assert torch.equal(torch.cat([decode_images(model, one, (4, 4)) for one in codes.split(1)]), whole)
+
+
+def test_gradients_reach_what_is_trained_in_eval_mode():
+    model = VQ_models["VQ-4-S"]().eval().requires_grad_(False)
+    model.encoder.norm_out.requires_grad_(True)
+    assert model.encoder(torch.randn(1, 3, 16, 16)).requires_grad

@@ -95,7 +95,8 @@ def encode_images(tokenizer: ImageTokenizer, images: Tensor) -> Tensor:
 
 def rows_at_once(tokenizer: ImageTokenizer, pixels: int) -> int | None:
     """How many images to take at a time where a result does not depend on it (our own kernels run), else None."""
-    free = isinstance(tokenizer, VQModel) and convolution.ready(tokenizer.decoder.conv_in)
+    free = (isinstance(tokenizer, VQModel) and convolution.ready(tokenizer.decoder.conv_in)
+            and tokenizer.decoder._compiled_call_impl is None)  # a compiled one runs PyTorch's kernels
     return max(1, PIXELS // max(1, pixels)) if free else None
 
 
@@ -105,8 +106,8 @@ def in_chunks(function: Callable[[Tensor], Tensor], x: Tensor, *, rows: int | No
     Which of PyTorch's convolution kernels runs, and so the last bits of its sums, depends on the batch size: codes at a
     near tie and pixels at a rounding edge would change with it.
     """
-    if rows is not None:
-        return torch.cat([function(chunk) for chunk in x.split(rows)])
+    if rows is not None or len(x) == 0:
+        return torch.cat([function(chunk) for chunk in x.split(rows or 1)])
     rows = CHUNK[x.device.type]
     parts = [function(torch.cat([chunk, chunk[-1:].expand(rows - len(chunk), *chunk.shape[1:])]))[:len(chunk)]
              for chunk in x.split(rows)]

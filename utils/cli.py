@@ -88,8 +88,8 @@ def run(main: Callable[[Config], None], config_class: type[Config], argv: list[s
             raise
         reason = message(error).splitlines()[0][:200]
         if not dist.told_by_main(seconds=2.0):
-            print(f"error: lost contact with another process, which has died or hangs ({reason}); training continues "
-                  "with --resume auto", file=sys.stderr, flush=True)
+            print(f"error: lost contact with another process, which has died or hangs ({reason}); run it again to "
+                  "continue, a training with --resume auto", file=sys.stderr, flush=True)
         os._exit(2)  # threads that wait for the other process would hold an orderly exit up
     except KeyboardInterrupt:
         print("interrupted; to continue run it again, training with --resume auto", file=sys.stderr)

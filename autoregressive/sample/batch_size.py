@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from autoregressive.sample.pipeline import Pipeline
-from tokenizer.build import CHUNK
+from tokenizer.build import CHUNK, rows_at_once
 
 ENOUGH = {"cpu": 32, "cuda": 512}  # images; more rows than this are no faster, arithmetic is the limit
 SHARE = 0.8  # of the free memory; the rest is for fragments and what is not counted here
@@ -34,9 +34,10 @@ def bytes_per_image(pipeline: Pipeline, device: torch.device) -> int:
 
 
 def decoder_bytes(pipeline: Pipeline, device: torch.device) -> int:
-    """What the tokenizer's decoder needs besides, whatever the batch: it takes CHUNK images at a time."""
-    widest = pipeline.tokenizer.config.ch * 4 * math.prod(pipeline.image_size)
-    return CHUNK[device.type] * widest * DECODER_COPIES
+    """What the tokenizer's decoder needs besides, whatever the batch: it takes few images at a time."""
+    config, pixels = pipeline.tokenizer.config, math.prod(pipeline.image_size)
+    at_once = rows_at_once(pipeline.tokenizer, pixels) or CHUNK[device.type]
+    return at_once * config.ch * max(config.decoder_ch_mult[:2]) * 4 * pixels * DECODER_COPIES
 
 
 def batch_that_fits(pipeline: Pipeline, device: torch.device) -> int:

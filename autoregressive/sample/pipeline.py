@@ -115,7 +115,8 @@ def load_pipeline(flags: SampleFlags, *, device: torch.device) -> Pipeline:
     if flags.compile:
         for layer in gpt.layers:  # the parts whose shapes do not change from step to step
             layer.feed_forward.compile()
-        tokenizer.decoder.compile()
+        if device.type != "cpu":  # there the kernels are faster
+            tokenizer.decoder.compile()
     settings = {name: getattr(flags, name) for name in ("cfg_scale", "cfg_interval", "temperature", "top_k", "top_p")}
     described = {"gpt_model": flags.gpt_model or saved.get("gpt_model") or "GPT-B", "vq_model": vq_name,
                  "gpt_ckpt_sha256": checkpoint.content_hash(flags.gpt_ckpt),

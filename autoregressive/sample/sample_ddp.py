@@ -62,6 +62,9 @@ def folder_name(described: dict, flags: SampleSetFlags) -> str:
 def claim(folder: Path, described: dict) -> None:
     """Note in config.json how the images are made. Raises ValueError if those already there were made otherwise."""
     path = folder / "config.json"
+    if not path.is_file() and any(folder.glob("*.png")):
+        raise ValueError(f"{folder} holds PNGs but no config.json that says how they were made: give another "
+                         "--sample-dir or remove it")
     if path.is_file():
         other = json.loads(path.read_text())
         differs = [key for key, value in described.items() if other.get(key) != value]
@@ -75,7 +78,7 @@ def claim(folder: Path, described: dict) -> None:
 
 def main(flags: SampleSetFlags, pipeline: Pipeline | None = None) -> Path:
     """Sample what is missing, then pack the npz. Returns its path. `pipeline`: that of the flags, if loaded already."""
-    process = dist.setup()
+    process = dist.setup(timeout=86400.0)  # processes wait for the slowest one's share, and for the packing
     if flags.num_fid_samples < 1 or flags.per_proc_batch_size < 0:
         raise ValueError("--num-fid-samples must be at least 1, --per-proc-batch-size at least 0 (what memory holds)")
     pipeline = pipeline or load_pipeline(flags, device=process.device)
@@ -160,7 +163,7 @@ def decoding(pipeline: Pipeline, codes: Tensor, *, size: tuple[int, int],
     sampled = torch.cuda.current_stream().record_event()
 
     def decode() -> np.ndarray:
-        with torch.cuda.stream(stream):
+        with torch.cuda.device(stream.device), torch.cuda.stream(stream):
             stream.wait_event(sampled)
             return pipeline.to_pixels(codes, size=size)
 

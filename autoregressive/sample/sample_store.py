@@ -76,7 +76,7 @@ class SampleStore:
         """Whether the npz holds images 0 to count - 1 of this set, as far as its header says."""
         try:
             return self.is_ours(self.npz) and len(self.indices(self.npz)) == count
-        except BROKEN_ZIP:
+        except (*BROKEN_ZIP, OSError):
             return False
 
     def is_ours(self, path: Path) -> bool:
@@ -84,7 +84,11 @@ class SampleStore:
         try:
             with zipfile.ZipFile(path) as archive:
                 return archive.comment == self.seal
-        except (FileNotFoundError, zipfile.BadZipFile):
+        except FileNotFoundError:
+            return False
+        except (*BROKEN_ZIP, OSError) as error:
+            if isinstance(error, OSError) and error.errno != errno.EINVAL:  # that is a damaged offset
+                raise
             return False
 
     def indices(self, path: Path) -> np.ndarray:

@@ -24,7 +24,7 @@ def convolve(layer: nn.Conv2d, x: Tensor, *, norm: nn.GroupNorm | None = None, d
     `upsample` doubles h and w first (nearest neighbour). A layer of stride 2 without padding gets one zero row below
     and one zero column on the right.
     """
-    if ready(layer, x):
+    if ready(layer, x, *(() if norm is None else norm.parameters()), *(() if residual is None else (residual,))):
         return run_kernel(x, layer.weight, layer.bias, stride=layer.stride[0], before=layer.padding[0],
                           upsample=upsample, scaling=None if norm is None else scaling(norm, x), silu=norm is not None,
                           residual=residual)
@@ -40,12 +40,13 @@ def convolve(layer: nn.Conv2d, x: Tensor, *, norm: nn.GroupNorm | None = None, d
     return y if residual is None else residual + y
 
 
-def ready(layer: nn.Module, x: Tensor | None = None) -> bool:
-    """Whether the kernels may run `layer` (on x): eval mode, no gradient, no autocast, fp32 on a CPU, a compiler."""
-    weight = layer.weight
-    tensors = (weight,) if x is None else (weight, x)
+def ready(layer: nn.Module, *others: Tensor) -> bool:
+    """Whether the kernels may run `layer` (with `others`, its inputs): eval mode, no gradient, no autocast, no tracing,
+    fp32 on a CPU, a compiler."""
+    tensors = (*layer.parameters(), *others)
     return (not layer.training and all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors)
-            and type(weight) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling()
+            and type(layer.weight) in (Tensor, nn.Parameter)
+            and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
             and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
             and not torch.is_autocast_enabled("cpu") and kernels() is not None)
 
@@ -58,10 +59,14 @@ def run_kernel(x: Tensor, weight: Tensor, bias: Tensor | None, *, stride: int = 
     `before`: zeros above and left of the picture; `scaling`: a factor and a summand (B, in) each, applied to x first.
     """
     out, channels, side, _ = weight.shape
+    if x.ndim != 4 or x.shape[1] != channels:
+        raise ValueError(f"the input is {tuple(x.shape)}, the layer takes (batch, {channels}, height, width)")
     winograd = (side, stride, before) == (3, 1, 1)
     height, width = (size * 2 if upsample else size // stride for size in x.shape[2:])
-    y = torch.empty(x.shape[0], height, width, out)
-    packed = torch.empty(kernels().packed_size(winograd, side, channels, out))
+    y = x.new_empty(x.shape[0], height, width, out)
+    if y.numel() == 0:
+        return y.permute(0, 3, 1, 2)
+    packed = x.new_empty(kernels().packed_size(winograd, side, channels, out))
     x, residual = pixel_rows(x), None if residual is None else pixel_rows(residual)
     factor, summand = scaling or (None, None)
     kernels().convolution(
@@ -80,7 +85,7 @@ def scaling(norm: nn.GroupNorm, x: Tensor) -> tuple[Tensor, Tensor]:
     """The factor and the summand (B, C) each that GroupNorm comes down to for each image and channel of x."""
     x = pixel_rows(x)
     batch, height, width, channels = x.shape
-    factor, summand = torch.empty(2, batch, channels)
+    factor, summand = x.new_empty(2, batch, channels)
     kernels().group_norm(pointer(x), batch, height * width, channels, norm.num_groups, pointer(norm.weight),
                          pointer(norm.bias), norm.eps, pointer(factor), pointer(summand), torch.get_num_threads())
     return factor, summand

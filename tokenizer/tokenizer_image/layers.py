@@ -63,7 +63,7 @@ class AttnBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         layers = self.q, self.k, self.v
-        if convolution.ready(self.q, x):
+        if convolution.ready(self.q, x, *self.norm.parameters()):
             scaling = convolution.scaling(self.norm, x)
             z = [convolution.run_kernel(x, layer.weight, layer.bias, scaling=scaling) for layer in layers]
         else:

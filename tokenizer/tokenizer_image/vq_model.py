@@ -76,7 +76,8 @@ class VQModel(nn.Module):
 
     def encode_codes(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) → codes (B, h*w) int64 in raster order."""
-        return self.encode(images)[2][2].view(images.shape[0], -1)
+        h, w = (side // self.downsample for side in images.shape[-2:])
+        return self.encode(images)[2][2].view(images.shape[0], h * w)
 
     def decode(self, quantised: Tensor) -> Tensor:
         """Quantised features (B, C, h, w) → images (B, 3, h*p, w*p), about [-1, 1] (not clamped)."""
