@@ -85,19 +85,22 @@ static inline void rotate(const float* x, const float* rope, int64_t K, float* o
     }
 }
 
+// sums += x times B groups of 16 cached numbers, `apart` from one another.
+template <int B>
+static inline void add_scaled(f8 x, const Cached* at, int64_t apart, f8 (&sums)[2 * B]) {
+    for (int b = 0; b < B; b++) {
+        f8 low, high;
+        load16(at + b * apart, low, high);
+        sums[2 * b] = multiply_add(x, low, sums[2 * b]);
+        sums[2 * b + 1] = multiply_add(x, high, sums[2 * b + 1]);
+    }
+}
+
 // scores[s] = scale * q . k_s for B blocks of SIDE positions.
 template <int B>
 static inline void score(const float* q, const Cached* keys, int64_t K, float scale, float* scores) {
     f8 sums[2 * B] = {};
-    for (int64_t k = 0; k < K; k++) {
-        const f8 qk = all(q[k]);
-        for (int b = 0; b < B; b++) {
-            f8 low, high;
-            load16(keys + (b * K + k) * SIDE, low, high);
-            sums[2 * b] = multiply_add(qk, low, sums[2 * b]);
-            sums[2 * b + 1] = multiply_add(qk, high, sums[2 * b + 1]);
-        }
-    }
+    for (int64_t k = 0; k < K; k++) add_scaled<B>(all(q[k]), keys + k * SIDE, K * SIDE, sums);
     for (int b = 0; b < 2 * B; b++) store(scores + 8 * b, sums[b] * all(scale));
 }
 
@@ -105,15 +108,7 @@ static inline void score(const float* q, const Cached* keys, int64_t K, float sc
 template <int B>
 static inline void mix(const float* p, const Cached* values, int64_t n, int64_t stride, float* out) {
     f8 sums[2 * B] = {};
-    for (int64_t s = 0; s < n; s++) {
-        const f8 ps = all(p[s]);
-        for (int b = 0; b < B; b++) {
-            f8 low, high;
-            load16(values + s * stride + 16 * b, low, high);
-            sums[2 * b] = multiply_add(ps, low, sums[2 * b]);
-            sums[2 * b + 1] = multiply_add(ps, high, sums[2 * b + 1]);
-        }
-    }
+    for (int64_t s = 0; s < n; s++) add_scaled<B>(all(p[s]), values + s * stride, 16, sums);
     for (int b = 0; b < 2 * B; b++) store(out + 8 * b, sums[b]);
 }
 

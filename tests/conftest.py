@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from utils import cli
@@ -103,6 +104,15 @@ def gpt_ckpt(code_store, tmp_path_factory) -> Path:
     results = tmp_path_factory.mktemp("gpt")
     call("train_gpt", "--code-path", code_store, *TINY_GPT, "--epochs", 2, "--results-dir", results, "--ema")
     return newest(results / "000-GPT-S" / "checkpoints")
+
+
+@pytest.fixture
+def one_thread():
+    """Without our kernels the number of threads shows in the last bits of a convolution."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

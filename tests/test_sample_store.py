@@ -19,17 +19,10 @@ from autoregressive.sample.sample_store import SampleStore
 from autoregressive.sample.set_writer import SetWriter
 from utils import cli, images
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
 DESCRIBED = {"gpt_model": "GPT-S", "seed": 0}
 COUNT = 10
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

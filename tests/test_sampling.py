@@ -16,17 +16,9 @@ from utils import checkpoint, cli
 from utils.images import load_png
 
 ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
 CLASSES = ["blue", "green", "red"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """How a convolution is split among threads shows in its last bits: compare runs with one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
