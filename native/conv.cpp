@@ -14,6 +14,7 @@
 #include "simd.h"
 
 typedef double d8 __attribute__((vector_size(64)));
+typedef float m8 __attribute__((vector_size(32), aligned(4), may_alias));  // eight floats where they lie in memory
 
 static const int COLUMNS = 16;  // of a panel of weights
 static const int ROWS = 6;      // of the product's kernel: 12 sums of eight in registers
@@ -134,7 +135,7 @@ static const long HIGH = 4, WIDE = 6;  // tiles of a block
 struct Filter {
     static constexpr double A = 11 / 16.0, B = 11 / 8.0;
     static constexpr float AA = A * A, BB = B * B, SUM = A * A + B * B, PRODUCT = A * A * B * B;
-    static inline void input(const f8* d, long s, f8* v, long t) {
+    template <class From, class To> static inline void input(const From* d, long s, To* v, long t) {
         const f8 even_a = d[4 * s] - BB * d[2 * s], odd_a = float(A) * (d[3 * s] - BB * d[s]);
         const f8 even_b = d[4 * s] - AA * d[2 * s], odd_b = float(B) * (d[3 * s] - AA * d[s]);
         v[0] = PRODUCT * d[0] - SUM * d[2 * s] + d[4 * s];
@@ -155,7 +156,7 @@ struct Filter {
         u[4 * t] = even_b - odd_b;
         u[5 * t] = g[2 * s];
     }
-    static inline void output(const f8* m, long s, f8* y, long t) {
+    template <class From> static inline void output(const From* m, long s, f8* y, long t) {
         const f8 even_a = m[s] + m[2 * s], odd_a = float(A) * (m[s] - m[2 * s]);
         const f8 even_b = m[3 * s] + m[4 * s], odd_b = float(B) * (m[3 * s] - m[4 * s]);
         y[0] = m[0] + even_a + even_b;
@@ -224,11 +225,11 @@ static void convolve_tiles(const Input& in, const float* weights, const Output& 
             for (long t = 0; t < rows * across; t++) {
                 const float* from = patch + (t / across * M * patch_wide + t % across * M) * depth;
                 for (long c = 0; c < depth; c += 8) {
-                    f8 d[N * N], half[N * N], v[N * N];
-                    for (int i = 0; i < N * N; i++) d[i] = load(from + (i / N * patch_wide + i % N) * depth + c);
-                    for (int x = 0; x < N; x++) Filter::input(d + x, N, half + x, N);
-                    for (int y = 0; y < N; y++) Filter::input(half + N * y, 1, v + N * y, 1);
-                    for (int i = 0; i < N * N; i++) store(inputs + i * in_step + t * depth + c, v[i]);
+                    f8 half[N * N];
+                    const m8* d = (const m8*)(from + c);
+                    m8* v = (m8*)(inputs + t * depth + c);
+                    for (int x = 0; x < N; x++) Filter::input(d + x * depth / 8, patch_wide * depth / 8, half + x, N);
+                    for (int y = 0; y < N; y++) Filter::input(half + N * y, 1, v + N * y * in_step / 8, in_step / 8);
                 }
             }
             for (int i = 0; i < N * N; i++)
@@ -238,9 +239,9 @@ static void convolve_tiles(const Input& in, const float* weights, const Output& 
                 const long y0 = (top + t / across) * M, x0 = (left + t % across) * M;
                 const long end = std::min(count * COLUMNS, out.channels - first_panel * COLUMNS);
                 for (long c = 0; c < end; c += 8) {
-                    f8 m[N * N], half[M * N], y[M * M];
-                    for (int i = 0; i < N * N; i++) m[i] = load(outputs + i * out_step + t * columns + c);
-                    for (int x = 0; x < N; x++) Filter::output(m + x, N, half + x, N);
+                    f8 half[M * N], y[M * M];
+                    const m8* m = (const m8*)(outputs + t * columns + c);
+                    for (int x = 0; x < N; x++) Filter::output(m + x * out_step / 8, N * out_step / 8, half + x, N);
                     for (int i = 0; i < M; i++) Filter::output(half + N * i, 1, y + M * i, 1);
                     for (long i = 0; i < M && y0 + i < out.height; i++)
                         for (long j = 0; j < M && x0 + j < out.width; j++)

@@ -163,15 +163,18 @@ static void attend_head(const Model& m, const Layer& layer, const Step& s, int64
         }
 }
 
+static int64_t scratch_of_thread(const Model& m) { return rounded(m.capacity + 2 * rounded(m.head_dim, SIDE), SIDE); }
+static int64_t hidden_stride(const Model& m) { return m.hidden + SIDE; }  // not a power of two, for the cache's sake
+
 static void run(const Model& m, const Step& s) {
     constexpr int COLUMNS = 48;  // of a product, taken by a thread at a time: whole tiles, and whole cache lines of results
     const int64_t D = m.dim, M = s.R * s.T, F = m.hidden, width = (m.heads + 2 * m.kv_heads) * m.head_dim;
+    const int64_t apart = hidden_stride(m), own_size = scratch_of_thread(m);
     float* normed = s.scratch;             // (M, D)
     float* qkv = normed + M * D;           // (M, width)
     float* attended = qkv + M * width;     // (M, H K)
-    float* hidden = attended + M * D;      // (M, F)
-    float* own = hidden + M * F;           // per thread: attention's scratch, or a strip of `gate`
-    const int64_t own_size = rounded(m.capacity + 2 * rounded(m.head_dim, SIDE), SIDE);
+    float* hidden = attended + M * D;      // (M, F), `apart`
+    float* own = hidden + M * apart;       // per thread: attention's scratch
 #pragma omp parallel num_threads(s.threads)
     {
 #ifdef _OPENMP
@@ -202,14 +205,14 @@ static void run(const Model& m, const Step& s) {
             for (int64_t n = 0; n < F; n += COLUMNS) {
                 const int64_t end = std::min(F, n + COLUMNS);
                 product<WEIGHTS>(normed, D, M, layer.gate, n, end, D, [&](int64_t i, int64_t j, float y) {
-                    hidden[i * F + W::place(j)] = y; });
-                for (int64_t i = 0; i < M; i++) silu(hidden + i * F + n, end - n);
+                    hidden[i * apart + W::place(j)] = y; });
+                for (int64_t i = 0; i < M; i++) silu(hidden + i * apart + n, end - n);
                 product<WEIGHTS>(normed, D, M, layer.up, n, end, D, [&](int64_t i, int64_t j, float y) {
-                    hidden[i * F + W::place(j)] *= y; });
+                    hidden[i * apart + W::place(j)] *= y; });
             }
 #pragma omp for schedule(dynamic)
             for (int64_t n = 0; n < D; n += COLUMNS)
-                product<WEIGHTS>(hidden, F, M, layer.down, n, std::min(D, n + COLUMNS), F,
+                product<WEIGHTS>(hidden, apart, M, layer.down, n, std::min(D, n + COLUMNS), F,
                               [&](int64_t i, int64_t j, float y) { s.x[i * D + j] += y; });
         }
 #pragma omp for schedule(static)
@@ -224,8 +227,8 @@ static void run(const Model& m, const Step& s) {
 extern "C" {
 // Floats that a step of `tokens` = R T tokens needs as scratch.
 int64_t scratch_size(const Model* m, int64_t tokens, int64_t threads) {
-    const int64_t own = rounded(m->capacity + 2 * rounded(m->head_dim, SIDE), SIDE);
-    return tokens * (2 * m->dim + m->hidden + (m->heads + 2 * m->kv_heads) * m->head_dim) + threads * own;
+    return tokens * (2 * m->dim + hidden_stride(*m) + (m->heads + 2 * m->kv_heads) * m->head_dim) +
+           threads * scratch_of_thread(*m);
 }
 
 void step(const Model* m, const Step* s) { run(*m, *s); }

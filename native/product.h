@@ -47,23 +47,25 @@ template <> struct Weight<INT4> {  // the j-th four bits of word i are element 8
 };
 
 // out[m][n] = x_m . w_n for M rows of x, ldx apart, and N rows of w. Meanwhile LINES cache lines per load of a row are
-// fetched from `ahead` on.
+// fetched from `ahead` on, `apart` bytes from one another.
 template <int Type, int M, int N, int LINES>
 static __attribute__((noinline)) void tile(const float* x, int64_t ldx, const Linear& w, int64_t first, int64_t K,
-                                           const char* ahead, float (&out)[M][N]) {
+                                           const char* ahead, int64_t apart, float (&out)[M][N]) {
     typedef Weight<Type> W;
     constexpr int STEP = 8 * W::PARTS;
+    // Compilers load a weight again for each row: slower, but where all wait for memory, and registers must suffice.
+    constexpr bool HOLD = LINES < 2 && M * N + N < 16;
     const int64_t stride = K * W::BITS / 8;
     const char* base = (const char*)w.weight + first * stride;
     f8 total[M][N] = {};
     for (int64_t k = 0; k < K; k += STEP, base += 32) {
         typename W::Raw raw[N];
         f8 part[M][N] = {};
-        for (int line = 0; line < LINES; line++, ahead += 64) __builtin_prefetch(ahead);
+        for (int line = 0; line < LINES; line++, ahead += apart) __builtin_prefetch(ahead);
         for (int n = 0; n < N; n++) raw[n] = read<typename W::Raw>(base + n * stride);
         for (int j = 0; j < W::PARTS; j++) {
             f8 values[N];
-            for (int n = 0; n < N; n++) values[n] = W::part(raw[n], j);
+            for (int n = 0; n < N; n++) values[n] = HOLD ? held(W::part(raw[n], j)) : W::part(raw[n], j);
             for (int m = 0; m < M; m++) {
                 const f8 inputs = held(load(x + m * ldx + k + 8 * j));
                 f8(&row)[N] = (Type == INT4 ? part : total)[m];
@@ -89,34 +91,38 @@ static __attribute__((noinline)) void tile(const float* x, int64_t ldx, const Li
 }
 
 template <int Type, int M, int N, int LINES, class Put>
-static inline void put_tile(const float* x, int64_t ldx, int64_t m, const Linear& w, int64_t first, int64_t K,
-                            const char* ahead, const Put& put) {
+static inline void put_tile(const float* x, int64_t ldx, int64_t m, const Linear& w, int64_t n, int64_t K,
+                            const char* ahead, int64_t apart, const Put& put) {
     float out[M][N];
-    tile<Type, M, N, LINES>(x + m * ldx, ldx, w, first, K, ahead, out);
+    tile<Type, M, N, LINES>(x + m * ldx, ldx, w, n, K, ahead, apart, out);
     for (int i = 0; i < M; i++)
-        for (int j = 0; j < N; j++) put(m + i, first + j, out[i][j]);
+        for (int j = 0; j < N; j++) put(m + i, n + j, out[i][j]);
 }
 
-// The columns [n, end) as far as N at a time go; returns the first that is left.
+// Rows m to m + count, at most M, times N columns: the `turn`th of `passes` over these columns. It fetches its share of
+// the next N.
 template <int Type, int M, int N, class Put>
-static inline int64_t strip(const float* x, int64_t ldx, int64_t m0, int64_t m1, const Linear& w, int64_t n,
-                            int64_t end, int64_t K, const Put& put) {
-    const int64_t stride = K * Weight<Type>::BITS / 8, lines = stride / 32;  // of loads in a row
-    for (; n + N <= end; n += N) {
-        const char* ahead = (const char*)w.weight + (n + N) * stride;
-        if (m1 - m0 == M) {  // one pass: the next columns are fetched in it
-            put_tile<Type, M, N, (N + 1) / 2>(x, ldx, m0, w, n, K, ahead, put);
-            continue;
+static inline void pass(const float* x, int64_t ldx, int64_t m, int64_t count, const Linear& w, int64_t n, int64_t K,
+                        int64_t turn, int64_t passes, const Put& put) {
+    if constexpr (M > 1)
+        if (count < M) return pass<Type, M - 1, N>(x, ldx, m, count, w, n, K, turn, passes, put);
+    const int64_t stride = K * Weight<Type>::BITS / 8;
+    const char* ahead = (const char*)w.weight + (n + N) * stride;
+    if (passes == 1) return put_tile<Type, M, N, (N + 1) / 2>(x, ldx, m, w, n, K, ahead, 64, put);
+    const int64_t share = N * stride * turn / passes;
+    put_tile<Type, M, N, 1>(x, ldx, m, w, n, K, ahead + share, (32 * N + passes - 1) / passes, put);
+}
+
+// The columns [n, end) as far as N at a time go, in passes of M rows at most; returns the first that is left.
+template <int Type, int M, int N, class Put>
+static inline int64_t strips(const float* x, int64_t ldx, int64_t first, int64_t rows, const Linear& w, int64_t n,
+                             int64_t end, int64_t K, const Put& put) {
+    const int64_t passes = (rows + M - 1) / M;
+    for (; n + N <= end; n += N)
+        for (int64_t i = 0; i < passes; i++) {
+            const int64_t m = rows * i / passes, count = rows * (i + 1) / passes - m;
+            pass<Type, M, N>(x, ldx, first + m, count, w, n, K, i, passes, put);
         }
-        int64_t m = m0;  // several: in the second and third, when this strip is in the cache
-        put_tile<Type, M, N, 0>(x, ldx, m, w, n, K, ahead, put);
-        for (m += M; m + M <= m1; m += M) {
-            put_tile<Type, M, N, 1>(x, ldx, m, w, n, K, ahead, put);
-            if (ahead < (const char*)w.weight + (n + 2 * N) * stride) ahead += lines * 64;
-        }
-        if (M > 2 && m + 2 <= m1) put_tile<Type, 2, N, 0>(x, ldx, m, w, n, K, ahead, put), m += 2;
-        for (; m < m1; m++) put_tile<Type, 1, N, 0>(x, ldx, m, w, n, K, ahead, put);
-    }
     return n;
 }
 
@@ -125,14 +131,13 @@ template <int Type, class Put>
 static void product(const float* x, int64_t ldx, int64_t M, const Linear& w, int64_t begin, int64_t end, int64_t K,
                     const Put& put) {
     constexpr int CHUNK = 48;  // rows of x that stay in the second-level cache while w passes
-    for (int64_t m0 = 0; m0 < M; m0 += CHUNK) {
-        const int64_t m1 = std::min(M, m0 + CHUNK);
+    constexpr int ROWS = Type == FLOAT ? 4 : 6, COLUMNS = Type == FLOAT ? 3 : 2;  // of the tiles for many rows
+    for (int64_t m = 0; m < M; m += CHUNK) {
+        const int64_t rows = std::min<int64_t>(M - m, CHUNK);
         int64_t n = begin;
-        if (m1 - m0 == 1) n = strip<Type, 1, 8>(x, ldx, m0, m1, w, n, end, K, put);
-        if (m1 - m0 == 2) n = strip<Type, 2, 4>(x, ldx, m0, m1, w, n, end, K, put);
-        if (m1 - m0 == 3) n = strip<Type, 3, 4>(x, ldx, m0, m1, w, n, end, K, put);
-        if (m1 - m0 >= 4) n = strip<Type, 4, 3>(x, ldx, m0, m1, w, n, end, K, put);
-        if (m1 - m0 >= 4) n = strip<Type, 4, 1>(x, ldx, m0, m1, w, n, end, K, put);
-        strip<Type, 1, 1>(x, ldx, m0, m1, w, n, end, K, put);
+        if (rows == 1) n = strips<Type, 1, 8>(x, ldx, m, rows, w, n, end, K, put);
+        if (rows == 2) n = strips<Type, 2, 4>(x, ldx, m, rows, w, n, end, K, put);
+        if (rows > 2) n = strips<Type, ROWS, COLUMNS>(x, ldx, m, rows, w, n, end, K, put);
+        strips<Type, ROWS, 1>(x, ldx, m, rows, w, n, end, K, put);
     }
 }
