@@ -259,12 +259,13 @@ def measure_codes(config: BenchSampleFlags, device: torch.device) -> None:
         for case, share in zip(cases, shares, strict=True):
             bar.set_description(case.name)
             shape = (case.tokens, case.images)
+            again = measured_peaks(device, DTYPES[case.dtype])  # a shared machine has slower moments
+            peaks[case.dtype] = bandwidth, speed = tuple(map(max, peaks[case.dtype], again))
             if shape not in pictures:
                 pictures[shape] = picture_seconds(case, device, repeats=config.repeats)
             codes = code_seconds(case, device, repeats=config.repeats, whole=config.whole)
             gc.collect()
             memory = [peak_in_own_process(side, case, config) for side in ("plain", "ours")]
-            bandwidth, speed = peaks[case.dtype]
             limit = case.limit(bandwidth, speed)
             steps = [seconds / case.tokens for seconds in codes]
             speeds = [case.images / (a + b) for a, b in zip(codes, pictures[shape], strict=True)]
