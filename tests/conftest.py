@@ -108,7 +108,7 @@ def gpt_ckpt(code_store, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def one_thread():
-    """Without our kernels the number of threads shows in the last bits of a convolution."""
+    """Where the number of threads shows in the last bits: PyTorch's convolutions and matrix products."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -77,14 +77,6 @@ def blocks(request, monkeypatch) -> tuple[int, int]:
     return adm, ours
 
 
-@pytest.fixture
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("name", ["acts_small", "acts_overflow"])
 def test_adm_numbers(name):
     data = fixture(name)
