@@ -45,8 +45,8 @@ from tokenizer.tokenizer_image.vq_model import VQ_models
 from utils import cli, dist
 from utils.cli import flag
 from utils.images import to_uint8
-from utils.meter import peak_memory
 from utils.seeding import sample_generator
+from utils.training.meter import peak_memory
 
 MODELS, TOKENS, IMAGES = ("GPT-B", "GPT-L"), (256, 576), (1, 8)
 GUIDANCE = ((2.0, 0), (4.0, 2000))  # (scale, top-k)

@@ -36,10 +36,10 @@ from autoregressive.train.train import GPTTask
 from benchmarks.bench_metrics import cpu_name
 from utils import cli, dist
 from utils.cli import flag
-from utils.meter import peak_memory
-from utils.optim import adamw
 from utils.options import DeviceFlags
-from utils.trainer import Trainer
+from utils.training.meter import peak_memory
+from utils.training.optim import adamw
+from utils.training.trainer import Trainer
 
 RESULTS = Path(__file__).parent / "results" / "train.md"
 SIDES = ("plain", "loop", "ours")
@@ -200,7 +200,7 @@ def our_step(model: Transformer, flags: GPTTrainFlags, process: dist.Process,
     def step(batch: dict[str, Tensor]) -> None:
         trainer.optimizer_step(iter([batch]))
         trainer.step += 1
-        trainer.judge(drain=False)
+        trainer.handle_step_flags(drain=False)
 
     return step
 

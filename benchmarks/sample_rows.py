@@ -7,8 +7,8 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.bench_metrics import cpu_name
-from utils.checkpoint import replacing
 from utils.cli import flag
+from utils.files import replacing
 from utils.options import DeviceFlags
 
 RESULTS = Path(__file__).parent / "results" / "sample.md"

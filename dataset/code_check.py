@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from dataset.code_layouts import map_shard, read_manifest
 from utils import dist
-from utils.checkpoint import cache_folder, file_hash, replacing
+from utils.files import cache_folder, file_hash, replacing
 
 REMEMBERED_FROM = 2**28  # bytes: less is read in no time, and leaves nothing in the cache
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from utils.checkpoint import file_hash, replacing
+from utils.files import file_hash, replacing
 
 SHARD_ROWS = 1024  # images per shard: the unit of resuming
 

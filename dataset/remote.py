@@ -18,7 +18,7 @@ from tqdm import tqdm
 from dataset.code_check import codes_cache, local_place
 from dataset.code_layouts import parse_manifest
 from utils import dist
-from utils.checkpoint import file_hash, first_line, replacing
+from utils.files import file_hash, first_line, replacing
 
 THREADS = 8  # files on the way at a time: object stores answer slowly and to many
 PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub", "http": "aiohttp",

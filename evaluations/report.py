@@ -24,9 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset.build import build_dataset
 from utils import cli, images
-from utils.checkpoint import replacing
 from utils.cli import flag
-from utils.logger import read_metrics
+from utils.files import replacing
+from utils.training.logger import read_metrics
 
 COLUMNS = 12
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from utils.checkpoint import cache_folder
+from utils.files import cache_folder
 
 SOURCES = Path(__file__).resolve().parent
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")

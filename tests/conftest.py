@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from utils import cli
-from utils.checkpoint import newest
+from utils.checkpoints.containers import newest
 
 ROOT = Path(__file__).resolve().parents[1]
 ENTRIES = {  # name of a command: (module, class of its flags)
@@ -125,7 +125,7 @@ def own_cache(tmp_path, monkeypatch):
 def stand_in(monkeypatch):
     """Inception's place taken by something fast."""
     from evaluations.c2i import features, protocol
-    from tests.evaluation import WIDTHS, StandIn
+    from tests.evaluations.stand_ins import WIDTHS, StandIn
 
     described = {"file": "stand-in", "format": "none", "sha256": "0" * 64, "known": "no", "weights_sha256": "1"}
     monkeypatch.setattr(features, "load_inception", lambda path, device: (StandIn(), described))
@@ -135,7 +135,7 @@ def stand_in(monkeypatch):
 @pytest.fixture
 def sets(tmp_path) -> tuple[Path, Path]:
     """ref.npz with 40 and sample.npz with 31 images."""
-    from tests.evaluation import pictures
+    from tests.evaluations.stand_ins import pictures
 
     np.savez(tmp_path / "ref.npz", arr_0=pictures(40, seed=0))
     np.savez(tmp_path / "sample.npz", arr_0=pictures(31, seed=1))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tokenizer.tokenizer_image import convolution
 from tokenizer.tokenizer_image.layers import to_channels_last
 from tokenizer.tokenizer_image.vq_model import VQ_models, VQModel
-from utils import checkpoint
+from utils.checkpoints import containers
 from utils.cli import flag
 
 CHUNK = {"cpu": 8, "cuda": 16}  # images at a time
@@ -55,14 +55,14 @@ def load_tokenizer(flags: TokenizerFlags, *, device: torch.device) -> tuple[str,
     """The tokenizer of --vq-ckpt, in eval mode on `device`: (name, model). Its EMA weights if it has them."""
     if flags.vq_ckpt is None:
         raise ValueError("--vq-ckpt is missing: which tokenizer checkpoint?")
-    content = checkpoint.read(flags.vq_ckpt)
-    state = checkpoint.weights(content, flags.vq_ckpt)
+    content = containers.read(flags.vq_ckpt)
+    state = containers.weights(content, flags.vq_ckpt)
     if "quantize.embedding.weight" not in state:
         raise ValueError(f"{flags.vq_ckpt} is no tokenizer checkpoint: it has no quantize.embedding.weight"
                          f"{' (it looks like a GPT: --gpt-ckpt?)' if 'tok_embeddings.weight' in state else ''}")
-    saved = checkpoint.saved_config(content)
+    saved = containers.saved_config(content)
     name, model = new_tokenizer(flags, saved, codebook_l2_norm=saved.get("codebook_l2_norm", True))
-    checkpoint.load_strict(model, state, flags.vq_ckpt)
+    containers.load_strict(model, state, flags.vq_ckpt)
     return name, to_channels_last(model.eval().requires_grad_(False).to(device))
 
 

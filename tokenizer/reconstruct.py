@@ -44,8 +44,9 @@ from tokenizer.tokenizer_image.lpips import LPIPSFlags, perceptual_loss
 from tokenizer.tokenizer_image.quantize import USAGE_WINDOW
 from tokenizer.vae import VAE
 from utils import cli, dist, images
-from utils.checkpoint import content_hash, file_hash, replacing, resolve, sweep
+from utils.checkpoints.containers import content_hash, resolve
 from utils.cli import flag
+from utils.files import file_hash, replacing, sweep
 from utils.options import BatchFlags, RecipeFlags, SetFlags, WorkerFlags
 
 GRID_IMAGES = 16

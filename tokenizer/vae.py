@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tokenizer.build import in_chunks
-from utils.checkpoint import first_line
+from utils.files import first_line
 from utils.seeding import sample_generator
 
 VAES = ("sd-vae-ft-mse", "sdxl-vae")

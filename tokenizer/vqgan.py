@@ -9,7 +9,7 @@ import torch
 
 from tokenizer.tokenizer_image.layers import to_channels_last
 from tokenizer.tokenizer_image.vq_model import PRESETS, VQConfig, VQModel
-from utils import checkpoint
+from utils.checkpoints import containers
 
 VQGANS: dict[str, VQConfig] = {
     f"vqgan_imagenet_f16_{size}": replace(PRESETS["VQ-16"], codebook_size=size, codebook_embed_dim=256,
@@ -25,11 +25,11 @@ def load_vqgan(name: str, path: str | None, *, device: torch.device) -> VQModel:
         raise ValueError(f"--vqgan {name} needs --local-weights: the file last.ckpt that taming-transformers "
                          "published under this name")
     model = VQModel(VQGANS[name])
-    state = checkpoint.weights(checkpoint.read(path), path)
+    state = containers.weights(containers.read(path), path)
     levels = len(model.config.decoder_ch_mult)
     ours = {from_taming(key, levels): value for key, value in state.items() if not key.startswith("loss.")}
     ours["quantize.codebook_used"] = model.quantize.codebook_used  # taming keeps no such record
-    checkpoint.load_strict(model, ours, path)
+    containers.load_strict(model, ours, path)
     return to_channels_last(model.eval().requires_grad_(False).to(device))
 
 

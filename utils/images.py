@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
 
-from utils.checkpoint import replacing
+from utils.files import replacing
 
 
 def to_uint8(images: Tensor) -> np.ndarray:

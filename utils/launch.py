@@ -34,7 +34,7 @@ def main(argv: list[str]) -> None:
     from torch.distributed.run import get_args_parser
     from torch.distributed.run import main as torchrun
     logging.disable(logging.CRITICAL)  # torchrun's; the entry itself says in one line what is wrong
-    if not gpus:  # DDP finds fault with a setting that exact resume on a CPU needs (utils/parallel.py)
+    if not gpus:  # DDP finds fault with a setting that exact resume on a CPU needs (utils/training/parallel.py)
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // local)))
     flags = [f"--nnodes={nodes}", f"--nproc_per_node={local}"]

@@ -110,11 +110,11 @@ class Transformer(nn.Module):
             self.init_weights(int(torch.randint(2**62, ())))
 
     @torch.no_grad()
-    def init_weights(self, seed: int, *, fill: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> None:
+    def init_weights(self, seed: int, *, assign: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> None:
         """Draw every matrix from N(0, 0.02^2), the head zero, so that the first loss is ln V; norms start at one.
 
         A tensor's values depend on (seed, its name) only, and one is drawn at a time, on the CPU: models that are
-        spread over processes start from the same weights. `fill(own, values)` takes the values over.
+        spread over processes start from the same weights. `assign(own, values)` copies the values.
         """
         for name, tensor in [*self.named_parameters(), *self.named_buffers()]:
             if name == "output.weight":
@@ -125,7 +125,7 @@ class Transformer(nn.Module):
                 std = self.config.caption_dim ** -0.5 if name == UNCONDITIONAL else self.config.initializer_range
                 stream = torch.Generator().manual_seed(derive_seed(seed, zlib.crc32(name.encode())))
                 values = torch.empty(tensor.shape, device="cpu").normal_(std=std, generator=stream)
-            fill(tensor, values)
+            assign(tensor, values)
 
     def set_grid(self, grid: tuple[int, int]) -> None:
         """Make the token grid (h, w): no weight depends on it."""

@@ -18,7 +18,8 @@ from autoregressive.models.sampling import check_sampling
 from autoregressive.sample.options import SampleFlags
 from native.build import available, prepare
 from tokenizer.build import ImageTokenizer, check_image_size, decode_images, load_tokenizer
-from utils import checkpoint, dist, images
+from utils import dist, images
+from utils.checkpoints import containers
 from utils.seeding import sample_generator
 
 DEFAULT_IMAGE_SIZE = 384  # of the released models; our own checkpoints know theirs
@@ -119,8 +120,8 @@ def load_pipeline(flags: SampleFlags, *, device: torch.device) -> Pipeline:
             tokenizer.decoder.compile()
     settings = {name: getattr(flags, name) for name in ("cfg_scale", "cfg_interval", "temperature", "top_k", "top_p")}
     described = {"gpt_model": flags.gpt_model or saved.get("gpt_model") or "GPT-B", "vq_model": vq_name,
-                 "gpt_ckpt_sha256": checkpoint.content_hash(flags.gpt_ckpt),
-                 "vq_ckpt_sha256": checkpoint.content_hash(flags.vq_ckpt), "dtype": str(next(gpt.parameters()).dtype),
+                 "gpt_ckpt_sha256": containers.content_hash(flags.gpt_ckpt),
+                 "vq_ckpt_sha256": containers.content_hash(flags.vq_ckpt), "dtype": str(next(gpt.parameters()).dtype),
                  "weights": saved["weights"], "num_classes": config.num_classes, "image_size": list(config_size),
                  **settings}
     if flags.quantize:
@@ -134,8 +135,8 @@ def load_gpt(flags: SampleFlags, *, device: torch.device) -> tuple[Transformer, 
         raise ValueError("--gpt-ckpt is missing: which GPT checkpoint?")
     if flags.gpt_type != "c2i":
         raise ValueError("--gpt-type t2i: this command takes classes")
-    content = checkpoint.read(flags.gpt_ckpt)
-    state = checkpoint.weights(content, flags.gpt_ckpt)
+    content = containers.read(flags.gpt_ckpt)
+    state = containers.weights(content, flags.gpt_ckpt)
     if flags.from_fsdp and state.keys() != content.keys():
         raise ValueError(f"--from-fsdp: {flags.gpt_ckpt} is no bare state dict")
     if not {"cls_embedding.embedding_table.weight", "tok_embeddings.weight"} <= state.keys():
@@ -155,7 +156,7 @@ def load_gpt(flags: SampleFlags, *, device: torch.device) -> tuple[Transformer, 
     with torch.device("meta"):
         model = GPT_models[name](cls_token_num=flags.cls_token_num or 1, **found)
     model.to_empty(device="cpu")
-    checkpoint.load_strict(model, state, flags.gpt_ckpt)
+    containers.load_strict(model, state, flags.gpt_ckpt)
     model = model.eval().requires_grad_(False)
     if flags.quantize:
         quantize_(model, KINDS[flags.quantize])

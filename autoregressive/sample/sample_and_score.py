@@ -25,8 +25,8 @@ from evaluations.c2i.image_sets import ImageSet, open_image_set
 from evaluations.c2i.protocol import check_preset, check_reference, check_sample
 from evaluations.c2i.scores import TITLES, MetricFlags, chosen_metrics
 from utils import cli, dist
-from utils.checkpoint import replacing
 from utils.cli import flag
+from utils.files import replacing
 from utils.recipes import read_recipe, recipe_flags
 
 TOLERANCE = 0.1  # FID of one recipe, run again: published and repeated values differ by 0.02 to 0.13

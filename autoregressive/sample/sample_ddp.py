@@ -29,8 +29,9 @@ from autoregressive.sample.pipeline import Pipeline, labels_for, load_pipeline
 from autoregressive.sample.sample_store import SampleStore, stored_images
 from autoregressive.sample.set_writer import SetWriter
 from utils import cli, dist, images
-from utils.checkpoint import replacing, resolve
+from utils.checkpoints.containers import resolve
 from utils.cli import flag
+from utils.files import replacing
 from utils.options import BatchFlags, RecipeFlags, SeedFlags, SetFlags
 
 

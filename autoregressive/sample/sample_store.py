@@ -24,7 +24,8 @@ from tqdm import tqdm
 
 from evaluations.c2i.image_sets import NpzImages, read_rgb, small_array
 from utils import images
-from utils.checkpoint import DAMAGED, sweep
+from utils.checkpoints.containers import DAMAGED
+from utils.files import sweep
 
 BROKEN_ZIP = (*DAMAGED, zipfile.BadZipFile, zlib.error)
 ROWS = 8  # images read at a time

@@ -10,8 +10,8 @@ from evaluations.c2i.monitor import MonitorFlags
 from tokenizer.build import TokenizerFlags
 from utils.cli import flag
 from utils.options import SizeFlags
-from utils.parallel import ParallelFlags
-from utils.train_flags import TrainFlags
+from utils.training.flags import TrainFlags
+from utils.training.parallel import ParallelFlags
 
 
 @dataclass(kw_only=True)

@@ -27,7 +27,7 @@ from dataset.codes import CodeStore
 from tokenizer.build import ImageTokenizer, decode_images, fingerprint, load_tokenizer
 from utils import cli, dist, images
 from utils.cli import flag
-from utils.logger import read_metrics
+from utils.training.logger import read_metrics
 
 SAMPLE = 2000  # images whose codes are looked at
 SHOWN = 24  # images in the picture

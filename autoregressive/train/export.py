@@ -20,7 +20,8 @@ from autoregressive.sample.options import SampleFlags
 from autoregressive.sample.pipeline import load_gpt
 from autoregressive.train.config import GPTFlags
 from tokenizer.build import TokenizerFlags, load_tokenizer
-from utils import checkpoint, cli
+from utils import cli, files
+from utils.checkpoints import containers
 from utils.cli import flag
 from utils.options import OutputFlags
 
@@ -73,14 +74,14 @@ def write_safetensors(folder: Path, state: dict[str, Tensor], config: dict[str, 
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    with checkpoint.replacing(folder / "config.json") as temporary:
+    with files.replacing(folder / "config.json") as temporary:
         temporary.write_text(json.dumps(config, indent=2) + "\n")
     path = folder / "model.safetensors"
-    with checkpoint.replacing(path) as temporary:
+    with files.replacing(path) as temporary:
         try:
             save_file(state, temporary)
         except SafetensorError as error:
-            raise OSError(f"could not write {path}: {checkpoint.first_line(error)}: is the disk full?") from None
+            raise OSError(f"could not write {path}: {files.first_line(error)}: is the disk full?") from None
     return path
 
 
@@ -89,16 +90,16 @@ def main(flags: ExportFlags) -> None:
     model, config = load_model(flags)
     source = flags.gpt_ckpt or flags.vq_ckpt
     state = convert(model, DTYPES[flags.dtype])
-    config |= {"dtype": flags.dtype, "source": Path(source).name, "source_sha256": checkpoint.content_hash(source)}
+    config |= {"dtype": flags.dtype, "source": Path(source).name, "source_sha256": containers.content_hash(source)}
     output = Path(flags.output)
     if flags.format == "safetensors":
         path = write_safetensors(output, state, config)
     elif flags.format == "llamagen":  # LlamaGen looks for "model" alone; with the config, we need no flags either
         path = output if output.suffix == ".pt" else output.with_name(f"{output.name}.pt")
-        checkpoint.save({"model": state, "config": config}, path)
+        containers.save({"model": state, "config": config}, path)
     else:
         path = output / "consolidated.pth"
-        checkpoint.save(state, path)
+        containers.save(state, path)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters of {source} in {flags.dtype}: {path}")
 
 

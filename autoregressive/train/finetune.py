@@ -15,9 +15,9 @@ from torch import Tensor
 
 from autoregressive.models.gpt import Transformer
 from dataset.codes import CodeStore
-from utils import checkpoint
+from utils.checkpoints import containers
+from utils.checkpoints.lora import DOWN, UP, is_adapter, plain_name
 from utils.cli import flag
-from utils.lora import DOWN, UP, is_adapter, plain_name
 from utils.seeding import derive_seed
 
 CLASS_TABLE = "cls_embedding.embedding_table.weight"
@@ -65,7 +65,7 @@ def check_own_run(flags: FinetuneFlags, folder: Path) -> None:
 
 def check_same_classes(content: dict[str, Any], source: str | Path, classes: list[str] | None) -> None:
     """Raise ValueError when a file that is to be trained on as it is has other class names than the codes."""
-    known = checkpoint.saved_config(content).get("classes")
+    known = containers.saved_config(content).get("classes")
     if known and classes and known != classes:
         apart = [f"{theirs} and {ours}" for theirs, ours in zip(known, classes, strict=False) if theirs != ours]
         raise ValueError(f"the classes of {source} are not those of the codes ({(apart or ['their number'])[0]}): "
@@ -121,16 +121,16 @@ def initial_weights(content: dict[str, Any], source: str | Path, *, model: Trans
     so that they change nothing: B zero, A uniform as in peft, fixed by (seed, name). Raises ValueError for a file of
     another vocabulary, width, depth or condition.
     """
-    state = checkpoint.weights(content, source)
+    state = containers.weights(content, source)
     own = model.state_dict()
     expected = {plain_name(name): tensor for name, tensor in own.items() if not is_adapter(name)}
     check_same_kind(state, expected, source)
     matched = "the condition is text"
     if CLASS_TABLE in state:
         state[CLASS_TABLE], matched = fit_class_table(
-            state[CLASS_TABLE], checkpoint.saved_config(content).get("classes"), count=model.config.num_classes,
+            state[CLASS_TABLE], containers.saved_config(content).get("classes"), count=model.config.num_classes,
             names=classes)
-    checkpoint.check_fit(expected, state, source, "this run's GPT")
+    containers.check_fit(expected, state, source, "this run's GPT")
     values = {name: adapter_start(name, tensor.shape, seed=seed) if is_adapter(name) else state[plain_name(name)]
               for name, tensor in own.items()}
     return values, f"starting from the weights of {source}: {matched}"

@@ -32,10 +32,12 @@ from dataset.loader import StepSampler, loader
 from evaluations.c2i.image_sets import Batch, ImageSet
 from evaluations.c2i.monitor import Monitor
 from tokenizer.build import ImageTokenizer, decode_images, load_tokenizer
-from utils import checkpoint, cli, dist, images, parallel
+from utils import cli, dist, images
+from utils.checkpoints import containers
 from utils.seeding import sample_generator
-from utils.train_flags import check_flags, run_folder, total_steps
-from utils.trainer import Backward, Trainer
+from utils.training import parallel
+from utils.training.flags import check_flags, run_folder, total_steps
+from utils.training.trainer import Backward, Trainer
 
 PREVIEW_IMAGES = 16
 DEFAULT_VOCAB = 16384
@@ -153,17 +155,17 @@ def first_weights(model: Transformer, flags: GPTTrainFlags, content: dict[str, A
 
     Returns what to say of a file, nothing for a --gpt-ckpt that `Trainer.restore` is to read.
     """
-    model.init_weights(flags.global_seed, fill=parallel.fill)
+    model.init_weights(flags.global_seed, assign=parallel.copy_whole_into)
     if flags.init_from is not None:
         state, said = initial_weights(content, flags.init_from, model=model, classes=classes, seed=flags.global_seed)
     elif content and not is_training_checkpoint(content):
-        state, said = checkpoint.weights(content, flags.gpt_ckpt), f"starting from the weights of {flags.gpt_ckpt}"
+        state, said = containers.weights(content, flags.gpt_ckpt), f"starting from the weights of {flags.gpt_ckpt}"
     else:
         return ""
     own = {name: tensor.detach() for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
-    checkpoint.check_fit(own, state, flags.init_from or flags.gpt_ckpt, type(model).__name__)
+    containers.check_fit(own, state, flags.init_from or flags.gpt_ckpt, type(model).__name__)
     for name, tensor in own.items():
-        parallel.fill(tensor, state[name])
+        parallel.copy_whole_into(tensor, state[name])
     return said
 
 
@@ -194,16 +196,16 @@ def main(flags: GPTTrainFlags) -> None:
         raise ValueError("--eval-every needs --vq-ckpt: the tokenizer that turns codes into images")
     monitor = Monitor.wanted(flags, process)
     source = flags.init_from or flags.gpt_ckpt
-    content = {} if source is None else checkpoint.read(source)
+    content = {} if source is None else containers.read(source)
     if flags.init_from is None:
         check_same_classes(content, source, store.classes)
-    name = flags.gpt_model or checkpoint.saved_config(content).get("gpt_model") or "GPT-B"
+    name = flags.gpt_model or containers.saved_config(content).get("gpt_model") or "GPT-B"
     dtype = dist.compute_dtype(flags.mixed_precision, process.device)
     with torch.device("meta"):
         model = build_model(flags, name, store)
     freeze(model, flags.freeze)
     lora = add_lora(model, flags.lora_rank) if flags.lora_rank else None
-    parallel.place(model, flags, process.device, dtype=dtype, compiled=flags.compile)
+    parallel.apply_parallelism(model, flags, process.device, dtype=dtype, compiled=flags.compile)
     started = first_weights(model, flags, content, classes=store.classes)
     config = model.config
     task = GPTTask(parallel.apply_ddp(model, process.device), dtype=torch.float32 if flags.sharded else dtype,
@@ -221,7 +223,7 @@ def main(flags: GPTTrainFlags) -> None:
     check_own_run(flags, folder)
     trainer = Trainer(task, flags, process, folder, steps=steps, saved_config=saved)
     if content and not started:
-        trainer.restore(checkpoint.resolve(flags.gpt_ckpt))
+        trainer.restore(containers.resolve(flags.gpt_ckpt))
     del content  # as large as the model, or with its optimizer
     trainer.resume()
     if started and trainer.step == 0:
@@ -242,7 +244,7 @@ def main(flags: GPTTrainFlags) -> None:
         workers = 0 if store.packed else flags.num_workers  # a packed batch is one gather: no process is worth it
         return loader(data, sampler, num_workers=workers, pin_memory=process.device.type == "cuda")
 
-    trainer.fit(batches, eval_every=flags.eval_every,
+    trainer.train(batches, eval_every=flags.eval_every,
                 evaluate=monitor and (lambda model: monitor(SampleStream(task, model, flags.eval_images))))
 
 

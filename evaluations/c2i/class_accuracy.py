@@ -31,8 +31,8 @@ from dataset.augmentation import center_crop
 from dataset.build import DataFlags, ImageDataset, build_dataset
 from dataset.loader import BROKEN_IMAGE
 from utils import cli, dist
-from utils.checkpoint import file_hash, replacing
 from utils.cli import flag
+from utils.files import file_hash, replacing
 from utils.images import to_float
 from utils.options import OutputFlags, SeedFlags
 from utils.seeding import derive_seed

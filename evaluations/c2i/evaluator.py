@@ -31,8 +31,8 @@ from evaluations.c2i.protocol import (
 )
 from evaluations.c2i.scores import NEIGHBOURS, TITLES, MetricFlags, chosen_metrics, compute, needed, result_warnings
 from utils import cli, dist
-from utils.checkpoint import replacing
 from utils.cli import flag
+from utils.files import replacing
 from utils.options import BatchFlags, DeviceFlags, OutputFlags, SeedFlags
 
 

@@ -25,8 +25,8 @@ from evaluations.c2i.inception import CLASSES, exact_fp32, resize_tf1
 from evaluations.c2i.metrics import FeatureStatistics, InceptionScore
 from evaluations.c2i.weights import InceptionFlags, is_torchscript, load_inception, load_torchscript, weights_hash
 from utils import dist
-from utils.checkpoint import cache_folder, file_hash, first_line, replacing
 from utils.cli import flag, message
+from utils.files import cache_folder, file_hash, first_line, replacing
 from utils.seeding import derive_seed
 
 SPLIT = 5000  # images per chunk of the Inception Score, in the order of the set

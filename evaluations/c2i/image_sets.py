@@ -17,7 +17,7 @@ from PIL import Image
 
 from dataset.image_folders import EXTENSIONS
 from dataset.loader import BROKEN_IMAGE
-from utils.checkpoint import file_hash
+from utils.files import file_hash
 
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")
 MADE_WITH = "weights_sha256"  # in references of ours: which Inception weights the statistics are of

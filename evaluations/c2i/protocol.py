@@ -6,7 +6,7 @@ import numpy as np
 from evaluations.c2i.features import SPLIT, FeatureNetwork
 from evaluations.c2i.image_sets import MADE_WITH, ImageSet
 from evaluations.c2i.scores import NEIGHBOURS, TITLES
-from utils.checkpoint import cache_folder, replacing
+from utils.files import cache_folder, replacing
 
 PUBLISHED_COUNT = 50_000
 WIDTHS = {"mu": 2048, "mu_s": 2023}

@@ -17,10 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from evaluations.c2i.inception import FIDInception
-from utils import checkpoint
-from utils.checkpoint import DAMAGED, first_line
+from utils import files
+from utils.checkpoints import containers
+from utils.checkpoints.containers import DAMAGED
 from utils.cli import flag
 from utils.dist import env_rank
+from utils.files import first_line
 
 VARIABLE = "LLAMAGEN_INCEPTION"
 GRAPH = "ADM GraphDef"
@@ -86,8 +88,8 @@ def load_inception(path: str | Path | None, *, device: torch.device) -> tuple[FI
         network = FIDInception()
     network.to_empty(device="cpu")
     state |= {name: torch.tensor(0) for name in network.state_dict() if name.endswith("num_batches_tracked")}
-    checkpoint.load_strict(network, state, path)
-    described = {"file": path.name, "format": kind, "sha256": checkpoint.file_hash(path)}
+    containers.load_strict(network, state, path)
+    described = {"file": path.name, "format": kind, "sha256": files.file_hash(path)}
     digest = hashlib.md5(path.read_bytes()).hexdigest() if kind == GRAPH else described["sha256"]
     described["known"] = KNOWN.get(digest, "no")
     if digest not in KNOWN and env_rank() == 0:
@@ -116,7 +118,7 @@ def read_weights(path: Path) -> tuple[str, dict[str, Tensor]]:
         return GRAPH, from_tensorflow(dict(graph_constants(path)), path)
     if start == b"PK" and is_torchscript(path):
         return "NVIDIA TorchScript", from_tensorflow(torchscript_state(path), path)
-    return "state dict", checkpoint.weights(checkpoint.read(path), path)
+    return "state dict", containers.weights(containers.read(path), path)
 
 
 def is_torchscript(path: Path) -> bool:

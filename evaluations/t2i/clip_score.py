@@ -20,7 +20,8 @@ from torchvision.transforms.functional import normalize, to_tensor
 from evaluations.c2i.inception import exact_fp32
 from evaluations.c2i.weights import is_torchscript, load_torchscript
 from evaluations.t2i.sample_folder import Squares, share_of
-from utils import checkpoint, dist
+from utils import dist, files
+from utils.checkpoints import containers
 
 PREFIX = "A photo depicts "
 CLIP_PROTOCOL = f"mean cosine; '{PREFIX}' + caption; centre square, LANCZOS, truncated to 8 bits (GigaGAN)"
@@ -72,8 +73,8 @@ def load_clip(name: str, weights: str | None, *, device: torch.device) -> ClipNe
     precision = "fp16" if name == OPENAI and device.type == "cuda" else "fp32"
     with quiet():
         model, _, preprocess = open_clip.create_model_and_transforms(architecture, precision=precision, device=device)
-    checkpoint.load_strict(model, state, path)
-    described = {"model": name, "architecture": architecture, "file": path.name, "sha256": checkpoint.file_hash(path),
+    containers.load_strict(model, state, path)
+    described = {"model": name, "architecture": architecture, "file": path.name, "sha256": files.file_hash(path),
                  "precision": precision}
     return ClipNetwork(model.eval().requires_grad_(False), preprocess, open_clip.get_tokenizer(architecture),
                        torch.float16 if precision == "fp16" else torch.float32, described)
@@ -88,7 +89,7 @@ def fetch(architecture: str, tag: str) -> Path:
             return Path(open_clip.download_pretrained(open_clip.get_pretrained_cfg(architecture, tag)))
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(f"the CLIP weights {architecture} {tag} could not be fetched: give a file by --clip-weights "
-                         f"({checkpoint.first_line(error)[:200]})") from None
+                         f"({files.first_line(error)[:200]})") from None
 
 
 def clip_state(path: Path) -> dict[str, Tensor]:
@@ -100,7 +101,7 @@ def clip_state(path: Path) -> dict[str, Tensor]:
     if zipped and is_torchscript(path):
         state = load_torchscript(path).state_dict()
         return {key: value for key, value in state.items() if key not in NOT_WEIGHTS}
-    return checkpoint.weights(checkpoint.read(path), path)
+    return containers.weights(containers.read(path), path)
 
 
 def through_floats(image: Image.Image) -> Image.Image:

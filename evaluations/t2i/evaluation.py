@@ -28,8 +28,8 @@ from evaluations.c2i.weights import InceptionFlags, load_inception
 from evaluations.t2i.clip_score import CLIP_MODELS, CLIP_PROTOCOL, OPENAI, ClipNetwork, clip_score, load_clip
 from evaluations.t2i.sample_folder import Squares, image_files, read_samples, share_of
 from utils import cli, dist
-from utils.checkpoint import replacing
 from utils.cli import flag
+from utils.files import replacing
 from utils.options import WorkerFlags
 
 COCO_VAL2014 = 40_504  # images

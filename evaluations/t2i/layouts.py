@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from utils import dist, images
-from utils.checkpoint import replacing, sweep
+from utils.files import replacing, sweep
 from utils.seeding import derive_seed
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from native import build
 from native.build import pointer
-from utils.allocator import keep_freed_memory
+from utils.training.allocator import keep_freed_memory
 
 
 def convolve(layer: nn.Conv2d, x: Tensor, *, norm: nn.GroupNorm | None = None, dropout: nn.Module | None = None,

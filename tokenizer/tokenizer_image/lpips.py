@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from utils import checkpoint
+from utils.checkpoints import containers
 from utils.cli import flag
 
 
@@ -39,10 +39,10 @@ def perceptual_loss(backbone: str | None, *, device: torch.device) -> nn.Module:
 
 def load_vgg(metric: nn.Module, path: str | Path) -> None:
     """Copy torchvision's VGG-16 convolutions (`features.*`) into the metric's slices, strictly."""
-    state = checkpoint.weights(checkpoint.read(path), path)
+    state = containers.weights(containers.read(path), path)
     features = {name.removeprefix("features."): value for name, value in state.items() if name.startswith("features.")}
     if not features:
         raise ValueError(f"--lpips-backbone {path} is no torchvision VGG-16 file: it has no features.* weights")
     renamed = {name: features[name.split(".", 1)[1]] for name in metric.net.state_dict()
                if name.split(".", 1)[1] in features}
-    checkpoint.load_strict(metric.net, renamed, path)
+    containers.load_strict(metric.net, renamed, path)

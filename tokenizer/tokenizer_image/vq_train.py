@@ -27,10 +27,12 @@ from evaluations.similarity import psnr, ssim
 from tokenizer.build import TokenizerFlags, check_image_size, decode_images, encode_images, new_tokenizer
 from tokenizer.tokenizer_image.layers import to_channels_last
 from tokenizer.tokenizer_image.vq_loss import LossFlags, VQLoss, build_discriminator, discriminator_loss
-from utils import checkpoint, cli, dist, images, parallel
+from utils import cli, dist, images
+from utils.checkpoints import containers
 from utils.cli import flag
-from utils.train_flags import TrainFlags, check_flags, run_folder, total_steps
-from utils.trainer import Backward, Trainer, frozen
+from utils.training import parallel
+from utils.training.flags import TrainFlags, check_flags, run_folder, total_steps
+from utils.training.trainer import Backward, Trainer, frozen
 
 PREVIEW_IMAGES = 8
 SMALLEST_JUDGED = {"patchgan": 24, "stylegan": 8}  # below, nothing is left of the image at the last layer
@@ -161,12 +163,12 @@ def preview_samples(data: ImageDataset, size: tuple[int, int]) -> Tensor:
 def warm_start(flags: VQTrainFlags, content: dict[str, Any], trainer: Trainer) -> None:
     """Begin from --vq-ckpt (`content`): its weights alone with --finetune, else everything it holds."""
     if not flags.finetune:
-        trainer.restore(checkpoint.resolve(flags.vq_ckpt))
+        trainer.restore(containers.resolve(flags.vq_ckpt))
         return
-    checkpoint.load_strict(trainer.plain["model"], checkpoint.weights(content, flags.vq_ckpt), flags.vq_ckpt)
+    containers.load_strict(trainer.plain["model"], containers.weights(content, flags.vq_ckpt), flags.vq_ckpt)
     if "discriminator" in content and "discriminator" in trainer.plain:
-        state = checkpoint.weights(content, flags.vq_ckpt, prefer=("discriminator",))
-        checkpoint.load_strict(trainer.plain["discriminator"], state, flags.vq_ckpt)
+        state = containers.weights(content, flags.vq_ckpt, prefer=("discriminator",))
+        containers.load_strict(trainer.plain["discriminator"], state, flags.vq_ckpt)
     if trainer.ema is not None:
         trainer.ema.restart()
     trainer.say(f"fine-tuning from the weights of {flags.vq_ckpt}")
@@ -181,8 +183,8 @@ def main(flags: VQTrainFlags) -> None:
     monitor = Monitor.wanted(flags, process, reconstructs=flags.image_size)
     data = open_images(flags)
     torch.manual_seed(flags.global_seed)
-    content = {} if flags.vq_ckpt is None else checkpoint.read(flags.vq_ckpt)
-    known = checkpoint.saved_config(content)
+    content = {} if flags.vq_ckpt is None else containers.read(flags.vq_ckpt)
+    known = containers.saved_config(content)
     normed = known.get("codebook_l2_norm", True) if flags.codebook_l2_norm is None else flags.codebook_l2_norm
     name, model = new_tokenizer(flags, known, codebook_l2_norm=normed,
                                 dropout_p=flags.dropout_p, commit_loss_beta=flags.commit_loss_beta,
@@ -227,7 +229,7 @@ def main(flags: VQTrainFlags) -> None:
         made = Reconstructions(monitor.reference, model)
         return {**monitor(made), **made.similarity(process.device)}
 
-    trainer.fit(batches, eval_every=flags.eval_every, evaluate=monitor and evaluate)
+    trainer.train(batches, eval_every=flags.eval_every, evaluate=monitor and evaluate)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,108 @@
+"""Layouts of codes that are read, and batches drawn from them."""
+import numpy as np
+import pytest
+import torch
+
+from autoregressive.train.train import open_codes
+from dataset import codes as stores
+from dataset.code_writer import code_dtype
+from tests.conftest import entry
+from tests.dataset.codes import STORE, every_code, fake_codes, write_llamagen
+from utils.cli import build_parser
+
+
+@pytest.mark.parametrize("views", [1, 2, 10])
+def test_llamagens_layout_is_read(tmp_path, views, monkeypatch):
+    codes, labels = fake_codes(views=views), np.arange(14) % 5
+    write_llamagen(tmp_path, codes, labels)
+    for path in (tmp_path, tmp_path / STORE):
+        store = stores.open_store(path)
+        np.testing.assert_array_equal(every_code(store), codes)
+        np.testing.assert_array_equal(store.labels, labels)
+        assert (store.views, store.grid, store.num_classes, store.vocab_size) == (views, (4, 4), 5, None)
+    monkeypatch.chdir(tmp_path)
+    assert len(stores.open_store(".")) == 14
+    monkeypatch.chdir(tmp_path / STORE)
+    assert len(stores.open_store(".")) == 14
+
+
+def test_arpgs_layout_is_read(tmp_path):
+    codes = fake_codes(views=2)
+    labels = np.array([0] * 11 + [2] + [10] * 2)
+    places = [*range(11), 0, 0, 1]
+    for code, label, place in zip(codes, labels, places, strict=True):
+        (tmp_path / str(label)).mkdir(exist_ok=True)
+        np.save(tmp_path / str(label) / f"{place}.npy", code)
+    store = stores.open_store(tmp_path)
+    np.testing.assert_array_equal(every_code(store), codes)  # 10.npy comes after 9.npy, class 10 after class 2
+    np.testing.assert_array_equal(store.labels, labels)
+    assert store.num_classes == 11
+
+
+def test_other_layouts_may_hold_grids_that_are_not_square(tmp_path):
+    write_llamagen(tmp_path, fake_codes(tokens=24), [0] * 14, name="imagenet64x96")
+    with pytest.raises(ValueError, match="24 tokens, no square: give --image-size"):
+        stores.open_store(tmp_path)
+    assert stores.open_store(tmp_path, grid=(4, 6)).grid == (4, 6)
+    with pytest.raises(ValueError, match="grid of 4x4 does not hold"):
+        stores.open_store(tmp_path, grid=(4, 4))
+    flags = entry("train_gpt")[1]
+
+    def opened(*argv):
+        words = map(str, ["--code-path", tmp_path, *argv])
+        return open_codes(flags(**vars(build_parser(flags).parse_args(list(words)))))
+
+    assert opened("--image-size", "64x96").grid == (4, 6)
+    assert opened("--image-size", "32x48", "--downsample-size", 8).grid == (4, 6)
+    with pytest.raises(ValueError, match="does not hold"):
+        opened("--image-size", "32x96")
+
+
+def test_damaged_files_of_other_layouts_are_named(tmp_path):
+    write_llamagen(tmp_path, fake_codes(), [0] * 14)
+    folder = tmp_path / STORE
+    for content, said in ((b"", "cut short"), (b"garbage", "no array"), (None, "is missing")):
+        path = folder / "3.npy"
+        path.unlink() if content is None else path.write_bytes(content)
+        with pytest.raises((ValueError, FileNotFoundError), match=said):
+            every_code(stores.open_store(tmp_path)) if content is not None else stores.open_store(tmp_path)
+    write_llamagen(tmp_path, fake_codes(), [0] * 14)
+    np.save(folder / "3.npy", fake_codes(count=1, views=2))
+    with pytest.raises(ValueError, match=r"3\.npy holds codes of shape \(2, 16\)"):
+        every_code(stores.open_store(tmp_path))
+
+
+# ---- batches
+
+
+def test_batches_draw_one_view_per_visit(tmp_path):
+    codes = fake_codes()
+    store = stores.open_store(write_llamagen(tmp_path, codes, np.arange(14)))
+    keys = [(epoch, row) for epoch in range(30) for row in range(14)]
+    batch = stores.CodeBatches(store, vocab_size=256, seed=0).__getitems__(keys)
+    assert batch["codes"].shape == (420, 16)
+    assert batch["codes"].dtype == batch["labels"].dtype == torch.int64
+    drawn = []
+    for (_, row), code, label in zip(keys, batch["codes"].numpy(), batch["labels"].tolist(), strict=True):
+        view, = np.flatnonzero((codes[row] == code).all(-1))
+        drawn.append(view)
+        assert label == row
+    assert np.bincount(drawn, minlength=10).min() > 20
+    alone = stores.CodeBatches(store, vocab_size=256, seed=0).__getitems__(keys[77:78])
+    assert torch.equal(alone["codes"][0], batch["codes"][77])
+    other = stores.CodeBatches(store, vocab_size=256, seed=1).__getitems__(keys)
+    assert not torch.equal(other["codes"], batch["codes"])
+
+
+@pytest.mark.parametrize("wrong", [-1, 256])
+def test_codes_outside_the_vocabulary_are_refused(tmp_path, wrong):
+    codes = fake_codes(views=1)
+    codes[5, 0, 3] = wrong
+    batches = stores.CodeBatches(stores.open_store(write_llamagen(tmp_path, codes, [0] * 14)), vocab_size=256, seed=0)
+    assert len(batches.__getitems__([(0, row) for row in range(5)])["codes"]) == 5
+    with pytest.raises(ValueError, match=f"code {wrong}, but the model's vocabulary is 256"):
+        batches.__getitems__([(0, row) for row in range(14)])
+
+
+def test_codes_are_stored_in_the_smallest_type():
+    assert [code_dtype(size) for size in (256, 2**16, 2**16 + 1)] == [np.uint16, np.uint16, np.uint32]

@@ -1,0 +1,340 @@
+"""Images in: folders, crops, the order of samples, batches that depend on (seed, epoch, index) alone."""
+import hashlib
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.datasets import ImageFolder
+
+from dataset import image_folders, loader
+from dataset.augmentation import center_crop, code_views, random_crop, train_view
+from dataset.build import build_dataset
+from dataset.loader import StepSampler, TrainImages
+from tests.conftest import ROOT, write_images
+from utils.images import grid, load_png, save_npz, save_png, to_float, to_uint8
+from utils.seeding import derive_seed, hash_choice, sample_generator
+
+
+@pytest.fixture
+def broken_folder(tmp_path):
+    """As image_folder; red/05 is no image, green/03 is cut short."""
+    root = write_images(tmp_path / "images", count=8)
+    (root / "red" / "05.png").write_bytes(b"no image")
+    whole = (root / "green" / "03.png").read_bytes()
+    (root / "green" / "03.png").write_bytes(whole[:len(whole) // 2])
+    return root
+
+
+def noise(height: int, width: int, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+# ---- folders
+
+
+def test_class_tree_numbers_classes_as_torchvision(image_folder):
+    ours, theirs = image_folders.class_tree(image_folder), ImageFolder(str(image_folder))
+    assert ours.classes == theirs.classes == ["blue", "green", "red"]
+    assert [(str(f), label) for f, label in zip(ours.files, ours.labels, strict=True)] == theirs.samples
+    assert ours.image(0).mode == "RGB"
+
+
+def test_images_of_any_mode_become_rgb(tmp_path):
+    for mode in ("L", "RGBA", "P", "1", "CMYK", "I;16"):
+        Image.new(mode, (4, 4)).save(tmp_path / f"{mode[0]}{len(mode)}.{'tif' if mode in ('CMYK', 'I;16') else 'png'}")
+    data = image_folders.flat_folder(tmp_path)
+    assert len(data) == 6
+    assert {data.image(i).mode for i in range(6)} == {"RGB"}
+
+
+def test_flat_folder_and_json_list(image_folder, tmp_path):
+    assert len(build_dataset("coco", str(image_folder), size=(16, 16))) == 36
+    assert build_dataset("pexels", str(image_folder), size=(16, 16)).classes is None
+    names = ["red/00.jpg", "blue/01.png"]
+    (tmp_path / "openimage_json").mkdir()
+    (tmp_path / "openimage_json" / "image_paths.json").write_text(json.dumps(names))
+    (tmp_path / "images").symlink_to(image_folder)
+    listed = build_dataset("openimage", str(tmp_path / "images"), size=(16, 16))
+    assert [listed.name(i) for i in range(2)] == [str(tmp_path / "images" / name) for name in names]
+    joined = image_folders.concatenate([listed, listed])
+    assert len(joined) == len(joined.labels) == 4
+
+
+def test_folders_that_are_no_data_sets_are_refused(tmp_path, image_folder):
+    def message(make, *args):
+        with pytest.raises((ValueError, FileNotFoundError)) as caught:
+            make(*args)
+        return str(caught.value)
+
+    assert "not a folder" in message(image_folders.class_tree, tmp_path / "absent")
+    assert "no class folders" in message(image_folders.class_tree, tmp_path)
+    assert "no images" in message(image_folders.flat_folder, tmp_path)
+    assert "--dataset coco" in message(image_folders.class_tree, image_folder / "red")  # what would work
+    splits = tmp_path / "splits"
+    splits.mkdir()
+    for name in ("train", "val"):
+        (splits / name).symlink_to(image_folder)
+    assert str(splits / "train") in message(image_folders.class_tree, splits)
+    gap = write_images(tmp_path / "gap", count=1)
+    (gap / "empty").mkdir()
+    assert str(gap / "empty") in message(image_folders.class_tree, gap)
+    assert "choose from" in message(lambda: build_dataset("nope", str(image_folder), size=(16, 16)))
+    assert "--data-path" in message(lambda: build_dataset("imagenet", None, size=(16, 16)))
+    (tmp_path / "list.json").write_text("{}")
+    assert "JSON list" in message(image_folders.listed, tmp_path / "list.json", image_folder)
+
+
+# ---- crops
+
+
+def test_center_crop_is_adms():
+    picture = noise(47, 90)
+    scaled = picture.resize((45, 23), Image.Resampling.BOX).resize((39, 20), Image.Resampling.BICUBIC)
+    expected = np.asarray(scaled)[:, 9:29]
+    np.testing.assert_array_equal(center_crop(picture, (20, 20)), expected)
+    assert center_crop(noise(20, 20), (20, 20)).tobytes() == np.asarray(noise(20, 20)).tobytes()
+
+
+@pytest.mark.parametrize("size", [(16, 16), (16, 24), (24, 16), (7, 33)])
+@pytest.mark.parametrize("shape", [(16, 16), (5, 90), (90, 5), (33, 65), (200, 151)])
+def test_every_crop_has_its_size(size, shape):
+    picture = noise(*shape)
+    assert center_crop(picture, size).shape == (*size, 3)
+    for seed in range(5):
+        assert random_crop(picture, size, np.random.default_rng(seed)).shape == (*size, 3)
+    assert code_views(picture, size, ten_crop=True, crop_range=1.1).shape == (10, *size, 3)
+
+
+def test_random_crop_scales_between_1_and_1_25():
+    """On a picture whose colour is its coordinate, the crop's slope tells the scale."""
+    ramp = np.repeat(np.repeat(np.arange(64, dtype=np.uint8)[None, :, None] * 3, 64, 0), 3, 2)
+    slopes = []
+    for seed in range(60):
+        view = random_crop(Image.fromarray(ramp), (64, 64), np.random.default_rng(seed)).astype(float)
+        slopes.append((view[32, 50, 0] - view[32, 10, 0]) / 40 / 3)
+    scales = 1 / np.array(slopes)
+    assert scales.min() > 0.97
+    assert scales.max() < 1.30
+    assert scales.max() > 1.15 > 1.05 > scales.min()
+
+
+def test_train_views_differ_by_seed_and_flip_half_of_the_time():
+    picture = noise(16, 16)
+    views = [train_view(picture, (16, 16), np.random.default_rng(seed)) for seed in range(200)]
+    assert np.array_equal(views[3], train_view(picture, (16, 16), np.random.default_rng(3)))
+    plain = [view for view in views if np.array_equal(view, np.asarray(picture))]
+    mirrored = [view for view in views if np.array_equal(view, np.asarray(picture)[:, ::-1])]
+    assert len(plain) > 5
+    assert len(mirrored) > 5
+    assert len({view.tobytes() for view in views}) > 20
+
+
+# ---- order
+
+
+def stream(count: int, steps: int, *, batch: int, ranks: int, accumulation: int, seed: int = 0, start: int = 0):
+    """What each step visits, whatever rank and micro-batch does it."""
+    samplers = [list(StepSampler(count, global_batch=batch, accumulation=accumulation, rank=rank, world_size=ranks,
+                                 seed=seed, start_step=start, end_step=steps)) for rank in range(ranks)]
+    assert {len(batches) for batches in samplers} == {(steps - start) * accumulation}
+    return [sorted((epoch, index) for batches in samplers for micro in batches[s * accumulation:(s + 1) * accumulation]
+                   for epoch, index in micro.tolist()) for s in range(steps - start)]
+
+
+@pytest.mark.parametrize("count", [25, 24, 5], ids=["divides not", "divides", "less than a batch"])
+@pytest.mark.parametrize(("ranks", "accumulation"), [(1, 1), (2, 1), (1, 2), (4, 3), (12, 1), (3, 4)])
+def test_every_sample_once_per_epoch_for_any_number_of_ranks(ranks, accumulation, count):
+    batch, length = 12, 25  # with 25 samples, epochs meet in the middle of a step
+    steps = stream(count, length, batch=batch, ranks=ranks, accumulation=accumulation)
+    assert steps == stream(count, length, batch=batch, ranks=1, accumulation=1)
+    visited = [key for step in steps for key in step]
+    assert len(set(visited)) == len(visited) == 300
+    for epoch in range(300 // count):
+        assert sorted(index for e, index in visited if e == epoch) == list(range(count))
+
+
+@pytest.mark.parametrize("start", [1, 2, 7, 24])
+@pytest.mark.parametrize(("ranks", "accumulation"), [(1, 1), (2, 3), (6, 2)])
+def test_a_run_goes_on_in_the_middle_of_an_epoch(ranks, accumulation, start):
+    """On any number of ranks, whatever it was before; `start` is what a checkpoint knows."""
+    whole = stream(25, 25, batch=12, ranks=4, accumulation=1)
+    assert stream(25, 25, batch=12, ranks=ranks, accumulation=accumulation, start=start) == whole[start:]
+
+
+def test_orders_are_those_they_always_were():
+    """Runs go on from old checkpoints: the order of a seed is fixed for ever."""
+    sampler = StepSampler(25, global_batch=12, accumulation=3, rank=1, world_size=2, seed=5, start_step=3, end_step=9)
+    keys = list(sampler)
+    assert keys[0].tolist() == [[1, 23], [1, 7]]
+    assert keys[0].dtype == np.int64
+    assert hashlib.sha256(np.concatenate(keys).tobytes()).hexdigest().startswith("56917f429d07c125")
+
+
+def test_a_start_deep_in_a_run_costs_nothing(monkeypatch):
+    """Nothing of what came before is gone through; each epoch's order is made once."""
+    made = []
+    real = loader.EndlessOrder.order
+    monkeypatch.setattr(loader.EndlessOrder, "order", lambda self, number: (
+        number in self.orders or made.append(number), real(self, number))[1])
+    sampler = StepSampler(1000, global_batch=64, accumulation=1, rank=0, world_size=1, seed=0, start_step=10**12,
+                          end_step=10**12 + 40)
+    assert len(list(sampler)) == 40
+    first = 64 * 10**12 // 1000
+    assert made == [first, first + 1, first + 2]
+
+
+def test_an_endless_order_keeps_what_it_was_asked_to():
+    order = loader.EndlessOrder(10, 3, 8, kept=2)
+    passes, samples = order.visit(np.arange(35))
+    assert passes.tolist() == [i // 10 for i in range(35)]
+    for number in range(3):
+        assert sorted(samples[10 * number:10 * number + 10].tolist()) == list(range(10))
+    assert sorted(order.orders) == [2, 3]
+    shuffled = np.random.default_rng(0).permutation(35)
+    np.testing.assert_array_equal(order.visit(shuffled)[1], samples[shuffled])
+    assert not np.array_equal(loader.EndlessOrder(10, 3).visit(np.arange(35))[1], samples)
+
+
+def test_epochs_and_seeds_have_their_own_order():
+    def order(seed, epoch):
+        sampler = StepSampler(50, global_batch=50, accumulation=1, rank=0, world_size=1, seed=seed, start_step=epoch,
+                              end_step=epoch + 1)
+        return next(iter(sampler))[:, 1].tolist()
+
+    orders = [order(seed, epoch) for seed in (0, 1) for epoch in (0, 1, 2)]
+    assert len(set(map(tuple, orders))) == 6
+    assert order(1, 2) == orders[-1]
+
+
+def test_a_batch_larger_than_the_data_set_goes_round():
+    step, = stream(3, 1, batch=8, ranks=2, accumulation=2)
+    assert step == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2), *step[6:]]
+    assert len(set(step)) == 8
+
+
+# ---- batches
+
+
+def test_augmentation_depends_on_seed_epoch_and_index_only(image_folder):
+    data = image_folders.class_tree(image_folder)
+
+    def views(keys, seed=0):
+        return dict(zip(keys, TrainImages(data, (16, 16), seed=seed).__getitems__(keys)["images"], strict=True))
+
+    together = views([(0, 1), (0, 2), (1, 1), (3, 20)])
+    for key, image in together.items():
+        assert torch.equal(views([key])[key], image)  # alone or in a batch
+        assert not torch.equal(views([key], seed=1)[key], image)
+    assert not torch.equal(together[0, 1], together[1, 1])
+    assert together[0, 1].dtype == torch.float32
+    assert together[0, 1].shape == (3, 16, 16)
+    assert -1 <= together[0, 1].min() < together[0, 1].max() <= 1
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_do_not_depend_on_workers(image_folder, monkeypatch, workers):
+    monkeypatch.setattr(loader.os, "cpu_count", lambda: 2)
+    data = TrainImages(image_folders.class_tree(image_folder), (16, 16), seed=0)
+    sampler = StepSampler(36, global_batch=8, accumulation=1, rank=0, world_size=1, seed=0, start_step=0, end_step=5)
+    batches = list(loader.loader(data, sampler, num_workers=workers, pin_memory=False))
+    direct = [data.__getitems__(keys) for keys in sampler]
+    for ours, expected in zip(batches, direct, strict=True):
+        assert torch.equal(ours["images"], expected["images"])
+        assert torch.equal(ours["labels"], expected["labels"])
+
+
+def test_unreadable_images_are_named_and_batches_keep_their_size(broken_folder, monkeypatch):
+    data = image_folders.class_tree(broken_folder)  # blue 0-7, green 8-15, red 16-23
+    cut, garbage = 8 + 3, 16 + 5
+    train = TrainImages(data, (16, 16), seed=0)
+    batch = train.__getitems__([(0, garbage), (0, 0), (0, cut)])
+    assert batch["images"].shape == (3, 3, 16, 16)
+    assert batch["labels"].tolist() == [2, 0, 1]
+    assert sorted(batch["broken"]) == [data.name(cut), data.name(garbage)]
+    alone = train.__getitems__([(0, garbage)])
+    assert torch.equal(alone["images"][0], batch["images"][0])
+    monkeypatch.setattr(loader, "MAX_BROKEN_RUN", 1)
+    with pytest.raises(ValueError, match=re.escape(data.name(garbage))):
+        train.__getitems__([(0, garbage)])
+
+
+def test_a_decompression_bomb_counts_as_unreadable(tmp_path, monkeypatch):
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    Image.new("RGB", (4, 4)).save(tmp_path / "b.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    batch = TrainImages(image_folders.flat_folder(tmp_path), (4, 4), seed=0).__getitems__([(0, 0), (0, 1)])
+    assert batch["broken"] == [str(tmp_path / "a.png")]
+
+
+# ---- seeds
+
+
+def test_seeds_depend_on_every_number():
+    keys = [(seed, index) for seed in range(20) for index in range(20)] + [(2**40, 1), (-1, 0), (1, 2, 3), (3, 2, 1)]
+    assert len({derive_seed(*key) for key in keys}) == len(keys)
+    assert all(0 <= derive_seed(*key) < 2**62 for key in keys)
+    assert derive_seed(3, 4) == derive_seed(3, 4)
+    assert torch.rand(1, generator=sample_generator(0, 1)) != torch.rand(1, generator=sample_generator(1, 0))
+
+
+def test_views_are_chosen_evenly_and_for_each_visit_alone():
+    epochs, rows = np.divmod(np.arange(40_000), 4000)
+    chosen = hash_choice(0, epochs, rows, options=10)
+    counts = np.bincount(chosen, minlength=10)
+    assert abs(counts - 4000).max() < 5 * np.sqrt(4000)
+    pairs = np.bincount(chosen[:36_000] * 10 + chosen[4000:], minlength=100)  # this epoch's view and the next one's
+    assert abs(pairs - 360).max() < 5.5 * np.sqrt(360)
+    np.testing.assert_array_equal(hash_choice(0, epochs[5:6], rows[5:6], options=10), chosen[5:6])
+    assert (hash_choice(1, epochs, rows, options=10) != chosen).mean() > 0.85
+
+
+# ---- images out
+
+
+def test_uint8_rule_and_round_trip():
+    values = torch.tensor([-2.0, -1.0, -0.5, 0.0, 0.999, 1.0, 2.0]).view(1, 1, 1, 7).expand(1, 3, 1, 7)
+    assert to_uint8(values)[0, 0, :, 0].tolist() == [0, 0, 64, 128, 255, 255, 255]
+    picture = np.array(noise(5, 6))[None]
+    assert abs(to_uint8(to_float(picture)).astype(int) - picture).max() <= 1
+    assert to_float(picture).shape == (1, 3, 5, 6)
+
+
+def test_pictures_on_disk_are_what_was_given(tmp_path):
+    pictures = np.stack([np.asarray(noise(6, 8, seed)) for seed in range(3)])
+    save_png(tmp_path / "a" / "x.png", pictures[0])
+    np.testing.assert_array_equal(load_png(tmp_path / "a" / "x.png"), pictures[0])
+    save_npz(tmp_path / "s.npz", pictures, count=3, shape=(6, 8), labels=np.arange(3))
+    with np.load(tmp_path / "s.npz") as packed:
+        np.testing.assert_array_equal(packed["arr_0"], pictures)
+        assert packed["arr_1"].tolist() == [0, 1, 2]
+    with pytest.raises(AssertionError):
+        save_npz(tmp_path / "short.npz", pictures, count=4, shape=(6, 8))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "s.npz"]
+    sheet = grid(pictures, columns=2, gap=2)
+    assert sheet.shape == (2 * 8 + 2, 2 * 10 + 2, 3)
+    np.testing.assert_array_equal(sheet[2:8, 2:10], pictures[0])
+    np.testing.assert_array_equal(sheet[10:16, 2:10], pictures[2])
+
+
+UNFINISHED = """
+import numpy as np
+from dataset.loader import loader
+
+class Keys:
+    def __getitems__(self, keys):
+        return {"keys": keys}
+
+batches = iter(loader(Keys(), [np.zeros((1, 2), np.int64)] * 100, num_workers=1, pin_memory=False))
+next(batches)
+"""
+
+
+def test_a_process_ends_though_its_workers_have_not_finished():
+    """Workers ignore SIGTERM, which multiprocessing sends them at exit before it waits for their end."""
+    subprocess.run([sys.executable, "-c", UNFINISHED], cwd=ROOT, timeout=60,
+                   check=True)

@@ -1,0 +1,126 @@
+"""The commands that the documents show are commands that exist, with flags that exist; the walk runs as written."""
+import argparse
+import importlib
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.conftest import ROOT
+from utils.cli import build_parser
+
+DOCUMENTS = ["README.md", "GETTING_STARTED.md", "CONTRIBUTING.md"]
+CONFIGS = {
+    "tokenizer/tokenizer_image/vq_train.py": "VQTrainFlags",
+    "tokenizer/reconstruct.py": "ReconstructFlags",
+    "autoregressive/train/extract_codes.py": "ExtractFlags",
+    "autoregressive/train/verify_codes.py": "VerifyFlags",
+    "autoregressive/train/train.py": "GPTTrainFlags",
+    "autoregressive/train/doctor.py": "DoctorFlags",
+    "autoregressive/train/export.py": "ExportFlags",
+    "autoregressive/sample/sample_c2i.py": "GridFlags",
+    "autoregressive/sample/sample_ddp.py": "SampleSetFlags",
+    "autoregressive/sample/sample_and_score.py": "SampleAndScoreFlags",
+    "evaluations/c2i/class_accuracy.py": "AccuracyFlags",
+    "evaluations/report.py": "ReportFlags",
+    "evaluations/c2i/evaluator.py": "EvaluatorFlags",
+    "evaluations/c2i/reference.py": "ReferenceFlags",
+    "evaluations/t2i/evaluation.py": "T2IEvaluationFlags",
+    "evaluations/t2i/geneval.py": "GenEvalFlags",
+}
+WALKS = ["quickstart.sh", "test.sh", "finetune_emoji.sh"]  # scripts that run several commands and take no flags
+
+
+def blocks(name: str, *, kind: str = "") -> list[str]:
+    return re.findall(rf"```bash{kind}[^\n]*\n(.*?)```", (ROOT / name).read_text(), flags=re.DOTALL)
+
+
+def commands(text: str) -> list[list[str]]:
+    lines = text.replace("\\\n", " ").splitlines()
+    lines = [re.sub(r"^\w+=\S+ ", "", line) for line in lines]  # a variable set for the command
+    return [shlex.split(line, comments=True) for line in lines if line.strip() and not line.startswith("#")]
+
+
+def entry_of(script: Path) -> tuple[str, list[str]]:
+    """The entry that a launch script runs, and the flags it adds."""
+    launch = shlex.split(script.read_text().splitlines()[-1])
+    target = next(word for word in launch if word.endswith(".py"))
+    extra = launch[launch.index(target) + 1:-1]
+    return target, extra
+
+
+def parser_of(target: str) -> argparse.ArgumentParser:
+    module = importlib.import_module(target.removesuffix(".py").replace("/", "."))
+    return build_parser(getattr(module, CONFIGS[target]))
+
+
+SHOWN = [(name, command) for name in DOCUMENTS if (ROOT / name).is_file() for block in blocks(name)
+         for command in commands(block)]
+
+
+@pytest.mark.parametrize(("document", "command"), SHOWN, ids=[" ".join(c)[:60] for _, c in SHOWN])
+def test_shown_commands_parse(document, command):
+    if command[0] not in ("bash", "python3"):
+        assert command[0] in ("pip", "git", "cd", "tensorboard"), command
+        return
+    path = ROOT / command[1]
+    assert path.is_file(), f"{document} shows {command[1]}, which is not there"
+    if path.name in WALKS:
+        assert not command[2:]
+        return
+    target, extra = entry_of(path) if path.suffix == ".sh" else (command[1], [])
+    parser_of(target).parse_args([*extra, *command[2:]])
+
+
+def test_every_launch_script_is_known():
+    for script in (ROOT / "scripts").glob("*/*.sh"):
+        if script.name not in WALKS:
+            target, _ = entry_of(script)
+            assert target in CONFIGS
+            assert (ROOT / target).is_file()
+
+
+def test_flags_in_a_walk_exist():
+    text = (ROOT / "scripts" / "autoregressive" / "finetune_emoji.sh").read_text()
+    found = [words for line in text.replace("\\\n", " ").splitlines() if (words := line.split())[:1] == ["bash"]]
+    assert len(found) > 5
+    for _, script, *words in found:
+        target = words[0] if script == "scripts/_torchrun.sh" else entry_of(ROOT / script)[0]
+        unknown = {word for word in words if word.startswith("--")} - parser_of(target)._option_string_actions.keys()
+        assert not unknown, (target, unknown)
+
+
+def test_readme_tree_names_every_file():
+    text = (ROOT / "README.md").read_text()
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    missing = [name for name in listed if name.endswith((".py", ".sh")) and not name.startswith("tests/")
+               and Path(name).name != "__init__.py" and Path(name).name not in text]
+    assert not missing
+
+
+def test_the_walk_runs_as_written(tmp_path):
+    """Your own images, from folder to class accuracy, smaller and with shorter trainings."""
+    rng = np.random.default_rng(0)
+    for name, colour in (("red", (200, 40, 40)), ("green", (40, 200, 40))):
+        (tmp_path / "my_images" / name).mkdir(parents=True)
+        for i in range(12):
+            picture = np.clip(np.array(colour) + rng.normal(0, 25, (40 + i, 36, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(picture).save(tmp_path / "my_images" / name / f"{i}.png")
+    walk, = blocks("GETTING_STARTED.md", kind=" walk")
+    walk = re.sub(r"--epochs \d+", "--epochs 2", walk).replace("--image-size 64", "--image-size 16")
+    walk = walk.replace("--num-fid-samples 64", "--num-fid-samples 6")
+    walk = re.sub(r"(?<![\w/])(scripts|autoregressive|evaluations)/", lambda found: f"{ROOT}/{found[0]}", walk)
+    search = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "VIRTUAL_ENV": sys.prefix, "PATH": search}
+    done = subprocess.run(["bash", "-euo", "pipefail", "-c", walk], cwd=tmp_path, env=environment,
+                          capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "my_run" / "sample_c2i.png").is_file()
+    assert len(list((tmp_path / "my_run" / "samples").glob("*/*.png"))) == 6
+    assert (tmp_path / "my_run" / "class_accuracy.json").is_file()

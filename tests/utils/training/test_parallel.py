@@ -1,0 +1,167 @@
+"""One process, DDP, FSDP2, HSDP: the same losses, gradients, weights and pictures, and each other's heirs."""
+import pytest
+import torch
+from torch import nn
+
+from autoregressive.models.gpt import GPT_models
+from tests.conftest import TINY_GPT, call, two_processes
+from utils import dist
+from utils.checkpoints import containers, sharded
+from utils.training import parallel
+from utils.training.logger import read_metrics
+from utils.training.parallel import ParallelFlags
+
+QUIET = [*TINY_GPT, "--dropout-p", 0, "--token-dropout-p", 0, "--class-dropout", 0, "--log-every", 1, "--epochs", 1,
+         "--global-batch-size", 6, "--mixed-precision", "none", "--ema"]
+HOW = {
+    "ddp": [],
+    "ddp, parts, checkpointed": ["--gradient-accumulation-steps", 3, "--activation-checkpointing"],
+    "fsdp": ["--data-parallel", "fsdp"],
+    "fsdp, checkpointed": ["--data-parallel", "fsdp", "--activation-checkpointing"],
+    "fsdp, kept gathered": ["--data-parallel", "fsdp", "--no-reshard-after-forward"],
+    "sdp, parts": ["--data-parallel", "sdp", "--gradient-accumulation-steps", 3],
+    "hsdp": ["--data-parallel", "hsdp", "--shard-size", 1],
+    "fsdp, offloaded": ["--data-parallel", "fsdp", "--cpu-offload"],
+}
+BF16 = """import torch
+precise = dist.compute_dtype
+dist.compute_dtype = lambda precision, device: torch.bfloat16 if precision == "bf16" else precise(precision, device)"""
+
+
+def run_of(folder):
+    found, = folder.glob("*-GPT-S")
+    return found
+
+
+def assert_equal_runs(one, other, *, tolerance: float) -> None:
+    ours, theirs = (read_metrics(run_of(folder) / "metrics.jsonl") for folder in (one, other))
+    assert [row["step"] for row in theirs] == [row["step"] for row in ours]
+    for a, b in zip(ours, theirs, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], abs=tolerance)
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=tolerance)
+    ours, theirs = (containers.read(run_of(folder)) for folder in (one, other))
+    for part in ("model", "ema"):
+        assert ours[part].keys() == theirs[part].keys()
+        for name, value in ours[part].items():
+            torch.testing.assert_close(theirs[part][name], value, atol=tolerance, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def two(code_store, vq_ckpt, tmp_path_factory):
+    """Folder with one run for each of HOW on two processes, one in bf16, and `heir` to be continued."""
+    folder = tmp_path_factory.mktemp("parallel")
+    command = ["--code-path", code_store, *QUIET, "--vq-ckpt", vq_ckpt, "--ckpt-every", 3, "--results-dir"]
+    jobs = [[*command, folder / name, *how] for name, how in HOW.items()]
+    jobs.append([*command, folder / "bf16", "--data-parallel", "fsdp", "--mixed-precision", "bf16"])
+    jobs.append([*command, folder / "heir", "--data-parallel", "fsdp"])
+    two_processes([("train_gpt", job) for job in jobs], folder, setup=BF16)
+    call("train_gpt", *command, folder / "one")
+    return folder
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_two_processes_train_as_one(two, how):
+    assert_equal_runs(two / "one", two / how, tolerance=1e-5)
+    for step in (3, 6):  # rank 0 draws them alone, between steps and at the end
+        previews = [run_of(two / side) / "previews" / f"{step:07d}.png" for side in ("one", how)]
+        assert previews[0].read_bytes() == previews[1].read_bytes()
+
+
+def test_sharded_bf16_keeps_fp32_masters(two):
+    ours, theirs = (read_metrics(run_of(two / side) / "metrics.jsonl") for side in ("one", "bf16"))
+    for a, b in zip(ours, theirs, strict=True):
+        assert b["loss"] == pytest.approx(a["loss"], abs=0.03)
+    assert [row["loss"] for row in ours[1:]] != [row["loss"] for row in theirs[1:]]
+    weights = containers.read(run_of(two / "bf16"))["model"]
+    assert {value.dtype for value in weights.values()} == {torch.float32}
+    assert any(not torch.equal(value, value.bfloat16().float()) for value in weights.values())
+    assert (run_of(two / "bf16") / "previews" / "0000006.png").is_file()
+
+
+def test_world_size_and_parallelism_may_change(two, code_store, tmp_path):
+    """Two processes sharded, then one, then two with DDP, are one process all along."""
+    command = ["--code-path", code_store, *QUIET, "--results-dir"]
+    call("train_gpt", *command, two / "heir", "--resume", "auto", "--epochs", 2)
+    two_processes([("train_gpt", [*command, two / "heir", "--resume", "auto", "--epochs", 3])], tmp_path)
+    call("train_gpt", *command, tmp_path / "whole", "--epochs", 3)
+    assert_equal_runs(tmp_path / "whole", two / "heir", tolerance=1e-5)
+    whole = sharded.read_folder(containers.resolve(run_of(tmp_path / "whole")), optimizers=True)["optimizer"]
+    heir = sharded.read_folder(containers.resolve(run_of(two / "heir")), optimizers=True)["optimizer"]
+    assert whole.keys() == heir.keys()
+    assert len(whole) > 60
+    for name, value in whole.items():
+        torch.testing.assert_close(heir[name], value, atol=1e-5, rtol=1e-3)
+
+
+def test_a_model_is_filled_one_tensor_at_a_time():
+    """Built without memory, then drawn: the same weights as at once, never more at a time than one tensor."""
+    options = {"vocab_size": 64, "num_classes": 3, "grid": (2, 2)}
+    with torch.device("meta"):
+        hollow = GPT_models["GPT-7B"]()
+        model = GPT_models["GPT-S"](**options)
+    assert sum(p.numel() for p in hollow.parameters()) > 6.5e9
+    sizes = []
+
+    def assign(own, values):
+        sizes.append(values.numel())
+        own.copy_(values)
+
+    parallel.apply_parallelism(model, ParallelFlags(), torch.device("cpu"), dtype=torch.float32, compiled=False)
+    model.init_weights(5, assign=assign)
+    assert sizes == [p.numel() for p in model.parameters()]
+    again = GPT_models["GPT-S"](**options)
+    again.init_weights(5)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    other = GPT_models["GPT-S"](**options)
+    other.init_weights(6)
+    assert not torch.equal(other.tok_embeddings.weight, again.tok_embeddings.weight)
+    drawn = [p.flatten()[:32] for p in again.parameters() if p.ndim == 2 and p.abs().sum() > 0]
+    assert len({tuple(values.tolist()) for values in drawn}) == len(drawn)  # no two names share a stream
+
+
+def test_activation_checkpointing_keeps_less_and_changes_nothing():
+    model = GPT_models["GPT-S"](vocab_size=64, num_classes=3, grid=(4, 4))
+    nn.init.normal_(model.output.weight)
+    codes, labels = torch.randint(64, (4, 16)), torch.tensor([0, 1, 2, 0])
+
+    def grads_and_bytes():
+        kept = []
+
+        def pack(tensor):
+            kept.append(tensor.numel() * tensor.element_size())
+            return tensor
+
+        model.zero_grad()
+        torch.manual_seed(1)  # dropout draws the same masks again
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            _, loss = model(codes[:, :-1], labels, targets=codes)
+            forward = sum(kept)
+        loss.backward()
+        return [p.grad.clone() for p in model.parameters()], forward
+
+    plain, most = grads_and_bytes()
+    parallel.apply_activation_checkpointing(model)
+    again, least = grads_and_bytes()
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+    assert least < most / 3
+    assert "layers.0.attention.wqkv.weight" in model.state_dict()
+
+
+@pytest.mark.parametrize(("flags", "words"), [
+    (["--cpu-offload"], "--cpu-offload is for sharded models: give --data-parallel"),
+    (["--no-reshard-after-forward"], "--reshard-after-forward is for sharded models"),
+    (["--shard-size", 2, "--data-parallel", "fsdp"], "--shard-size 2 is for --data-parallel hsdp"),
+    (["--shard-size", 2, "--data-parallel", "hsdp"], "divides the number of processes, here 1"),
+    (["--data-parallel", "zero"], "invalid choice: 'zero'"),
+])
+def test_settings_that_do_not_fit_are_refused(flags, words, code_store, tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught:
+        call("train_gpt", "--code-path", code_store, *TINY_GPT, "--results-dir", tmp_path, *flags)
+    assert caught.value.code == 2
+    assert words in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_precisions_have_their_names():
+    cpu = torch.device("cpu")
+    assert {dist.compute_dtype(name, cpu) for name in ("none", "fp32", "tf32")} == {torch.float32}

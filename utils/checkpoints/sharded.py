@@ -1,0 +1,178 @@
+"""Training checkpoints: folders that every process writes its part of, in the background.
+
+<folder>/<step>/ holds the shards and index of torch.distributed.checkpoint (DCP), and `state.json`: the step, the
+model's description and everything else that is no tensor. It is written as <folder>/.<step>.tmp and takes its name
+when it is whole and on the disk, so whatever interrupts the writing leaves the one before. Shards are cut by tensor,
+not by process: any number of processes, sharded or not, reads them.
+
+DCP's index is a pickle. It is read by an unpickler that knows the index's own classes and nothing else, and all that is
+no tensor is in the JSON, so that a checkpoint cannot run code.
+"""
+import contextlib
+import json
+import pickle
+import shutil
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from utils import dist
+from utils.files import file_hash, first_line
+
+FORMAT = "llamagen-checkpoint-1"
+FACTS = {"steps": int, "config": dict, "files": dict}  # what state.json must have, of which type
+MAY_BE = {"flags": dict, "meter": dict, "skipped_in_a_row": int}
+STATE, INDEX = "state.json", ".metadata"
+INDEX_CLASSES = {  # all that DCP's index of tensors is made of
+    "torch.distributed.checkpoint.metadata": {
+        "Metadata", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata", "MetadataIndex", "StorageMeta",
+        "_MEM_FORMAT_ENCODING"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {"Size"},
+    "collections": {"OrderedDict"},
+    "pathlib": {"Path", "PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"},
+    "pathlib._local": {"PosixPath", "WindowsPath"},
+}
+
+
+class DamagedError(ValueError):
+    """A checkpoint is not whole."""
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if name in INDEX_CLASSES.get(module, ()) or (module == "torch" and isinstance(getattr(torch, name, None),
+                                                                                       torch.dtype)):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+
+class SafeReader(dcp.FileSystemReader):
+    """DCP's reader, but its index cannot run code. (DCP itself reads the shards with weights_only.)"""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """The index. Raises ValueError when it is damaged or holds anything else."""
+        path = Path(self.path) / INDEX
+        try:
+            with open(path, "rb") as file:
+                index = _IndexUnpickler(file).load()
+            assert isinstance(index, Metadata)
+            for name, entry in index.state_dict_metadata.items():
+                assert isinstance(name, str) and isinstance(entry, TensorStorageMetadata)
+                assert isinstance(entry.size, torch.Size) and isinstance(entry.properties.dtype, torch.dtype)
+        except Exception as error:  # a damaged pickle raises anything
+            raise DamagedError(f"{path} is refused: it is damaged, or holds objects that would run code when loaded "
+                             f"({first_line(error)[:160]})") from None
+        return index
+
+
+def shard_files(index: Metadata) -> set[str]:
+    """Names of the files that an index speaks of."""
+    return {info.relative_path for info in (index.storage_data or {}).values()}
+
+
+def candidates(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, newest first, unfinished ones left out; .pt files of earlier versions count."""
+    files = [path for path in folder.glob("*.pt") if path.stem.isdigit()]
+    folders = [path for path in folder.glob("*") if path.name.isdigit() and is_sharded(path)]
+    return sorted(files + folders, key=lambda path: (int(path.stem), path.is_dir()), reverse=True)
+
+
+def set_aside(path: Path) -> None:
+    """Rename a damaged checkpoint so that it is no candidate any more."""
+    aside = path.with_name(f"{path.name}.damaged")
+    shutil.rmtree(aside, ignore_errors=True)
+    path.rename(aside)
+
+
+def is_sharded(path: Path) -> bool:
+    """Whether a path is a folder of this format."""
+    return (path / STATE).is_file()
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """state.json of a checkpoint. Raises DamagedError naming what is wrong with it."""
+    try:
+        facts = json.loads((path / STATE).read_text())
+        for name, kind in {**FACTS, **{name: kind for name, kind in MAY_BE.items() if name in facts}}.items():
+            if type(facts[name]) is not kind:
+                raise ValueError(f"{name} is {facts[name]!r:.40}")
+        if path.name.isdigit() and int(path.name) != facts["steps"]:
+            raise ValueError(f"steps is {facts['steps']}, the folder {path.name}")
+        if facts.get("format") != FORMAT or not 0 <= facts["steps"] < 2**53 or INDEX not in facts["files"]:
+            raise ValueError(f"format {facts.get('format')!r:.40}, step {facts['steps']}, files {[*facts['files']]}")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise DamagedError(f"{path / STATE} is damaged ({first_line(error)[:200]})") from None
+    return facts
+
+
+def check_files(path: Path, *, rank: int = 0, world_size: int = 1) -> None:
+    """Raise DamagedError unless every file of a checkpoint is there with the hash it was written with.
+
+    With a world size the processes share the work, and all of them raise.
+    """
+    problems: list[str] = []
+    try:
+        for name, expected in sorted(read_facts(path)["files"].items())[rank::world_size]:
+            found = file_hash(path / name) if (path / name).is_file() else "missing"
+            if found != expected:
+                problems.append(f"{path} is damaged: {name} is {'missing' if found == 'missing' else 'changed'}")
+        unknown = set() if problems else \
+            shard_files(SafeReader(path).read_metadata()) - read_facts(path)["files"].keys()
+        problems += [f"{path} is damaged: {name} is missing" for name in sorted(unknown)]
+    except DamagedError as error:
+        problems.append(str(error))
+    problems = dist.gather_lists(problems) if world_size > 1 else problems
+    if problems:
+        raise DamagedError(problems[0])
+
+
+def sizes_in(path: Path) -> dict[str, torch.Size]:
+    """Name → shape of the tensors in a checkpoint."""
+    return {name: entry.size for name, entry in SafeReader(path).read_metadata().state_dict_metadata.items()}
+
+
+def load_into(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Fill `tensors`, whole or sharded, in place. All processes call it, each with the tensors it wants."""
+    with _damage_named(path):
+        dcp.load(tensors, storage_reader=SafeReader(path))
+
+
+def read_folder(path: Path, *, optimizers: bool = False) -> dict[str, Any]:
+    """A checkpoint as one would read it from a file: {"model": {name: tensor}, "ema": …, "config": …, "steps": …}.
+
+    Read by this process alone, on the CPU; without the optimizers' tensors unless asked for.
+    """
+    check_files(path)
+    facts = read_facts(path)
+    index = SafeReader(path).read_metadata().state_dict_metadata
+    with _damage_named(path), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in index.items()
+                   if optimizers or not name.startswith("optimizer")}
+        dcp.load(tensors, storage_reader=SafeReader(path), no_dist=True)
+    content: dict[str, Any] = {key: value for key, value in facts.items() if key not in ("format", "files")}
+    for name, tensor in tensors.items():
+        part, rest = name.split(".", 1)
+        content.setdefault(part, {})[rest] = tensor
+    if "ema" in content:
+        content["ema"] = {**content["model"], **content["ema"]}  # buffers, and what is not trained
+    return content
+
+
+@contextlib.contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (dcp.CheckpointException, RuntimeError, TypeError, AttributeError, MemoryError) as error:
+        cause = next(iter(getattr(error, "failures", {0: (error,)}).values()))[0]
+        raise DamagedError(str(cause) if isinstance(cause, DamagedError) else
+                           f"{path} cannot be read: {first_line(cause)[:200]}") from None

@@ -1,0 +1,362 @@
+"""The training loop: one for tokenizers and GPTs, one process or many, whole models or sharded ones.
+
+A `Task` says what a micro-batch contributes; the loop does the rest: accumulation, clipping, schedules, EMA, logging,
+previews, checkpoints, resume. It lives on the lowest floor because the tokenizer may not import the GPT's rooms.
+
+Every step reseeds torch from (seed, step, rank), and the data order is a function of (seed, step), so a resumed run
+needs no saved random state and repeats the uninterrupted run bit for bit on a CPU. A step whose loss or gradient is not
+finite changes no weight; the device decides that, the host reads of it later (utils/training/stop.py).
+"""
+import contextlib
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
+from tqdm import tqdm
+
+from utils import cli, dist, images
+from utils.checkpoints import containers, sharded
+from utils.seeding import derive_seed
+from utils.training import allocator, parallel, writer
+from utils.training.ema import EMA
+from utils.training.flags import TrainFlags
+from utils.training.logger import MetricsLogger
+from utils.training.loss_scale import LossScale, step_unless
+from utils.training.meter import Meter
+from utils.training.optim import build_optimizer, learning_rate
+from utils.training.state import TrainingState
+from utils.training.stop import BAD, StepGuard, StopRequestedError
+
+Backward = Callable[[str, Tensor], None]
+Evaluate = Callable[[nn.Module], dict[str, float]]
+
+
+class Task(Protocol):
+    """What the loop trains. Keys of `modules` are "model" and, if adversarial, "discriminator"."""
+
+    modules: dict[str, nn.Module]
+
+    def micro_step(self, batch: Any, *, step: int, backward: Backward) -> dict[str, Tensor]:
+        """Forward one micro-batch, call backward(module name, loss), return scalars to log."""
+
+    def report(self) -> dict[str, float]:
+        """Slower numbers, asked for at each log row."""
+
+    def preview(self, model: nn.Module) -> np.ndarray | None:
+        """A uint8 (H, W, 3) picture of what the model does now."""
+
+
+class Trainer:
+    """Runs a task's steps. What a checkpoint holds is in `state`; the step and the meter are the loop's own."""
+
+    def __init__(self, task: Task, flags: TrainFlags, process: dist.Process, folder: Path, *, steps: int,
+                 saved_config: dict[str, Any]) -> None:
+        self.task, self.flags, self.process, self.folder, self.steps = task, flags, process, folder, steps
+        self.saved_config = saved_config
+        self.plain = {name: parallel.unwrap(module) for name, module in task.modules.items()}
+        betas = (flags.beta1, flags.beta2)
+        self.optimizers = {name: build_optimizer(module, kind=flags.optimizer, lr=flags.lr, betas=betas,
+                                                 weight_decay=flags.weight_decay)
+                           for name, module in self.plain.items()}
+        fp16 = dist.compute_dtype(flags.mixed_precision, process.device) == torch.float16
+        self.scale = LossScale(process.device, enabled=fp16)
+        self.ema = EMA(self.plain["model"]) if flags.ema else None
+        self.state = TrainingState(self.plain, self.optimizers, ema=self.ema, scale=self.scale, rank=process.rank)
+        self.guard = StepGuard(process)
+        self.writer = writer.CheckpointWriter(self.checkpoint_folders(), keep=flags.keep, is_main=process.is_main)
+        self.meter = Meter(process.device, samples_per_step=flags.global_batch_size)
+        self.losses: list[Tensor] = []
+        self.step = self.skipped_in_a_row = 0
+        if process.device.type == "cpu":  # what stays has its place by now, outside of the heap that steps use
+            allocator.keep_freed_memory()
+        if flags.mixed_precision == "tf32":
+            torch.set_float32_matmul_precision("high")
+
+    # ---- checkpoints
+
+    def resume(self) -> None:
+        """With --resume, go on from the checkpoint it names, or from the newest one that is whole."""
+        if self.flags.resume == "none":
+            return
+        if self.flags.resume != "auto":
+            path = containers.resolve(self.flags.resume)
+            self.check_whole(path)
+            self.restore(path)
+            return
+        while (path := dist.broadcast_object(self.newest())) is not None:
+            try:
+                self.check_whole(path)
+            except sharded.DamagedError as error:
+                self.say(f"warning: {error}; it is set aside, looking for the one before")
+                if self.process.is_main:
+                    sharded.set_aside(path)
+                dist.barrier()
+            else:
+                self.restore(path)
+                if self.process.is_main and sharded.is_sharded(path):
+                    self.writer.spread(path)
+                return
+
+    def check_whole(self, path: Path) -> None:
+        """Raise DamagedError, on all processes, where a checkpoint is not as it was written. (Files have no hashes.)"""
+        if sharded.is_sharded(path):
+            sharded.check_files(path, rank=self.process.rank, world_size=self.process.world_size)
+
+    def newest(self) -> Path | None:
+        """The newest checkpoint of this run, wherever it lies."""
+        found = [path for path in map(containers.newest, self.checkpoint_folders()) if path is not None]
+        return max(found, key=lambda path: int(path.stem), default=None)
+
+    def checkpoint_folders(self) -> list[Path]:
+        """Where checkpoints go; the first is written, the others get copies."""
+        local = [self.folder / "checkpoints"] if self.flags.local_save else []
+        cloud = self.flags.cloud_save_path
+        return local + ([Path(cloud) / self.folder.name / "checkpoints"] if cloud else [])
+
+    def restore(self, path: Path) -> None:
+        """Go on from a training checkpoint, saying which flags are others now."""
+        facts = sharded.read_facts(path) if sharded.is_sharded(path) else {}
+        trained_with = facts.get("flags", {}).get("optimizer", "adamw")
+        if trained_with != self.flags.optimizer:
+            raise ValueError(f"{path} was trained with --optimizer {trained_with}, not {self.flags.optimizer} (to "
+                             "start from its weights alone, see --finetune and --init-from)")
+        facts = self.state.load(path)
+        known, ours = containers.saved_config(facts).get("classes"), self.saved_config.get("classes")
+        if known and ours and known != ours:
+            raise ValueError(f"{path} was trained on other classes than these: {', '.join(known[:5])} … (to take its "
+                             "weights over by the names of the classes, see --init-from)")
+        self.step = int(facts["steps"])
+        self.skipped_in_a_row = facts.get("skipped_in_a_row", 0)
+        self.meter.restore(facts.get("meter", {}), self.process.rank)
+        before, now = facts.get("flags", {}), cli.as_dict(self.flags)
+        changed = [f"--{name.replace('_', '-')} {now[name]} (was {value})" for name, value in before.items()
+                   if name in now and now[name] != value and name not in ("resume", "results_dir", "num_workers")]
+        self.say(f"continuing from {path} at step {self.step}" + (f", with {', '.join(changed)}" if changed else ""))
+
+    def save(self) -> None:
+        """Begin to write the checkpoint of this step; it is there after `writer.wait`."""
+        facts = {"steps": self.step, "config": self.saved_config, "flags": cli.as_dict(self.flags),
+                 "meter": self.meter.state(), "skipped_in_a_row": self.skipped_in_a_row}
+        self.writer.save(self.step, self.state.tensors(), facts)
+
+    # ---- the loop
+
+    def train(self, make_batches: Callable[[int], Iterable[Any]], *, evaluate: Evaluate | None = None,
+            eval_every: int = 0) -> None:
+        """Train to the last step. make_batches(step) yields this rank's micro-batches from that step on.
+
+        evaluate(model in eval mode, averaged weights if there are) → numbers to log, on all processes at once. SIGTERM
+        saves and returns; so does the end. Raises ValueError after --max-skipped-steps, OSError when nothing can be
+        saved.
+        """
+        logger = MetricsLogger(self.folder, enabled=self.process.is_main, start_step=self.step,
+                               wandb_project=self.flags.wandb_project if self.flags.wandb else None,
+                               config=cli.as_dict(self.flags))
+        patience = 60.0
+
+        def evaluates(step: int) -> bool:
+            return evaluate is not None and (step == self.steps or step % eval_every == 0)
+
+        try:
+            with self.guard.on_sigterm():
+                if self.step > 0:  # what a kill after the checkpoint has left undone
+                    drawn, rows = dist.broadcast_object((self.preview_path().is_file(), logger.rows_of(self.step)))
+                    self.preview_and_evaluate(logger, evaluate if evaluates(self.step) and rows < 2 else None,
+                              preview=self.is_checkpoint_step(self.step) and not drawn)
+                if self.step >= self.steps:
+                    self.say(f"already trained to step {self.step} of {self.steps}: nothing to do")
+                    return
+                self.run_steps(make_batches, logger, lambda step: evaluate if evaluates(step) else None)
+        except StopRequestedError:
+            self.say(f"stopped by SIGTERM at step {self.step} of {self.steps}, all is saved: to continue run it again "
+                     "with --resume auto")
+        except RuntimeError:  # other processes may be gone, and what they were to write
+            patience = 0.0
+            raise
+        finally:
+            self.writer.close(patience=patience)
+            logger.close()
+
+    def run_steps(self, make_batches: Callable[[int], Iterable[Any]], logger: MetricsLogger,
+            evaluation: Callable[[int], Evaluate | None]) -> None:
+        """The steps that are left. Raises StopRequestedError when asked to stop, everything saved."""
+        flags, meter = self.flags, self.meter
+        self.writer.sweep(self.step)
+        logger.open()
+        meter.restart_clock()
+        with tqdm(total=self.steps, initial=self.step, desc=self.folder.name, unit="step", mininterval=1.0,
+                  disable=not self.process.is_main, dynamic_ncols=True) as bar:
+            batches = iter(make_batches(self.step))
+            while self.step < self.steps:
+                self.optimizer_step(batches)
+                self.step += 1
+                bar.update()
+                saves = self.is_checkpoint_step(self.step)
+                evaluate = evaluation(self.step)
+                stop = self.handle_step_flags(drain=bool(saves or evaluate))
+                if saves or evaluate or self.step == 1 or self.step % flags.log_every == 0:
+                    row = {**meter.read(), **self.task.report(), "lr": self.lr(self.step - 1)}
+                    clock = meter.read_clock()
+                    logger.log(self.step, row, clock=clock)
+                    bar.set_postfix_str(" ".join([f"loss={row.get('loss', float('nan')):.4f}",
+                                                  f"{clock.get('images_per_second', 0):.1f} images/s",
+                                                  f"{clock['memory_gib']:.1f} GiB"]))
+                if stop:
+                    self.handle_step_flags(drain=True)  # a GPU's last steps
+                if saves or evaluate or stop:  # an evaluation is long, and may fail: nothing is to be lost then
+                    self.save()
+                if stop:
+                    self.writer.wait()  # nothing may interrupt this
+                    raise StopRequestedError
+                if saves or evaluate:
+                    self.preview_and_evaluate(logger, evaluate, preview=saves)
+                    meter.restart_clock()
+        self.writer.wait()
+
+    def handle_step_flags(self, *, drain: bool) -> bool:
+        """Act on the flags of the steps that are due. Whether to stop now."""
+        stop = False
+        for verdict in self.guard.verdicts(drain=drain):
+            self.skipped_in_a_row = self.skipped_in_a_row + 1 if verdict.bad else 0
+            if verdict.bad:
+                self.say(f"step {verdict.step} skipped: its loss or gradient is not finite "
+                         f"({self.skipped_in_a_row} in a row)")
+            if self.skipped_in_a_row >= self.flags.max_skipped_steps:
+                path = self.guard.save_batch(self.folder, verdict.step)
+                dist.barrier()
+                raise ValueError(f"stopped at step {verdict.step}: {self.skipped_in_a_row} steps in a row had a loss "
+                                 f"or gradient that is not finite; the batch is in {path}, the weights are as before: "
+                                 "look at the batch, or continue by --resume auto with a lower --lr or "
+                                 "--mixed-precision none")
+            if verdict.unsaved:
+                self.writer.wait()
+            stop = stop or verdict.stop
+        return stop
+
+    def lr(self, step: int) -> float:
+        """Learning rate of 0-based step `step`."""
+        flags = self.flags
+        return learning_rate(step, peak=flags.lr, total_steps=self.steps, warmup_steps=flags.warmup_steps,
+                             schedule=flags.lr_schedule)
+
+    def optimizer_step(self, batches: Iterator[Any]) -> None:
+        """Accumulate the micro-batches of one step and update; its scalars go to the meter."""
+        flags, accumulation = self.flags, self.flags.gradient_accumulation_steps
+        torch.manual_seed(derive_seed(flags.global_seed, self.step, self.process.rank))
+        self.set_train_mode()
+        self.losses.clear()
+        before = [buffer.clone() for buffer in self.buffers()]
+        parts: list[dict[str, Tensor]] = []
+        seen = []
+        for i in range(accumulation):
+            batch = to_device(next(batches), self.process.device)
+            with parallel.gradient_sync(self.task.modules.values(), enabled=i == accumulation - 1):
+                parts.append(self.task.micro_step(batch, step=self.step, backward=self.backward))
+            seen.append(batch)
+        means = {name: torch.stack([part[name].detach().float() for part in parts]).mean() for name in parts[0]}
+        raised = self.guard.flags(self.losses, unsaved=self.writer.failed())
+        gradients = {name: [p.grad for p in module.parameters() if p.grad is not None]
+                     for name, module in self.plain.items()}
+        norms = {name: parallel.full_tensor(get_total_norm(grads)) / self.scale.scale
+                 for name, grads in gradients.items() if grads}
+        raised[BAD] = torch.maximum(raised[BAD], (~torch.stack(list(norms.values())).isfinite()).any().float())
+        bad = raised[BAD] > 0
+        for name, norm in norms.items():
+            self.update(name, gradients[name], norm, bad)
+            means["grad_norm" if name == "model" else f"grad_norm_{name}"] = norm
+        for buffer, value in zip(self.buffers(), before, strict=True):
+            buffer.copy_(torch.where(bad, value, buffer))
+        if self.ema is not None and (self.guard.lag or not bool(bad)):  # a GPU's averages move towards the same weights
+            self.ema.update(self.step)
+        self.scale.update(bad)
+        self.meter.add(means, bad=bad)
+        self.guard.watch(self.step + 1, raised, seen)
+
+    def buffers(self) -> list[Tensor]:
+        """What forward passes change: running statistics, which codes were used."""
+        return [buffer for module in self.plain.values() for buffer in module.buffers()]
+
+    def set_train_mode(self) -> None:
+        """Previews leave modules in eval mode; training wants the other."""
+        for module in self.plain.values():
+            if not module.training:
+                module.train()
+
+    def backward(self, name: str, loss: Tensor) -> None:
+        """Backward of a micro-batch's share of the step's mean loss."""
+        self.losses.append(loss.detach())
+        (loss * self.scale.scale / self.flags.gradient_accumulation_steps).backward()
+
+    def update(self, name: str, gradients: list[Tensor], norm: Tensor, bad: Tensor) -> None:
+        """Clip and step one optimizer, unless the step is `bad`."""
+        optimizer = self.optimizers[name]
+        for group in optimizer.param_groups:
+            group["lr"] = self.lr(self.step)
+        factor = 1 / self.scale.scale
+        if self.flags.max_grad_norm:
+            factor = factor * (self.flags.max_grad_norm / (norm + 1e-6)).clamp(max=1)  # as clip_grad_norm_ has it
+        torch._foreach_mul_(gradients, factor.to(gradients[0].device))  # offloaded gradients are on the CPU
+        step_unless(optimizer, bad)
+        optimizer.zero_grad(set_to_none=True)
+
+    # ---- looking at the model
+
+    @contextlib.contextmanager
+    def shown_model(self) -> Iterator[nn.Module]:
+        """The model as a sampler would take it: averaged weights if there are, in eval mode, whole on every process."""
+        model = self.plain["model"].eval()
+        with self.ema.shown() if self.ema is not None else contextlib.nullcontext(), parallel.gathered(model):
+            yield model
+        getattr(model, "engines", []).clear()  # what sampling has cached is not to fill the memory of the training
+
+    def preview_and_evaluate(self, logger: MetricsLogger, evaluate: Evaluate | None, *, preview: bool) -> None:
+        """Preview and evaluation of this step, whose checkpoint is on its way."""
+        if not preview and evaluate is None:
+            return
+        with self.shown_model() as model:
+            if preview and self.process.is_main:
+                picture = self.task.preview(model)
+                if picture is not None:
+                    images.save_png(self.preview_path(), picture)
+                    logger.image(self.step, "preview", picture)
+            dist.barrier()
+            if evaluate is not None:
+                self.writer.wait()
+                with self.guard.interruptible():
+                    numbers = evaluate(model)
+                logger.log(self.step, numbers)
+
+    def preview_path(self) -> Path:
+        """Where the preview of this step goes."""
+        return self.folder / "previews" / f"{self.step:07d}.png"
+
+    def is_checkpoint_step(self, step: int) -> bool:
+        """Whether a checkpoint is due after step number `step` (from 1 on)."""
+        return step == self.steps or step % self.flags.ckpt_every == 0
+
+    def say(self, text: str) -> None:
+        """Print on rank 0."""
+        if self.process.is_main:
+            tqdm.write(text)
+            sys.stdout.flush()
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """Move the tensors of a dict to the device."""
+    return {name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+            for name, value in batch.items()}
+
+
+@contextlib.contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Within the block, gradients flow through the module but not into it."""
+    module.requires_grad_(False)
+    try:
+        yield
+    finally:
+        module.requires_grad_(True)

@@ -1,0 +1,146 @@
+"""Writing training checkpoints, by all processes together, in the background (utils/checkpoints/sharded.py reads them).
+
+A checkpoint is written as <folder>/.<step>.tmp and takes its name when it is whole and on the disk, so whatever
+interrupts the writing leaves the one before.
+"""
+import json
+import shutil
+import warnings
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from utils import dist
+from utils.checkpoints.sharded import FORMAT, STATE, SafeReader, candidates, is_sharded, shard_files
+from utils.files import file_hash, first_line, replacing, sweep, sync_folder
+
+PATIENCE = 6 * 3600.0  # seconds that processes wait for one another's disks
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of one run, one at a time, while training goes on. All processes call it alike."""
+
+    def __init__(self, folders: list[Path], *, keep: int, is_main: bool) -> None:
+        """The first of `folders` is written, the others get copies; `keep` newest stay in each, 0 keeps all."""
+        self.folders, self.keep, self.is_main = folders, keep, is_main
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is meant
+        # the writing thread and the training must not meet in one group; and disks may be slow without being dead
+        self.group = dist.new_cpu_group(timeout=PATIENCE)
+        self.publisher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self.written: Future | None = None
+        self.published: Future | None = None
+
+    def sweep(self, step: int) -> None:
+        """Before going on from `step`: remove what killed writers left, and what is older than is to be kept.
+
+        Raises OSError where nothing can be written.
+        """
+        for folder in self.folders if self.is_main else []:
+            folder.mkdir(parents=True, exist_ok=True)
+            sweep(folder)
+            self.prune(folder, step)
+
+    def save(self, step: int, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        """Begin to write: what `tensors` hold now is what will be read. Waits for the checkpoint before."""
+        self.wait()
+        target = self.folders[0] / f"{step:07d}"
+        temporary = target.with_name(f".{target.name}.tmp")
+        if self.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        dist.barrier()
+        self.written = dcp.async_save(_own_part(tensors), storage_writer=dcp.FileSystemWriter(temporary),
+                                      process_group=self.group)
+        if self.is_main:
+            self.published = self.publisher.submit(self._publish, self.written, temporary, target, facts)
+
+    def _publish(self, written: Future, temporary: Path, target: Path, facts: dict[str, Any]) -> None:
+        try:
+            written.result()  # all processes have written
+            hashes = {path.name: file_hash(path) for path in sorted(temporary.iterdir())}
+            missing = shard_files(SafeReader(temporary).read_metadata()) - hashes.keys()
+            if missing:
+                raise OSError(f"{', '.join(sorted(missing))} of other processes cannot be seen from here: all machines "
+                              "must share this folder")
+            with replacing(temporary / STATE) as file:
+                file.write_text(json.dumps({"format": FORMAT, "files": hashes, **facts}))
+            _take_place(temporary, target)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        self.spread(target)
+        for folder in self.folders:
+            self.prune(folder, int(target.name))
+
+    def prune(self, folder: Path, step: int) -> None:
+        """Leave `keep` checkpoints, that of `step` and the ones before it. Nothing goes unless that one is there."""
+        found = [path for path in candidates(folder) if int(path.stem) <= step]
+        for old in found[self.keep:] if self.keep and found and int(found[0].stem) == step else []:
+            if old.is_dir():  # no checkpoint any more from here on, whatever interrupts
+                shutil.rmtree(old.rename(old.with_name(f".{old.name}.old.tmp")), ignore_errors=True)
+            else:
+                old.unlink()
+
+    def spread(self, path: Path) -> None:
+        """Copy a checkpoint to those of the folders that lack it (after a kill between the copies, say)."""
+        for folder in self.folders:
+            target, copy = folder / path.name, folder / f".{path.name}.tmp"
+            if is_sharded(target) and (target == path or (target / STATE).read_bytes() == (path / STATE).read_bytes()):
+                continue
+            shutil.rmtree(copy, ignore_errors=True)
+            shutil.copytree(path, copy)
+            _take_place(copy, target)
+
+    def failed(self) -> bool:
+        """Whether this process knows that the last checkpoint could not be written. `wait` says why."""
+        return any(future is not None and future.done() and future.exception() is not None
+                   for future in (self.written, self.published))
+
+    def wait(self) -> None:
+        """Until the last checkpoint is on the disk. Raises OSError, on all processes, when it could not be written."""
+        problems = []
+        for future in (self.written, self.published):
+            try:
+                if future is not None:
+                    future.result()
+            except (dcp.CheckpointException, OSError, RuntimeError) as error:
+                failures = getattr(error, "failures", None) or {0: (error, None)}
+                problems.append(first_line(next(iter(failures.values()))[0])[:200])
+        self.written = self.published = None
+        problems = dist.gather_lists(problems, group=self.group)  # the main one publishes: nobody goes on before it has
+        if problems:
+            raise OSError(f"a checkpoint could not be written to {' or '.join(map(str, self.folders))}: {problems[0]}: "
+                          "is the disk full? Earlier checkpoints are untouched")
+
+    def close(self, *, patience: float) -> None:
+        """Give what is being written so many seconds to end, without a word to the other processes."""
+        wait([future for future in (self.written, self.published) if future is not None], timeout=patience)
+        self.publisher.shutdown(wait=False)
+
+
+def _own_part(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """This process's part of what all hold alike, and all that is its own: so many fewer bytes are staged and sent."""
+    alike = sorted((name for name, tensor in tensors.items() if not isinstance(tensor, DTensor) and "@" not in name),
+                   key=lambda name: (tensors[name].numel(), name))
+    others = {name for i, name in enumerate(alike) if i % dist.world_size() != dist.env_rank()}
+    return {name: tensor for name, tensor in tensors.items() if name not in others}
+
+
+def _take_place(temporary: Path, target: Path) -> None:
+    """Give a written folder its name, replacing one of that name (of an earlier run of the same step)."""
+    if target.exists():
+        old = target.with_name(f".{target.name}.old.tmp")
+        shutil.rmtree(old, ignore_errors=True)
+        target.rename(old)
+        temporary.rename(target)
+        shutil.rmtree(old)
+    else:
+        temporary.rename(target)
+    sync_folder(target.parent)
+
+
+# ---- reading
