@@ -39,6 +39,7 @@ from utils.cli import flag
 from utils.options import DeviceFlags
 from utils.training.meter import peak_memory
 from utils.training.optim import adamw
+from utils.training.run_folder import RunFolder
 from utils.training.trainer import Trainer
 
 RESULTS = Path(__file__).parent / "results" / "train.md"
@@ -195,7 +196,9 @@ def our_step(model: Transformer, flags: GPTTrainFlags, process: dist.Process,
              dtype: torch.dtype) -> Callable[[dict[str, Tensor]], None]:
     """One step of our training."""
     task = GPTTask(model, dtype=dtype, classes=None, tokenizer=None, seed=0, token_noise=0.0, cfg_scale=1.0)
-    trainer = Trainer(task, flags, process, Path(tempfile.gettempdir()), steps=10**6, saved_config={})
+    run = RunFolder(Path(tempfile.mkdtemp()), {}, known=True)
+    trainer = Trainer(task, flags, process, run, samples=10**9, saved_config={})
+    trainer.claim()
 
     def step(batch: dict[str, Tensor]) -> None:
         trainer.optimizer_step(iter([batch]))
@@ -211,7 +214,8 @@ def batches(model: Transformer, count: int, device: torch.device) -> Iterator[di
     while True:
         codes = torch.randint(config.vocab_size, (count, config.block_size), generator=random)
         labels = torch.randint(config.num_classes, (count,), generator=random)
-        yield {"codes": codes.to(device), "labels": labels.to(device)}
+        dropped = torch.rand(count, generator=random) < config.class_dropout_prob
+        yield {"codes": codes.to(device), "labels": labels.to(device), "dropped": dropped.to(device)}
 
 
 def measured_side(config: BenchTrainFlags) -> dict[str, float | list[float]]:

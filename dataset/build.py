@@ -1,8 +1,9 @@
 """From a name to a data set of images. Every one offers the same: len, labels, classes, image(i), name(i)."""
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 from PIL import Image
@@ -31,6 +32,7 @@ class ImageDataset(Protocol):
 class DatasetFlags:
     """Which data set."""
 
+    shapes_run: ClassVar[bool] = False
     dataset: str = flag("imagenet", "imagenet (a folder per class), coco or pexels (no classes), openimage (JSON "
                         "list), emoji or emoji_heldout (embedded; emoji_without_CLASS, emoji_only_CLASS: a part of "
                         "emoji); for codes the same with _code")
@@ -40,8 +42,16 @@ class DatasetFlags:
 class DataFlags(DatasetFlags, SizeFlags):
     """Which images, at which size."""
 
+    shapes_run: ClassVar[bool] = False
     data_path: str | None = flag(None, "folder of images (not needed for emoji)")
     image_size: tuple[int, int] = (256, 256)
+
+
+def data_fingerprint(data: ImageDataset, root: str | None) -> str:
+    """A hash of the names (below `root`) and labels of a data set: the same for a folder that was moved."""
+    above = "" if root is None else str(Path(root))
+    names = "\n".join(data.name(index).removeprefix(above) for index in range(len(data)))
+    return hashlib.sha256(names.encode(errors="surrogateescape") + np.asarray(data.labels).tobytes()).hexdigest()
 
 
 def build_dataset(name: str, data_path: str | None, *, size: tuple[int, int]) -> ImageDataset:

@@ -4,6 +4,7 @@ Packed (ours): `manifest.json`, `labels.npy`, `shard-00000.npy` … of (n, views
 memory-mapped. Also LlamaGen's `<name>_codes/{i}.npy` + `<name>_labels/{i}.npy`, and ARPG's and RandAR's
 `<class int>/<i>.npy`.
 """
+import hashlib
 import json
 import math
 import os
@@ -43,6 +44,11 @@ class CodeStore:
     def num_classes(self) -> int:
         """Classes named by the manifest, else one more than the largest label."""
         return len(self.classes) if self.classes else int(self.labels.max()) + 1
+
+    def fingerprint(self) -> str:
+        """A hash of what it holds: of its manifest where it has one, its labels, views and grid."""
+        described = json.dumps([self.manifest, self.views, self.grid, len(self)], sort_keys=True)
+        return hashlib.sha256(described.encode() + np.ascontiguousarray(self.labels).tobytes()).hexdigest()
 
     def read(self, rows: np.ndarray, views: np.ndarray) -> np.ndarray:
         """Rows (B,) in the views (B,) → codes (B, L) int64."""

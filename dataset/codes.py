@@ -6,7 +6,7 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -27,7 +27,9 @@ from dataset.code_layouts import (
 )
 from utils import dist
 from utils.cli import REQUIRED, flag
+from utils.seeding import derive_seed, hash_choice
 
+CONDITION_DROPOUT = 0x434F4E44  # sets these draws apart from others of the same (seed, epoch, index)
 CorruptShards = Literal["refuse", "skip"]
 
 
@@ -43,6 +45,7 @@ def store_weights(text: str) -> tuple[float, ...]:
 class CodePathFlags:
     """Where codes are written."""
 
+    shapes_run: ClassVar[bool] = False
     code_path: str = flag(REQUIRED, "store of codes. Extraction writes <code-path>/<dataset><size>_codes; readers take "
                                     "packed, LlamaGen's and ARPG's, packed ones also from a URL (s3://…), and several "
                                     "(comma-separated): other crops of the same images, or see --store-weights")
@@ -52,6 +55,7 @@ class CodePathFlags:
 class StoreFlags(CodePathFlags):
     """Which codes are read."""
 
+    shapes_run: ClassVar[bool] = False
     store_weights: tuple[float, ...] | None = flag(
         None, "the stores of --code-path are different images, mixed: how often each image of each store comes per "
               "epoch, such as 1,0.5", parse=store_weights)
@@ -61,13 +65,15 @@ class StoreFlags(CodePathFlags):
 
 
 class CodeBatches(Dataset):
-    """Training batches of codes; what is drawn is fixed by (seed, epoch, index)."""
+    """Training batches of codes; what is drawn is fixed by (seed, epoch, index), whatever the number of processes."""
 
-    def __init__(self, store: CodeStore, *, vocab_size: int, seed: int) -> None:
+    def __init__(self, store: CodeStore, *, vocab_size: int, seed: int, condition_dropout: float = 0.0) -> None:
+        """`condition_dropout`: share of the samples whose condition is left out, for classifier-free guidance."""
         self.store, self.vocab_size, self.seed = store, vocab_size, seed
+        self.condition_dropout = condition_dropout
 
     def __getitems__(self, keys: np.ndarray) -> dict[str, torch.Tensor]:
-        """{"codes" (B, L) int64, "labels" (B,) int64} for keys (B, 2), an epoch and an index each.
+        """{"codes" (B, L) int64, "labels" (B,) int64, "dropped" (B,) bool} for keys (B, 2), an epoch and an index each.
 
         Raises ValueError for a code >= vocab_size.
         """
@@ -77,7 +83,9 @@ class CodeBatches(Dataset):
             wrong = min(codes.min(), 0) or codes.max()
             raise ValueError(f"the store holds code {wrong}, but the model's vocabulary is {self.vocab_size}: "
                              "give the tokenizer's size by --vocab-size")
-        return {"codes": torch.from_numpy(codes), "labels": torch.from_numpy(labels)}
+        chance = hash_choice(derive_seed(self.seed, CONDITION_DROPOUT), epochs, indices, options=2**24) / 2**24
+        return {"codes": torch.from_numpy(codes), "labels": torch.from_numpy(labels),
+                "dropped": torch.from_numpy(chance < self.condition_dropout)}
 
 
 def open_stores(paths: str, *, subfolder: str | None = None, grid: tuple[int, int] | None = None,

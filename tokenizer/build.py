@@ -2,7 +2,7 @@
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,7 @@ class ImageTokenizer(Protocol):
 class TokenizerFlags:
     """Which tokenizer. What is left out is taken from the checkpoint, else from the named preset."""
 
+    shapes_run: ClassVar[bool] = False
     vq_model: str | None = flag(None, "VQ-16, VQ-8 or VQ-4-S; None: what --vq-ckpt says, else VQ-16",
                                 choices=tuple(VQ_models))
     vq_ckpt: str | None = flag(None, "tokenizer checkpoint")

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from utils import dist
+from utils.files import replacing
 from utils.recipes import recipe_flags, recipe_path
 
 Config = TypeVar("Config")
@@ -74,26 +75,28 @@ def declaration(config_class: type, name: str) -> dict[str, Any]:
 def run(main: Callable[[Config], None], config_class: type[Config], argv: list[str] | None = None) -> None:
     """Parse the command line and call main(config). A user's mistake prints one line and exits 2, no traceback.
 
-    Set LLAMAGEN_TRACEBACK=1 to see where the line came from.
+    Set LLAMAGEN_TRACEBACK=1 to see where the line came from. An error that ended a long run has left its traceback in
+    the run's folder (`error.traceback_file`), and the line says where.
     """
     config = build_parser(config_class).parse_args(argv, namespace=_Bare())
     try:
         main(config_class(**vars(config)))
-    except (ValueError, OSError) as error:
-        if os.environ.get("LLAMAGEN_TRACEBACK"):
-            raise
-        fail(message(error), quiet=dist.told_by_main())
-    except RuntimeError as error:
-        if not dist.lost_contact(error):
-            raise
-        reason = message(error).splitlines()[0][:200]
-        if not dist.told_by_main(seconds=2.0):
-            print(f"error: lost contact with another process, which has died or hangs ({reason}); run it again to "
-                  "continue, a training with --resume auto", file=sys.stderr, flush=True)
-        os._exit(2)  # threads that wait for the other process would hold an orderly exit up
     except KeyboardInterrupt:
         print("interrupted; to continue run it again, training with --resume auto", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        if isinstance(error, RuntimeError) and dist.lost_contact(error):
+            reason = message(error).splitlines()[0][:200]
+            if dist.speaks_for_all(patience=2.0):
+                print(f"error: lost contact with another process, which has died or hangs ({reason}); run it again to "
+                      "continue, a training with --resume auto", file=sys.stderr, flush=True)
+            os._exit(2)  # threads that wait for the other process would hold an orderly exit up
+        kept = getattr(error, "traceback_file", None)
+        if os.environ.get("LLAMAGEN_TRACEBACK") or not (kept or isinstance(error, ValueError | OSError)):
+            raise
+        where = f" (the traceback is in {kept})" if kept else ""
+        fail(f"{'' if isinstance(error, ValueError | OSError) else type(error).__name__ + ': '}{message(error)}{where}",
+             quiet=not dist.speaks_for_all())
     finally:
         dist.shutdown()
 
@@ -120,8 +123,8 @@ def as_dict(config: Any) -> dict[str, Any]:
 
 def save_config(path: Path, config: Any, **derived: Any) -> None:
     """Write the resolved config, and what was derived from it, as JSON beside what it produced."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**as_dict(config), **derived}, indent=2, default=str) + "\n")
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps({**as_dict(config), **derived}, indent=2, default=str) + "\n")
 
 
 def image_size(text: str) -> tuple[int, int]:

@@ -67,25 +67,40 @@ def new_cpu_group(*, timeout: float) -> torch.distributed.ProcessGroup | None:
     return torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
 
 
-def told_by_main(*, seconds: float = 30.0) -> bool:
-    """On an error: whether rank 0 met one as well and tells the user, so that one of many processes speaks.
+def speaks_for_all(*, patience: float = 0.0) -> bool:
+    """On an error: whether this process is the first of all to report one: the user reads one line, from one place.
 
-    A rank that errs alone learns it after `seconds`.
+    With `patience` (seconds) the error may be the consequence of another process's, whose report is waited for.
     """
     if not torch.distributed.is_initialized():
-        return env_rank() > 0
+        return env_rank() == 0
     store = torch.distributed.distributed_c10d._get_default_store()
-    if env_rank() == 0:
-        store.set("error", "told")
-        return False
     try:
-        store.wait(["error"], timedelta(seconds=seconds))
-    except RuntimeError:  # not set in time, or the store went with rank 0
-        return False
-    return True
+        if patience:
+            with contextlib.suppress(RuntimeError):  # nobody has reported one
+                store.wait(["error"], timedelta(seconds=patience))
+        return store.add("error", 1) == 1
+    except RuntimeError:  # the store went with the process that kept it
+        return True
 
 
-def lost_contact(error: RuntimeError) -> bool:
+@contextlib.contextmanager
+def failing_together() -> Iterator[None]:
+    """An error (ValueError, OSError) of one process in the block is raised in all of them, at the block's end.
+
+    All processes enter it together; within, none may wait for another.
+    """
+    problem: list[Exception] = []
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        problem = [error]
+    everyones = gather_lists(problem)
+    if everyones:
+        raise (problem or everyones)[0]
+
+
+def lost_contact(error: BaseException) -> bool:
     """Whether a collective failed because another process is gone or silent."""
     known = isinstance(error, torch.distributed.DistError) or any(
         word in str(error) for word in ("gloo", "Connection closed by peer", "Connection reset", "NCCL"))

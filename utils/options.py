@@ -16,6 +16,7 @@ class SeedFlags:
 class WorkerFlags:
     """For commands that load images."""
 
+    shapes_run: ClassVar[bool] = False
     num_workers: int = flag(24, "data loading processes per rank, at most one per core")
 
 
@@ -38,6 +39,7 @@ class DeviceFlags:
 class SizeFlags:
     """For commands with one image size. None: what the data or checkpoint says."""
 
+    shapes_run: ClassVar[bool] = False
     image_size: tuple[int, int] | None = flag(None, "height x width in pixels, such as 256 or 256x384",
                                               parse=image_size)
 
@@ -46,6 +48,7 @@ class SizeFlags:
 class CompileFlags:
     """For commands that may compile."""
 
+    shapes_run: ClassVar[bool] = False
     compile: bool = flag(False, "use torch.compile: faster after a slow start (training with it was reported to end "
                                 "worse on torch >= 2.7: compare losses)")
 
@@ -70,6 +73,7 @@ class SetFlags:
 class RecipeFlags:
     """For commands that a recipe can supply with flags; `recipe_sections` names its sections for this command."""
 
+    shapes_run: ClassVar[bool] = False
     recipe_sections: ClassVar[tuple[str, ...]] = ("train",)
     recipe: str | None = flag(None, "a name in scripts/recipes, or a JSON file like those: its flags where you type "
                                     "none")

@@ -4,6 +4,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def dropped(conditions: Tensor, drop: Tensor | bool, probability: float) -> Tensor:
+    """Which of the conditions (B, …) are left out, (B,) bool: as `drop` says, or with `True` by chance."""
+    if isinstance(drop, Tensor):
+        return drop
+    if probability == 0:
+        return torch.zeros(conditions.shape[0], dtype=torch.bool, device=conditions.device)
+    return torch.rand(conditions.shape[0], device=conditions.device) < probability
+
+
 class LabelEmbedder(nn.Module):
     """One embedding per class and one, at index num_classes, for "no class"."""
 
@@ -16,12 +25,11 @@ class LabelEmbedder(nn.Module):
         """The "no class" label for each of `labels`."""
         return torch.full_like(labels, self.num_classes)
 
-    def forward(self, labels: Tensor, *, drop: bool) -> Tensor:
-        """Labels (B,) → prefix (B, 1, D); with `drop` each label is replaced by "no class" with dropout_prob."""
+    def forward(self, labels: Tensor, *, drop: bool | Tensor) -> Tensor:
+        """Labels (B,) → prefix (B, 1, D). `drop` (B,) bool: whose label becomes "no class"; True: see `dropped`."""
         labels = labels.reshape(-1)
-        if drop and self.dropout_prob > 0:
-            dropped = torch.rand(labels.shape[0], device=labels.device) < self.dropout_prob
-            labels = torch.where(dropped, self.num_classes, labels)
+        if drop is not False:
+            labels = torch.where(dropped(labels, drop, self.dropout_prob), self.num_classes, labels)
         return self.embedding_table(labels)[:, None]
 
 
@@ -50,9 +58,9 @@ class CaptionEmbedder(nn.Module):
         """The unconditional features for each of `features`, (B, N, caption_dim)."""
         return self.uncond_embedding.to(features.dtype).expand_as(features)
 
-    def forward(self, features: Tensor, *, drop: bool) -> Tensor:
-        """Project; with `drop` a sample's whole prefix is replaced by the unconditional one with dropout_prob."""
-        if drop and self.dropout_prob > 0:
-            dropped = torch.rand(features.shape[0], device=features.device) < self.dropout_prob
-            features = torch.where(dropped[:, None, None], self.unconditional(features), features)
+    def forward(self, features: Tensor, *, drop: bool | Tensor) -> Tensor:
+        """Project. `drop` (B,) bool: whose whole prefix is replaced by the unconditional one; True: see `dropped`."""
+        if drop is not False:
+            replaced = dropped(features, drop, self.dropout_prob)[:, None, None]
+            features = torch.where(replaced, self.unconditional(features), features)
         return self.cap_proj(features)

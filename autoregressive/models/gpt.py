@@ -150,15 +150,17 @@ class Transformer(nn.Module):
         return self.norm(x)
 
     def forward(self, idx: Tensor, cond_idx: Tensor, targets: Tensor | None = None, mask: Tensor | None = None,
-                valid: Tensor | None = None, *, loss_only: bool = False) -> tuple[Tensor | None, Tensor | None]:
-        """Teacher-forced logits and loss.
+                valid: Tensor | None = None, *, dropped: Tensor | None = None, summed_loss: bool = False,
+                ) -> tuple[Tensor | None, Tensor | None]:
+        """Teacher-forced logits and loss; with `summed_loss` (sum of the tokens' losses, sum of their weights).
 
         idx (B, n) codes x_1 … x_n, n < L; cond_idx (B,) labels or (B, N, caption_dim) features; targets (B, n+1);
         mask (B, T, T) or (B, 1, T, T) bool, True where attended (default: causal); valid (B,), 0 for samples that
-        carry no loss. Returns logits (B, n+1, V) — from the last prefix position on — and the mean cross-entropy in
-        fp32, or None without targets. With targets and `loss_only` the logits are None and never made as a whole.
+        carry no loss; dropped (B,) bool, whose condition is left out (None: in training by chance, with
+        class_dropout_prob). Returns logits (B, n+1, V), from the last prefix position on, and the mean cross-entropy in
+        fp32, or None without targets. With `summed_loss` the logits are never made as a whole; targets must be given.
         """
-        prefix = self.cls_embedding(cond_idx, drop=self.training)  # (B, N, D)
+        prefix = self.cls_embedding(cond_idx, drop=self.training if dropped is None else dropped)  # (B, N, D)
         assert prefix.shape[1] == self.config.cls_token_num, (prefix.shape, self.config.cls_token_num)
         x = self.tok_dropout(torch.cat([prefix, self.tok_embeddings(idx)], dim=1))  # fp32 under autocast
         if mask is not None and mask.ndim == 3:
@@ -166,8 +168,10 @@ class Transformer(nn.Module):
         x = self.hidden_states(x, mask=mask, rope=self.rope(x.device)[:x.shape[1]])
         x = x[:, self.config.cls_token_num - 1:]  # (B, n+1, D)
         weight = None if valid is None else valid.float()[:, None].expand(targets.shape).flatten()
-        if loss_only and targets is not None:
-            return None, linear_cross_entropy(x.flatten(0, 1), self.output.weight, targets.flatten(), valid=weight)
+        if summed_loss:
+            loss = linear_cross_entropy(x.flatten(0, 1), self.output.weight, targets.flatten(), valid=weight,
+                                        reduction="sum")
+            return loss, loss.new_tensor(float(targets.numel())) if weight is None else weight.sum()
         logits = self.output(x)  # (B, n+1, V)
         if targets is None:
             return logits, None

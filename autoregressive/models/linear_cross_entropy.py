@@ -5,6 +5,8 @@ The gradients are made chunk by chunk in the forward, while a chunk's logits are
 has the same as `F.linear_cross_entropy` since 2.14, as fast and as small with equal chunks. Ours works from 2.6 on,
 takes a weight per sample without doing the products twice, and sums the head's gradient in fp32 under autocast.
 """
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,17 +15,19 @@ CHUNK = {"cpu": 512, "cuda": 4096}  # tokens whose logits exist at once; fewer m
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, *, valid: Tensor | None = None,
-                         chunk: int | None = None) -> Tensor:
-    """Mean cross-entropy of softmax(x @ weight.T) with `targets`, weighted by `valid` (none valid: 0), fp32 scalar.
+                         chunk: int | None = None, reduction: Literal["mean", "sum"] = "mean") -> Tensor:
+    """Mean or sum of the cross-entropies of softmax(x @ weight.T) with `targets`, weighted by `valid`, fp32 scalar.
 
-    x (N, D), weight (V, D), targets (N,) in 0 … V-1, valid (N,) weights or None for ones. Products are in autocast's
-    type or that of `weight`; softmax, loss and the sum of the weight's gradient are in fp32.
+    x (N, D), weight (V, D), targets (N,) in 0 … V-1, valid (N,) weights or None for ones (none valid: the mean is 0).
+    Products are in autocast's type or that of `weight`; softmax, loss and the sum of the weight's gradient are in fp32.
     """
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     need = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    total = len(targets) if valid is None else valid.float().sum().clamp_min(1)
-    return _SummedLoss.apply(x, weight, targets, valid, dtype, chunk or CHUNK.get(device, CHUNK["cuda"]), need) / total
+    loss = _SummedLoss.apply(x, weight, targets, valid, dtype, chunk or CHUNK.get(device, CHUNK["cuda"]), need)
+    if reduction == "sum":
+        return loss
+    return loss / (len(targets) if valid is None else valid.float().sum().clamp_min(1))
 
 
 class _SummedLoss(torch.autograd.Function):

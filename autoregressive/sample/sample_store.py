@@ -24,10 +24,10 @@ from tqdm import tqdm
 
 from evaluations.c2i.image_sets import NpzImages, read_rgb, small_array
 from utils import images
-from utils.checkpoints.containers import DAMAGED
+from utils.checkpoints.damage import WRONG_CONTENT
 from utils.files import sweep
 
-BROKEN_ZIP = (*DAMAGED, zipfile.BadZipFile, zlib.error)
+BROKEN_ZIP = (*WRONG_CONTENT, TypeError, zipfile.BadZipFile, zlib.error)
 ROWS = 8  # images read at a time
 
 

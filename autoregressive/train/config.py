@@ -1,6 +1,6 @@
 """Flags of GPT training, and those that it shares with sampling."""
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from autoregressive.models.gpt import GPT_models
 from autoregressive.train.finetune import FinetuneFlags
@@ -18,6 +18,7 @@ from utils.training.parallel import ParallelFlags
 class GPTFlags(SizeFlags):
     """Which GPT. What is left out is taken from the checkpoint or the codes."""
 
+    shapes_run: ClassVar[bool] = False
     gpt_model: str | None = flag(None, "size; None: what the checkpoint says, else GPT-B", choices=tuple(GPT_models))
     gpt_ckpt: str | None = flag(None, "GPT checkpoint")
     gpt_type: Literal["c2i", "t2i"] = flag("c2i", "condition: class or text", choices=("c2i", "t2i"))
@@ -31,6 +32,7 @@ class GPTFlags(SizeFlags):
 class GuidanceFlags:
     """For commands that sample."""
 
+    shapes_run: ClassVar[bool] = False
     cfg_scale: float = flag(4.0, "classifier-free guidance; 1 or less: none")
 
 

@@ -55,14 +55,6 @@ def check_finetune(flags: FinetuneFlags, *, gpt_ckpt: str | None, resume: str) -
         raise ValueError(f"{used} needs --init-from: which trained GPT?")
 
 
-def check_own_run(flags: FinetuneFlags, folder: Path) -> None:
-    """Raise ValueError when --resume auto has found, as the run to go on with, the one that --init-from names."""
-    path = Path(flags.init_from or "").resolve()
-    if flags.init_from is not None and folder.resolve() in (path, *path.parents):
-        raise ValueError(f"--resume auto would go on with {folder}, which --init-from names: give the new run another "
-                         "--results-dir")
-
-
 def check_same_classes(content: dict[str, Any], source: str | Path, classes: list[str] | None) -> None:
     """Raise ValueError when a file that is to be trained on as it is has other class names than the codes."""
     known = containers.saved_config(content).get("classes")

@@ -4,6 +4,7 @@
 
 Number of images and classes, class names, grid and vocabulary come from the store.
 """
+import contextlib
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -21,7 +22,6 @@ from autoregressive.train.config import GPTTrainFlags
 from autoregressive.train.finetune import (
     add_lora,
     check_finetune,
-    check_own_run,
     check_same_classes,
     freeze,
     initial_weights,
@@ -36,7 +36,8 @@ from utils import cli, dist, images
 from utils.checkpoints import containers
 from utils.seeding import sample_generator
 from utils.training import parallel
-from utils.training.flags import check_flags, run_folder, total_steps
+from utils.training.flags import check_flags
+from utils.training.run_folder import choose_run, identity_of
 from utils.training.trainer import Backward, Trainer
 
 PREVIEW_IMAGES = 16
@@ -49,18 +50,24 @@ class GPTTask:
     def __init__(self, model: nn.Module, *, dtype: torch.dtype, classes: list[str] | None,
                  tokenizer: ImageTokenizer | None, seed: int, token_noise: float, cfg_scale: float) -> None:
         self.modules = {"model": model}
-        self.token_noise, self.vocab_size = token_noise, parallel.unwrap(model).config.vocab_size
+        config = parallel.unwrap(model).config
+        self.token_noise, self.vocab_size, self.sample_weight = token_noise, config.vocab_size, config.block_size
         self.dtype, self.classes, self.tokenizer, self.seed = dtype, classes, tokenizer, seed
         self.cfg_scale = cfg_scale
 
     def micro_step(self, batch: dict[str, Tensor], *, step: int, backward: Backward) -> dict[str, Tensor]:
-        """Mean cross-entropy of the codes (B, L) given their labels (B,)."""
+        """Cross-entropy of the codes (B, L) given their labels (B,)."""
         codes = batch["codes"]
         inputs = corrupt(codes[:, :-1], self.token_noise, vocab_size=self.vocab_size)
         with dist.autocast(codes.device, self.dtype):
-            _, loss = self.modules["model"](inputs, batch["labels"], targets=codes, loss_only=True)
-        backward("model", loss)
-        return {"loss": loss}
+            loss, weight = self.modules["model"](inputs, batch["labels"], targets=codes, valid=batch.get("valid"),
+                                                 dropped=batch["dropped"], summed_loss=True)
+        backward("model", loss, weight)
+        return {"loss": loss / weight.clamp_min(1)}
+
+    def check(self, facts: dict[str, Any], path: Path) -> None:
+        """Raise ValueError for a checkpoint of other classes."""
+        check_same_classes(facts, path, self.classes)
 
     def report(self) -> dict[str, float]:
         """Nothing beyond what the steps return."""
@@ -72,7 +79,8 @@ class GPTTask:
             return None
         labels = np.linspace(0, model.config.num_classes - 1, PREVIEW_IMAGES).round().astype(int)
         names = [self.classes[label] if self.classes else str(label) for label in labels]
-        return images.grid(self.sample(model, labels, range(PREVIEW_IMAGES)), columns=8, labels=names)
+        with temporary_engines(model):
+            return images.grid(self.sample(model, labels, range(PREVIEW_IMAGES)), columns=8, labels=names)
 
     def sample(self, model: Transformer, labels: np.ndarray, indices: Iterable[int]) -> np.ndarray:
         """Labels (B,), and the index of each image in the run's stream → uint8 (B, H, W, 3)."""
@@ -80,6 +88,15 @@ class GPTTask:
         codes = generate(model, torch.from_numpy(labels).to(device), model.config.block_size,
                          cfg_scale=self.cfg_scale, generators=[sample_generator(self.seed, int(i)) for i in indices])
         return images.to_uint8(decode_images(self.tokenizer, codes, model.config.grid))
+
+
+@contextlib.contextmanager
+def temporary_engines(model: Transformer) -> Iterator[None]:
+    """Within the block sampling keeps its caches from call to call; afterwards their memory is the training's again."""
+    try:
+        yield
+    finally:
+        model.engines.clear()
 
 
 class SampleStream(ImageSet):
@@ -177,7 +194,7 @@ def is_training_checkpoint(content: dict[str, Any]) -> bool:
 def main(flags: GPTTrainFlags) -> None:
     """Train to the end of --epochs."""
     process = dist.setup(timeout=flags.dist_timeout)
-    flags.resume = flags.gpt_resume or flags.resume
+    flags.resume, flags.gpt_resume = flags.gpt_resume or flags.resume, None
     check_flags(flags, world_size=process.world_size)
     flags.check(process.world_size)
     for name in ("token_noise", "class_dropout", "token_dropout_p", "drop_path_rate"):
@@ -211,7 +228,6 @@ def main(flags: GPTTrainFlags) -> None:
     task = GPTTask(parallel.apply_ddp(model, process.device), dtype=torch.float32 if flags.sharded else dtype,
                    classes=store.classes, tokenizer=tokenizer, seed=flags.global_seed, token_noise=flags.token_noise,
                    cfg_scale=flags.cfg_scale)  # FSDP casts by itself
-    steps = total_steps(flags, len(store))
     saved: dict[str, Any] = {"kind": "gpt", "gpt_model": name, "gpt_type": flags.gpt_type, "grid": list(config.grid),
                              "vocab_size": config.vocab_size, "num_classes": config.num_classes,
                              "cls_token_num": config.cls_token_num, "classes": store.classes,
@@ -219,33 +235,35 @@ def main(flags: GPTTrainFlags) -> None:
                              "image_size": store.manifest.get("image_size")}
     if lora is not None:
         saved["lora"] = lora
-    folder = run_folder(flags, name)
-    check_own_run(flags, folder)
-    trainer = Trainer(task, flags, process, folder, steps=steps, saved_config=saved)
+    identity = identity_of(flags, data=store.fingerprint(), model=saved, start=source)
+    trainer = Trainer(task, flags, process, choose_run(flags, name, identity), samples=len(store), saved_config=saved)
     if content and not started:
         trainer.restore(containers.resolve(flags.gpt_ckpt))
     del content  # as large as the model, or with its optimizer
     trainer.resume()
+    trainer.begin()
     if started and trainer.step == 0:
         trainer.say(started)
-    if process.is_main and trainer.step < steps:
-        cli.save_config(folder / "config.json", flags, steps=steps, images=len(store), model=saved)
     trainer.say(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {len(store)} images x "
                 f"{store.views} views, {config.num_classes} classes, {config.grid[0]}x{config.grid[1]} tokens of "
-                f"{config.vocab_size}, {steps} steps on {process.world_size} x {process.device}, {dtype}"
+                f"{config.vocab_size}, {trainer.steps} steps on {process.world_size} x {process.device}, {dtype}"
                 f"{', ' + flags.data_parallel if process.world_size > 1 or flags.sharded else ''}; "
-                f"run folder {folder}")
+                f"run folder {trainer.folder}")
 
     def batches(start: int):
-        sampler = StepSampler(len(store), global_batch=flags.global_batch_size, rank=process.rank, end_step=steps,
+        sampler = StepSampler(len(store), global_batch=flags.global_batch_size, rank=process.rank,
                               accumulation=flags.gradient_accumulation_steps, world_size=process.world_size,
-                              seed=flags.global_seed, start_step=start)
-        data = CodeBatches(store, vocab_size=config.vocab_size, seed=flags.global_seed)
+                              seed=flags.global_seed, start_step=start, end_step=trainer.steps)
+        data = CodeBatches(store, vocab_size=config.vocab_size, seed=flags.global_seed,
+                           condition_dropout=flags.class_dropout)
         workers = 0 if store.packed else flags.num_workers  # a packed batch is one gather: no process is worth it
         return loader(data, sampler, num_workers=workers, pin_memory=process.device.type == "cuda")
 
-    trainer.train(batches, eval_every=flags.eval_every,
-                evaluate=monitor and (lambda model: monitor(SampleStream(task, model, flags.eval_images))))
+    def evaluate(model: Transformer) -> dict[str, float]:
+        with temporary_engines(model):
+            return monitor(SampleStream(task, model, flags.eval_images))
+
+    trainer.train(batches, eval_every=flags.eval_every, evaluate=monitor and evaluate)
 
 
 if __name__ == "__main__":

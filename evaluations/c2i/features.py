@@ -11,7 +11,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -37,6 +37,7 @@ CACHE_VERSION = 1  # of what is stored: another number when features change
 class FeatureFlags(InceptionFlags):
     """Which features images are compared by."""
 
+    shapes_run: ClassVar[bool] = False
     features: str | None = flag(None, "instead of Inception: a TorchScript file, or package.module:function that gives "
                                       "a network, which maps (B, 3, H, W) in [-1, 1] to (B, D); no FID then")
 

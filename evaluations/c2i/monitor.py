@@ -1,6 +1,7 @@
 """Metrics while a model trains: what it makes now, against a reference, without a file in between."""
 import sys
 from dataclasses import dataclass
+from typing import ClassVar
 
 from evaluations.c2i.features import load_network, measure, measure_with_stored
 from evaluations.c2i.image_sets import FirstImages, ImageSet, open_image_set
@@ -16,6 +17,7 @@ BATCH = 32
 class MonitorFlags(MetricFlags):
     """Evaluation during training."""
 
+    shapes_run: ClassVar[bool] = False
     eval_every: int = flag(0, "steps between evaluations, each after a checkpoint; one is made at the end too; 0: none")
     eval_images: int = flag(1000, "images made for each evaluation")
     eval_reference: str | None = flag(None, "npz or folder that they are compared with (tokenizers reconstruct it)")

@@ -1,6 +1,6 @@
 """Which metrics there are, what of the image sets each needs, and their values from that."""
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ TITLES = {"is": "Inception Score", "fid": "FID", "sfid": "sFID", "frechet_distan
 class MetricFlags(FeatureFlags):
     """What is measured."""
 
+    shapes_run: ClassVar[bool] = False
     metrics: str | None = flag(None, f"comma-separated from {', '.join(OF_INCEPTION)} (with --features: "
                                      f"{', '.join(OF_OTHERS)}); None: all")
     pr_dtype: Literal["fp16", "fp32"] = flag("fp16", "arithmetic of precision and recall: fp16 as ADM's published "

@@ -11,6 +11,7 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from evaluations.c2i.inception import FIDInception
 from utils import files
 from utils.checkpoints import containers
-from utils.checkpoints.containers import DAMAGED
+from utils.checkpoints.damage import WRONG_CONTENT
 from utils.cli import flag
 from utils.dist import env_rank
 from utils.files import first_line
@@ -65,6 +66,7 @@ BLOCKS = {"mixed": ("Mixed_5b", BLOCK_A), "mixed_1": ("Mixed_5c", BLOCK_A), "mix
 class InceptionFlags:
     """For commands that need the Inception network."""
 
+    shapes_run: ClassVar[bool] = False
     inception: str | None = flag(None, f"file with the Inception weights of 2015-12-05; None: ${VARIABLE}")
 
 
@@ -136,7 +138,7 @@ def load_torchscript(path: str | Path) -> torch.jit.ScriptModule:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch.jit is deprecated, the published files are not
             return torch.jit.load(str(path), map_location="cpu")
-    except DAMAGED as error:
+    except (*WRONG_CONTENT, MemoryError) as error:
         raise ValueError(f"{path} cannot be read as TorchScript: {first_line(error)[:200]}") from None
 
 

@@ -1,6 +1,7 @@
 """The perceptual loss LPIPS-VGG (arXiv 1801.03924), from the `lpips` package."""
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from utils.cli import flag
 class LPIPSFlags:
     """For commands that compare images as a network sees them."""
 
+    shapes_run: ClassVar[bool] = False
     lpips_backbone: str | None = flag(None, "file with torchvision's VGG-16 weights for LPIPS; None: torchvision "
                                             "fetches them")
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from dataset.augmentation import center_crop
-from dataset.build import DataFlags, ImageDataset, build_dataset
+from dataset.build import DataFlags, ImageDataset, build_dataset, data_fingerprint
 from dataset.image_folders import concatenate, flat_folder
 from dataset.loader import BROKEN_IMAGE, StepSampler, TrainImages, loader
 from evaluations.c2i.image_sets import Batch, ImageSet
@@ -31,7 +31,8 @@ from utils import cli, dist, images
 from utils.checkpoints import containers
 from utils.cli import flag
 from utils.training import parallel
-from utils.training.flags import TrainFlags, check_flags, run_folder, total_steps
+from utils.training.flags import TrainFlags, check_flags
+from utils.training.run_folder import choose_run, identity_of
 from utils.training.trainer import Backward, Trainer, frozen
 
 PREVIEW_IMAGES = 8
@@ -58,6 +59,7 @@ class TokenizerTask:
     def __init__(self, model: nn.Module, discriminator: nn.Module | None, loss: VQLoss, *, dtype: torch.dtype,
                  samples: Tensor) -> None:
         self.modules = {"model": model} | ({"discriminator": discriminator} if discriminator is not None else {})
+        self.sample_weight = 1.0
         self.loss, self.dtype, self.samples = loss, dtype, samples
         self.broken: set[str] = set()
 
@@ -73,14 +75,18 @@ class TokenizerTask:
             with frozen(critic) if critic is not None else torch.enable_grad():
                 loss, parts = self.loss(pixels, reconstructions, codebook, step=step, discriminator=critic,
                                         last_layer=parallel.unwrap(model).decoder.last_layer)
-        backward("model", loss)
+        count = len(pixels)
+        backward("model", loss * count, count)
         if self.loss.adversarial(step):
             with dist.autocast(pixels.device, self.dtype):
                 judged = discriminator_loss(self.loss.flags.disc_loss, discriminator(pixels),
                                             discriminator(reconstructions.detach()))
-            backward("discriminator", self.loss.flags.disc_weight * judged)
+            backward("discriminator", self.loss.flags.disc_weight * judged * count, count)
             parts["discriminator"] = judged
         return {**parts, "unreadable": torch.full((), unreadable, device=pixels.device)}
+
+    def check(self, facts: dict[str, Any], path: Path) -> None:
+        """Whatever fits in its tensors can be gone on from."""
 
     def note_broken(self, names: list[str]) -> None:
         """Say once of each unreadable image that it is passed over."""
@@ -203,25 +209,24 @@ def main(flags: VQTrainFlags) -> None:
     critic = build_discriminator(flags, image_size=flags.image_size) if flags.disc_weight > 0 else None
     task = TokenizerTask(place(model), None if critic is None else place(critic), loss, samples=samples,
                          dtype=dist.compute_dtype(flags.mixed_precision, process.device))
-    steps = total_steps(flags, len(data))
     saved = {"kind": "tokenizer", "vq_model": name, "codebook_size": model.config.codebook_size,
              "codebook_embed_dim": model.config.codebook_embed_dim,
              "codebook_l2_norm": model.config.codebook_l2_norm, "image_size": list(flags.image_size)}
-    folder = run_folder(flags, name)
-    trainer = Trainer(task, flags, process, folder, steps=steps, saved_config=saved)
+    identity = identity_of(flags, data=data_fingerprint(data, flags.data_path), model=saved, start=flags.vq_ckpt)
+    trainer = Trainer(task, flags, process, choose_run(flags, name, identity), samples=len(data), saved_config=saved)
     if flags.vq_ckpt is not None:
         warm_start(flags, content, trainer)
     del content  # as large as model and optimizer together
     trainer.resume()
-    if process.is_main and trainer.step < steps:
-        cli.save_config(folder / "config.json", flags, steps=steps, images=len(data))
+    trainer.begin()
     trainer.say(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {len(data)} images, "
-                f"{steps} steps on {process.world_size} x {process.device}, {task.dtype}; run folder {folder}")
+                f"{trainer.steps} steps on {process.world_size} x {process.device}, {task.dtype}; "
+                f"run folder {trainer.folder}")
 
     def batches(start: int):
-        sampler = StepSampler(len(data), global_batch=flags.global_batch_size, rank=process.rank, end_step=steps,
+        sampler = StepSampler(len(data), global_batch=flags.global_batch_size, rank=process.rank,
                               accumulation=flags.gradient_accumulation_steps, world_size=process.world_size,
-                              seed=flags.global_seed, start_step=start)
+                              seed=flags.global_seed, start_step=start, end_step=trainer.steps)
         return loader(TrainImages(data, flags.image_size, seed=flags.global_seed), sampler,
                       num_workers=flags.num_workers, pin_memory=process.device.type == "cuda")
 

@@ -8,8 +8,8 @@ import argparse
 import hashlib
 import json
 import pickle
-import struct
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from utils.checkpoints import sharded
+from utils.checkpoints.damage import is_damage
 from utils.checkpoints.lora import merge_lora
 from utils.files import file_hash, first_line, replacing
 
 WEIGHT_KEYS = ("ema", "model", "module", "state_dict")  # in order of preference
-DAMAGED = (RuntimeError, EOFError, LookupError, ValueError, TypeError, ArithmeticError, AssertionError, AttributeError,
-           MemoryError, struct.error)  # what torch.load has been seen to raise for files cut short or with flipped bits
 
 # Checkpoints of old pytorch-lightning (taming-transformers') name this class as a key. An empty one stands in for it.
 LIGHTNING_CALLBACK = type("ModelCheckpoint", (), {"__module__": "pytorch_lightning.callbacks.model_checkpoint"})
@@ -69,17 +68,16 @@ def read_file(path: Path) -> dict[str, Any]:
             return {"model": load_file(path), "config": config} if ours else load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace, LIGHTNING_CALLBACK]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is wrong with the file is said below, in one line
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            mapped = zipfile.is_zipfile(path)  # tensors stay in the file until they are used: no copy in memory
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         reason = first_line(error).rstrip(". ")
         raise ValueError(f"{path} is refused: it is damaged, or it holds objects that would run code when loaded "
                          f"({reason[:160]})") from None
-    except DAMAGED as error:
-        raise ValueError(f"{path} cannot be read as a checkpoint: {first_line(error)[:200]}") from None
     except Exception as error:
-        if type(error).__name__ != "SafetensorError":
+        if type(error).__name__ != "SafetensorError" and not is_damage(error) and not isinstance(error, MemoryError):
             raise
-        raise ValueError(f"{path} cannot be read as safetensors: {error}") from None
+        raise ValueError(f"{path} cannot be read as a checkpoint: {first_line(error)[:200]}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, expected a checkpoint")
     return content

@@ -1,9 +1,8 @@
-"""Training checkpoints: folders that every process writes its part of, in the background.
+"""Reading training checkpoints: folders that all processes of a training have written (utils/training/writer.py).
 
 <folder>/<step>/ holds the shards and index of torch.distributed.checkpoint (DCP), and `state.json`: the step, the
-model's description and everything else that is no tensor. It is written as <folder>/.<step>.tmp and takes its name
-when it is whole and on the disk, so whatever interrupts the writing leaves the one before. Shards are cut by tensor,
-not by process: any number of processes, sharded or not, reads them.
+model's description and everything else that is no tensor, with a hash of each file. Shards are cut by tensor, not by
+process: any number of processes, sharded or not, reads them.
 
 DCP's index is a pickle. It is read by an unpickler that knows the index's own classes and nothing else, and all that is
 no tensor is in the JSON, so that a checkpoint cannot run code.
@@ -24,6 +23,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from utils import dist
+from utils.checkpoints.damage import DamagedError, is_damage
 from utils.files import file_hash, first_line
 
 FORMAT = "llamagen-checkpoint-1"
@@ -41,10 +41,6 @@ INDEX_CLASSES = {  # all that DCP's index of tensors is made of
     "pathlib": {"Path", "PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"},
     "pathlib._local": {"PosixPath", "WindowsPath"},
 }
-
-
-class DamagedError(ValueError):
-    """A checkpoint is not whole."""
 
 
 class _IndexUnpickler(pickle.Unpickler):
@@ -68,6 +64,8 @@ class SafeReader(dcp.FileSystemReader):
             for name, entry in index.state_dict_metadata.items():
                 assert isinstance(name, str) and isinstance(entry, TensorStorageMetadata)
                 assert isinstance(entry.size, torch.Size) and isinstance(entry.properties.dtype, torch.dtype)
+        except OSError:
+            raise
         except Exception as error:  # a damaged pickle raises anything
             raise DamagedError(f"{path} is refused: it is damaged, or holds objects that would run code when loaded "
                              f"({first_line(error)[:160]})") from None
@@ -109,7 +107,9 @@ def read_facts(path: Path) -> dict[str, Any]:
             raise ValueError(f"steps is {facts['steps']}, the folder {path.name}")
         if facts.get("format") != FORMAT or not 0 <= facts["steps"] < 2**53 or INDEX not in facts["files"]:
             raise ValueError(f"format {facts.get('format')!r:.40}, step {facts['steps']}, files {[*facts['files']]}")
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except FileNotFoundError:
+        raise DamagedError(f"{path / STATE} is missing") from None
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:  # odd JSON raises any of them
         raise DamagedError(f"{path / STATE} is damaged ({first_line(error)[:200]})") from None
     return facts
 
@@ -117,22 +117,18 @@ def read_facts(path: Path) -> dict[str, Any]:
 def check_files(path: Path, *, rank: int = 0, world_size: int = 1) -> None:
     """Raise DamagedError unless every file of a checkpoint is there with the hash it was written with.
 
-    With a world size the processes share the work, and all of them raise.
+    With a world size the processes share the work and raise together, an OSError of one of them included.
     """
-    problems: list[str] = []
-    try:
-        for name, expected in sorted(read_facts(path)["files"].items())[rank::world_size]:
-            found = file_hash(path / name) if (path / name).is_file() else "missing"
-            if found != expected:
-                problems.append(f"{path} is damaged: {name} is {'missing' if found == 'missing' else 'changed'}")
-        unknown = set() if problems else \
-            shard_files(SafeReader(path).read_metadata()) - read_facts(path)["files"].keys()
-        problems += [f"{path} is damaged: {name} is missing" for name in sorted(unknown)]
-    except DamagedError as error:
-        problems.append(str(error))
-    problems = dist.gather_lists(problems) if world_size > 1 else problems
-    if problems:
-        raise DamagedError(problems[0])
+    with dist.failing_together() if world_size > 1 else contextlib.nullcontext():
+        recorded = read_facts(path)["files"]
+        for name, expected in sorted(recorded.items())[rank::world_size]:
+            if not (path / name).is_file():
+                raise DamagedError(f"{path} is damaged: {name} is missing")
+            if file_hash(path / name) != expected:
+                raise DamagedError(f"{path} is damaged: {name} is changed")
+        unknown = shard_files(SafeReader(path).read_metadata()) - recorded.keys()
+        if unknown:
+            raise DamagedError(f"{path} is damaged: {min(unknown)} is missing")
 
 
 def sizes_in(path: Path) -> dict[str, torch.Size]:
@@ -170,9 +166,15 @@ def read_folder(path: Path, *, optimizers: bool = False) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _damage_named(path: Path) -> Iterator[None]:
+    """Within the block, what torch raises for a checkpoint's wrong content becomes a DamagedError that names it."""
     try:
         yield
-    except (dcp.CheckpointException, RuntimeError, TypeError, AttributeError, MemoryError) as error:
-        cause = next(iter(getattr(error, "failures", {0: (error,)}).values()))[0]
-        raise DamagedError(str(cause) if isinstance(cause, DamagedError) else
-                           f"{path} cannot be read: {first_line(cause)[:200]}") from None
+    except (Exception, dcp.CheckpointException) as error:  # the second is no Exception; it has {rank: (cause, stack)}
+        causes = [cause for cause, _ in getattr(error, "failures", {}).values()] or [error]
+        disk = next((cause for cause in causes if isinstance(cause, OSError)), None)
+        if disk is not None:
+            raise OSError(disk.errno, f"{path} could not be read: {first_line(disk)}") from None
+        if dist.lost_contact(causes[0]) or not all(map(is_damage, causes)):
+            raise causes[0] from None
+        raise DamagedError(str(causes[0]) if isinstance(causes[0], DamagedError) else
+                           f"{path} cannot be read: {first_line(causes[0])[:200]}") from None

@@ -2,7 +2,7 @@
 import importlib.util
 import math
 from dataclasses import dataclass
-from pathlib import Path
+from typing import ClassVar
 
 from utils import dist
 from utils.checkpoints import containers
@@ -20,38 +20,55 @@ def seconds(text: str) -> float:
 
 
 @dataclass(kw_only=True)
-class TrainFlags(SeedFlags, WorkerFlags, CompileFlags, RecipeFlags):
-    """Flags of every training command."""
+class RunFlags:
+    """Where a run lies, its checkpoints and logs."""
 
+    shapes_run: ClassVar[bool] = False  # changing one does not make it another run
     results_dir: str = flag("results", "runs go to <results-dir>/<number>-<model>/")
     cloud_save_path: str | None = flag(None, "second folder (a mounted bucket, say) that each checkpoint also goes to")
     local_save: bool = flag(True, "keep checkpoints in the run's own folder; --no-local-save needs --cloud-save-path")
-    resume: str = flag("none", "auto: go on with the newest run of this model in --results-dir; or a checkpoint")
+    resume: str = flag("none", "auto: go on with the newest run of the same model, data and settings in --results-dir, "
+                               "or begin it; or a checkpoint, or a run's folder, whatever its settings")
     keep: int = flag(0, "checkpoints to keep, the newest; 0: all")
+    log_every: int = flag(100, "steps between log rows")
+    ckpt_every: int = flag(5000, "steps between checkpoints and previews; one is always made at the end")
+    max_skipped_steps: int = flag(10, "stop after so many steps in a row with a loss or gradient that is not finite")
+    dist_timeout: float = flag(1800.0, "seconds after which a process that hears nothing of another gives up; a "
+                                       "preview must fit in", parse=seconds)
+    wandb_project: str | None = flag(None, "log to this Weights & Biases project too")
+    wandb: bool = flag(True, "--no-wandb: not even if --wandb-project is given")
+
+
+@dataclass(kw_only=True)
+class StepFlags(CompileFlags):
+    """How a step is computed."""
+
+    shapes_run: ClassVar[bool] = False
+    gradient_accumulation_steps: int = flag(1, "micro-batches per optimizer step")
+    mixed_precision: dist.Precision = flag("bf16", "type to compute in, weights stay fp32; none is fp32, as is "
+                                                   "anything on a CPU without bf16; tf32: fp32 with TF32 products",
+                                           choices=("none", "fp32", "tf32", "fp16", "bf16"))
+
+
+@dataclass(kw_only=True)
+class TrainFlags(RunFlags, StepFlags, SeedFlags, WorkerFlags, RecipeFlags):
+    """Optimisation."""
+
     epochs: int = flag(300, "passes over the data")
     optimizer: Kind = flag("adamw", "muon: Muon for the blocks' matrices, AdamW for the rest; --lr means the same",
                            choices=("adamw", "muon"))
     lr: float = flag(1e-4, "peak learning rate")
     lr_schedule: Schedule = flag("constant", "after the warm-up", choices=("constant", "cosine"))
+    min_lr: float | None = flag(None, "learning rate at the end of a cosine; None: 2 % of --lr")
     warmup_steps: int = flag(0, "steps of linear warm-up")
+    warmup_epochs: float = flag(0.0, "the same in passes over the data")
     weight_decay: float = flag(0.05, "on matrices, embeddings and convolutions only")
     beta1: float = flag(0.9, "AdamW")
     beta2: float = flag(0.95, "AdamW")
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm; 0 switches it off")
     global_batch_size: int = flag(256, "samples per optimizer step over all processes and accumulation steps")
-    gradient_accumulation_steps: int = flag(1, "micro-batches per optimizer step")
-    max_skipped_steps: int = flag(10, "stop after so many steps in a row with a loss or gradient that is not finite")
-    mixed_precision: dist.Precision = flag("bf16", "type to compute in, weights stay fp32; none is fp32, as is "
-                                                   "anything on a CPU without bf16; tf32: fp32 with TF32 products",
-                                           choices=("none", "fp32", "tf32", "fp16", "bf16"))
-    dist_timeout: float = flag(1800.0, "seconds after which a process that hears nothing of another gives up; a "
-                                       "preview must fit in", parse=seconds)
-    wandb_project: str | None = flag(None, "log to this Weights & Biases project too")
-    wandb: bool = flag(True, "--no-wandb: not even if --wandb-project is given")
     dropout_p: float = flag(0.0, "dropout inside the network's blocks (GPT: off with --drop-path-rate)")
     ema: bool = flag(False, "keep an exponential moving average of the weights (used by sampling when present)")
-    log_every: int = flag(100, "steps between log rows")
-    ckpt_every: int = flag(5000, "steps between checkpoints and previews; one is always made at the end")
 
 
 def check_flags(flags: TrainFlags, *, world_size: int) -> None:
@@ -69,8 +86,12 @@ def check_flags(flags: TrainFlags, *, world_size: int) -> None:
     for name in ("lr", "weight_decay", "beta1", "beta2", "max_grad_norm"):
         if not math.isfinite(getattr(flags, name)):
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(flags, name)}, expected a number")
-    if not 0 <= flags.dropout_p < 1 or flags.warmup_steps < 0:
-        raise ValueError("--dropout-p must be at least 0 and below 1, --warmup-steps at least 0")
+    if not 0 <= flags.dropout_p < 1 or not flags.warmup_steps >= 0 or not 0 <= flags.warmup_epochs < math.inf:
+        raise ValueError("--dropout-p must be at least 0 and below 1, --warmup-steps and --warmup-epochs at least 0")
+    if flags.warmup_steps and flags.warmup_epochs:
+        raise ValueError("--warmup-steps and --warmup-epochs say the same thing: give one of them")
+    if flags.min_lr is not None and (flags.lr_schedule != "cosine" or not 0 <= flags.min_lr <= flags.lr):
+        raise ValueError(f"--min-lr {flags.min_lr} is for --lr-schedule cosine, and from 0 to --lr")
     if flags.wandb_project and flags.wandb and importlib.util.find_spec("wandb") is None:
         raise ValueError("--wandb-project needs `pip install wandb`")
     if flags.resume not in ("auto", "none") and not containers.resolve(flags.resume).exists():
@@ -82,14 +103,6 @@ def total_steps(flags: TrainFlags, count: int) -> int:
     return max(1, flags.epochs * count // flags.global_batch_size)
 
 
-def run_folder(flags: TrainFlags, model_name: str) -> Path:
-    """The run's folder: the newest one of this model with --resume auto, else the next free number.
-
-    A number is taken if --results-dir or --cloud-save-path has it. Nothing is created yet.
-    """
-    roots = [Path(root) for root in (flags.results_dir, flags.cloud_save_path) if root]
-    taken = sorted({path.name for root in roots for path in root.glob("[0-9][0-9][0-9]-*")})
-    mine = [name for name in taken if name[4:] == model_name]
-    name = mine[-1] if flags.resume == "auto" and mine else \
-        f"{int(taken[-1][:3]) + 1 if taken else 0:03d}-{model_name}"
-    return Path(flags.results_dir) / dist.broadcast_object(name)
+def warmup_steps(flags: TrainFlags, count: int) -> int:
+    """Optimizer steps of the warm-up, for `count` samples."""
+    return flags.warmup_steps or round(flags.warmup_epochs * count / flags.global_batch_size)

@@ -19,10 +19,10 @@ class Meter:
         self.skipped = torch.zeros((), device=device)
         self.clocked, self.start = 0, time.perf_counter()
 
-    def add(self, values: dict[str, Tensor], *, bad: Tensor) -> None:
-        """Count one step's scalars; those of a `bad` step (bool, on the device) do not count."""
-        counted = (~bad).float()
-        for name, value in values.items():
+    def add(self, sums: dict[str, Tensor], *, weight: Tensor, bad: Tensor) -> None:
+        """Count one step's scalars, each times `weight`; a `bad` step (bool, on the device) does not count."""
+        counted = torch.where(bad, 0.0, weight)
+        for name, value in sums.items():
             value = torch.where(bad, 0.0, value.float())
             self.sums[name] = self.sums[name] + value if name in self.sums else value
             self.counts[name] = self.counts[name] + counted if name in self.counts else counted
@@ -34,10 +34,11 @@ class Meter:
         self.clocked, self.start = 0, time.perf_counter()
 
     def read(self) -> dict[str, float]:
-        """Means over the steps and processes since the last read. The number of skipped steps if there were any."""
+        """Weighted means over steps and processes since the last read, and the number of skipped steps if any were."""
         names = sorted(self.sums)
-        means = dist.mean(torch.stack([self.sums[name] / self.counts[name] for name in names]))
-        row = dict(zip(names, means.tolist(), strict=True))
+        sums, counts = dist.total(torch.stack([torch.stack([kept[name] for name in names])
+                                               for kept in (self.sums, self.counts)]))
+        row = dict(zip(names, (sums / counts).tolist(), strict=True))
         skipped = int(self.skipped)
         self.sums, self.counts, self.skipped = {}, {}, torch.zeros((), device=self.device)
         return {**{name: value for name, value in row.items() if value == value}, **({"skipped_steps": skipped}

@@ -59,9 +59,12 @@ class MuonWithAdamW:
         muon = torch.optim.Muon(matrices.values(), lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
         self.parts = [muon] + ([adamw(rest, lr=lr, weight_decay=weight_decay, betas=betas)] if rest else [])
         self.param_groups = [group for part in self.parts for group in part.param_groups]
-        self.state = muon.state
-        for part in self.parts:
-            part.state = self.state  # one table, by parameter
+        self.state = muon.state  # one table for both, by parameter, complete from the start
+        for matrix in matrices.values():
+            self.state[matrix] = {"momentum_buffer": torch.zeros_like(matrix)}
+        for part in self.parts[1:]:
+            self.state.update(part.state)
+            part.state = self.state
         self.defaults = {"fused": True}  # what AdamW's part is: its step counts live on the device
 
     def step(self) -> None:
@@ -77,11 +80,12 @@ class MuonWithAdamW:
 
 
 def learning_rate(step: int, *, peak: float, total_steps: int, warmup_steps: int, schedule: Schedule,
-                  final_ratio: float = 0.02) -> float:
-    """Learning rate of a step: linear warm-up, then constant, or half a cosine down to final_ratio * peak."""
+                  lowest: float | None = None) -> float:
+    """Learning rate of a step: linear warm-up, then constant, or half a cosine down to `lowest` (None: peak / 50)."""
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     if schedule == "constant":
         return peak
+    ratio = 0.02 if lowest is None else lowest / peak if peak else 0.0
     done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    return peak * (final_ratio + (1 - final_ratio) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+    return peak * (ratio + (1 - ratio) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))

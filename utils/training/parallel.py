@@ -11,7 +11,7 @@ import inspect
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.utils.checkpoint
@@ -29,6 +29,7 @@ from utils.cli import flag
 class ParallelFlags:
     """How a large model is spread over processes."""
 
+    shapes_run: ClassVar[bool] = False
     data_parallel: Literal["ddp", "fsdp", "sdp", "hsdp"] = flag(
         "ddp", "ddp: every process holds the model; fsdp: it is sharded over all; sdp: sharded, but gathered only once "
         "per step; hsdp: sharded over --shard-size processes, the groups hold copies", choices=("ddp", "fsdp", "sdp",

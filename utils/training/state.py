@@ -2,18 +2,22 @@
 
 The tensors are those that the run works with, whole or sharded, so reading a checkpoint means filling them.
 """
+import hashlib
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from utils import dist
 from utils.checkpoints import containers, sharded
 from utils.training import parallel
 from utils.training.ema import EMA
 from utils.training.loss_scale import LossScale
 
 OPTIMIZER_KEYS = {"model": "optimizer", "discriminator": "optimizer_disc"}  # names in LlamaGen's checkpoint files
+IS_OF_RANK = re.compile(r"^\w+@\d+\.")  # a name that `_name_of_rank` gives
 FRESH_START = "to start from its weights alone, see --finetune and --init-from"
 
 
@@ -25,12 +29,10 @@ class TrainingState:
         self.modules, self.optimizers, self.ema, self.scale, self.rank = modules, optimizers, ema, scale, rank
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything, as this process holds it. Buffers differ between processes: those of rank r > 0 are `name@r.…`"""
+        """Everything, as this process holds it. The names are the same on all processes."""
         found: dict[str, Tensor] = {}
         for name, module in self.modules.items():
-            buffers = {key for key, _ in module.named_buffers()}
-            for key, value in module.state_dict().items():
-                found[f"{name}@{self.rank}.{key}" if self.rank and key in buffers else f"{name}.{key}"] = value
+            found |= {f"{name}.{key}": value for key, value in module.state_dict().items()}
             for parameter_name, parameter in module.named_parameters():
                 for key, value in self.optimizers[name].state.get(parameter, {}).items():
                     found[f"{OPTIMIZER_KEYS[name]}.{parameter_name}.{key}"] = value
@@ -40,61 +42,64 @@ class TrainingState:
             found |= {"scaler.scale": self.scale.scale, "scaler.streak": self.scale.streak}
         return found
 
+    def buffers(self) -> dict[str, Tensor]:
+        """Those of `tensors` that forward passes may change, and so may differ between processes."""
+        return {f"{name}.{key}": value for name, module in self.modules.items()
+                for key, value in module.named_buffers()}
+
+    def to_save(self) -> dict[str, Tensor]:
+        """`tensors` by the names that a checkpoint gives them. All processes must ask at once.
+
+        A buffer of process r that is not as process 0 has it is `name@r.…` in place of `name.…`.
+        """
+        found = self.tensors()
+        own = {name: _digest(value) for name, value in self.buffers().items() if name in found}
+        first = dist.broadcast_object(own)
+        return {_name_of_rank(name, self.rank) if own.get(name) != first.get(name) else name: value
+                for name, value in found.items()}
+
     def load(self, path: Path) -> dict[str, Any]:
         """Fill everything from a training checkpoint, a folder of ours or a file of LlamaGen's → its other facts.
 
-        Raises ValueError naming what does not fit. Averages that the checkpoint has not start at the weights.
+        All processes call this together, and raise together: ValueError naming what does not fit. Averages start at the
+        weights when the checkpoint has none, and a process that the checkpoint does not know takes process 0's buffers.
         """
-        folder = sharded.is_sharded(path)
-        content = sharded.read_facts(path) if folder else containers.read(path)
-        values = None if folder else self.flat(content, path)
-        sizes = sharded.sizes_in(path) if values is None else {name: value.shape for name, value in values.items()}
-        self.check(sizes, content, path)
-        self.make_moments(sizes)
-        wanted: dict[str, Tensor] = {}
-        for name, own in self.tensors().items():
-            if name in sizes or not name.startswith(("ema.", "scaler.")):
-                source = name if name in sizes else name.replace(f"@{self.rank}.", ".", 1)
-                wanted[source] = own
-        self.compare(wanted, sizes, path)
+        with dist.failing_together():
+            folder = sharded.is_sharded(path)
+            content = sharded.read_facts(path) if folder else containers.read(path)
+            values = None if folder else self.flat(content, path)
+            sizes = sharded.sizes_in(path) if values is None else {name: value.shape for name, value in values.items()}
+            self.check(sizes, content, path)
+            averaged = any(name.startswith("ema.") for name in sizes)
+            wanted = {name: own for name, own in self.tensors().items()
+                      if not (name.startswith("ema.") and not averaged)
+                      and not (name.startswith("scaler.") and name not in sizes)}  # trained in another precision
+            self.compare(wanted, sizes, path)
+            sources = {name: of_rank if (of_rank := _name_of_rank(name, self.rank)) in sizes else name
+                       for name in wanted}
         if values is None:
-            sharded.load_into(path, wanted)
+            sharded.load_into(path, {sources[name]: own for name, own in wanted.items()})
         else:
             for name, own in wanted.items():
-                parallel.copy_whole_into(own, values[name])
-        if self.ema is not None:
-            self.ema.restart(name for name in self.ema.averages if f"ema.{name}" not in sizes)
+                parallel.copy_whole_into(own, values[sources[name]])
+        if self.ema is not None and not averaged:
+            self.ema.restart()
         return content
 
     def check(self, sizes: dict[str, torch.Size], content: dict[str, Any], path: Path) -> None:
         """Raise ValueError for what is no training checkpoint of this kind."""
         for name in self.modules:
             there = [any(key.startswith(f"{part}.") for key in sizes) for part in (name, OPTIMIZER_KEYS[name])]
-            if "steps" not in content or not there[0] or (content["steps"] > 0 and not there[1]):
+            if "steps" not in content or not all(there):
                 raise ValueError(f"{path} has no {name} with its optimizer: it is no training checkpoint of this kind "
                                  f"({FRESH_START})")
-
-    def make_moments(self, sizes: dict[str, torch.Size]) -> None:
-        """Create the optimizer's tensors that a checkpoint has, to be filled."""
-        for name, module in self.modules.items():
-            optimizer = self.optimizers[name]
-            trained = {parameter for group in optimizer.param_groups for parameter in group["params"]}
-            for parameter_name, parameter in module.named_parameters():
-                prefix = f"{OPTIMIZER_KEYS[name]}.{parameter_name}."
-                keys = [key.removeprefix(prefix) for key in sizes if key.startswith(prefix)]
-                if parameter in trained:
-                    optimizer.state[parameter] = {
-                        key: torch.zeros_like(parameter, requires_grad=False) if key != "step" else
-                        torch.zeros((), device=parameter.device if optimizer.defaults.get("fused") else "cpu")
-                        for key in keys}
 
     @staticmethod
     def compare(wanted: dict[str, Tensor], sizes: dict[str, torch.Size], path: Path) -> None:
         """Raise ValueError naming tensors that are missing, too many or of another shape."""
         problems = [f"missing {name}" for name in wanted if name not in sizes]
         problems += [f"unexpected {name}" for name in sizes
-                     if name not in wanted and "@" not in name
-                     and not name.startswith(("ema.", "scaler.", "optimizer"))]
+                     if name not in wanted and not IS_OF_RANK.search(name) and not name.startswith(("ema.", "scaler."))]
         problems += [f"{name} is {tuple(sizes[name])}, expected {tuple(own.shape)}"
                      for name, own in wanted.items() if name in sizes and sizes[name] != own.shape]
         containers.refuse(problems, path, "this run")
@@ -116,11 +121,25 @@ class TrainingState:
                 numbers = [number for group in saved["param_groups"] for number in group["params"]]
                 own = [names[parameter] for group in groups for parameter in group["params"]]
                 for number, key in zip(numbers, own, strict=True):
+                    moments = saved["state"].get(number, {})
+                    if not saved["state"]:  # it has not made a step yet: our own moments, which are zero
+                        moments = self.optimizers[name].state[module.get_parameter(key)]
                     found |= {f"{OPTIMIZER_KEYS[name]}.{key}.{moment}": torch.as_tensor(value, dtype=torch.float32)
-                              for moment, value in saved["state"].get(number, {}).items()}
+                              for moment, value in moments.items()}
         return found
 
 
 def sizes_of(groups: list[dict[str, Any]]) -> list[int]:
     """How many parameters each group has."""
     return [len(group["params"]) for group in groups]
+
+
+def _name_of_rank(name: str, rank: int) -> str:
+    """What a buffer of a process that differs from process 0's is called: "model.x" → "model@2.x"."""
+    module, rest = name.split(".", 1)
+    return f"{module}@{rank}.{rest}"
+
+
+def _digest(tensor: Tensor) -> str:
+    """A hash of a tensor's bytes."""
+    return hashlib.sha256(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()).hexdigest()

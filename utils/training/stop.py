@@ -26,6 +26,10 @@ class StopRequestedError(Exception):
     """SIGTERM has come while nothing would be lost by leaving at once."""
 
 
+class GivenUpError(ValueError):
+    """Training stops because going on makes no sense; the message says all there is to say."""
+
+
 @dataclass
 class Verdict:
     """What the flags of a step say."""
@@ -47,14 +51,14 @@ class StepGuard:
         self.stop_asked = self.leave_at_once = False
 
     def flags(self, losses: list[Tensor], *, unsaved: bool) -> Tensor:
-        """The step's flags (3,), reduced over the processes: is a loss not finite, is anybody asked to stop, …"""
+        """This process's flags of the step, (3,) of 0 and 1: is a loss not finite, is it asked to stop, …"""
         flags = torch.zeros(3, device=self.process.device)
         flags[BAD] = (~torch.stack([loss.float().isfinite() for loss in losses])).any()
         if self.stop_asked:
             flags[STOP] = 1
         if unsaved:
             flags[UNSAVED] = 1
-        return dist.any_of(flags)
+        return flags
 
     def watch(self, step: int, flags: Tensor, batches: list) -> None:
         """Hand over the flags and micro-batches of a step."""

@@ -9,6 +9,7 @@ finite changes no weight; the device decides that, the host reads of it later (u
 """
 import contextlib
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,20 +20,23 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 
-from utils import cli, dist, images
+from utils import cli, dist, files, images
 from utils.checkpoints import containers, sharded
+from utils.checkpoints.damage import DamagedError
 from utils.seeding import derive_seed
-from utils.training import allocator, parallel, writer
+from utils.training import allocator, parallel
 from utils.training.ema import EMA
-from utils.training.flags import TrainFlags
+from utils.training.flags import TrainFlags, total_steps, warmup_steps
 from utils.training.logger import MetricsLogger
 from utils.training.loss_scale import LossScale, step_unless
 from utils.training.meter import Meter
 from utils.training.optim import build_optimizer, learning_rate
+from utils.training.run_folder import RunFolder
 from utils.training.state import TrainingState
-from utils.training.stop import BAD, StepGuard, StopRequestedError
+from utils.training.stop import BAD, GivenUpError, StepGuard, StopRequestedError
+from utils.training.writer import CheckpointWriter, UnwrittenError
 
-Backward = Callable[[str, Tensor], None]
+Backward = Callable[[str, Tensor, Tensor | float], None]
 Evaluate = Callable[[nn.Module], dict[str, float]]
 
 
@@ -40,9 +44,17 @@ class Task(Protocol):
     """What the loop trains. Keys of `modules` are "model" and, if adversarial, "discriminator"."""
 
     modules: dict[str, nn.Module]
+    sample_weight: float  # what a sample of a micro-batch weighs as a rule: its tokens, or 1
 
     def micro_step(self, batch: Any, *, step: int, backward: Backward) -> dict[str, Tensor]:
-        """Forward one micro-batch, call backward(module name, loss), return scalars to log."""
+        """Forward one micro-batch, call backward(module name, sum of its losses, their weight), return means to log.
+
+        A step's loss is the sum over all micro-batches and processes divided by the sum of their weights. What is
+        returned are means over the weight that went with "model".
+        """
+
+    def check(self, facts: dict[str, Any], path: Path) -> None:
+        """Raise ValueError if the training checkpoint that `facts` describe cannot be gone on from."""
 
     def report(self) -> dict[str, float]:
         """Slower numbers, asked for at each log row."""
@@ -54,10 +66,12 @@ class Task(Protocol):
 class Trainer:
     """Runs a task's steps. What a checkpoint holds is in `state`; the step and the meter are the loop's own."""
 
-    def __init__(self, task: Task, flags: TrainFlags, process: dist.Process, folder: Path, *, steps: int,
+    def __init__(self, task: Task, flags: TrainFlags, process: dist.Process, run: RunFolder, *, samples: int,
                  saved_config: dict[str, Any]) -> None:
-        self.task, self.flags, self.process, self.folder, self.steps = task, flags, process, folder, steps
-        self.saved_config = saved_config
+        """`samples` are those of a pass over the data; `saved_config` describes the model in each checkpoint."""
+        self.task, self.flags, self.process, self.run = task, flags, process, run
+        self.samples, self.saved_config = samples, saved_config
+        self.steps, self.warmup_steps = total_steps(flags, samples), warmup_steps(flags, samples)
         self.plain = {name: parallel.unwrap(module) for name, module in task.modules.items()}
         betas = (flags.beta1, flags.beta2)
         self.optimizers = {name: build_optimizer(module, kind=flags.optimizer, lr=flags.lr, betas=betas,
@@ -68,38 +82,72 @@ class Trainer:
         self.ema = EMA(self.plain["model"]) if flags.ema else None
         self.state = TrainingState(self.plain, self.optimizers, ema=self.ema, scale=self.scale, rank=process.rank)
         self.guard = StepGuard(process)
-        self.writer = writer.CheckpointWriter(self.checkpoint_folders(), keep=flags.keep, is_main=process.is_main)
         self.meter = Meter(process.device, samples_per_step=flags.global_batch_size)
-        self.losses: list[Tensor] = []
+        self.losses: list[Tensor] = []  # of the step that is being made
+        self.weights: dict[str, Tensor] = {}  # per module, in micro-batches of ordinary samples
         self.step = self.skipped_in_a_row = 0
-        if process.device.type == "cpu":  # what stays has its place by now, outside of the heap that steps use
+        if process.device.type == "cpu":  # weights and moments are allocated by now, apart from the memory of steps
             allocator.keep_freed_memory()
         if flags.mixed_precision == "tf32":
             torch.set_float32_matmul_precision("high")
 
+    # ---- the run's folder
+
+    @property
+    def folder(self) -> Path:
+        """Where the run works."""
+        return self.run.path
+
+    def claim(self) -> None:
+        """Take the run's folder for this training alone, if that is not done yet: from here on it may be written to."""
+        if self.run.lock is not None:
+            return
+        self.run.claim(self.flags)
+        self.writer = CheckpointWriter(self.checkpoint_folders(), keep=self.flags.keep, is_main=self.process.is_main)
+        if self.process.is_main:
+            for folder in (self.folder, self.folder / "previews"):
+                files.sweep(folder)
+
+    def begin(self) -> None:
+        """Claim the folder, and say in it what this run is."""
+        self.claim()
+        if self.run.reason:
+            self.say(self.run.reason)
+        if self.process.is_main and self.step < self.steps:
+            cli.save_config(self.folder / "config.json", self.flags, steps=self.steps, images=self.samples,
+                            model=self.saved_config, identity=self.run.identity)
+
+    def keep_traceback(self, error: Exception) -> None:
+        """Write where an error came from into the run's folder, for `cli.run` to tell."""
+        path = self.folder / f"traceback-rank{self.process.rank}.txt"
+        with contextlib.suppress(OSError):
+            path.write_text("".join(traceback.format_exception(error)))
+            error.traceback_file = path
+
     # ---- checkpoints
 
     def resume(self) -> None:
-        """With --resume, go on from the checkpoint it names, or from the newest one that is whole."""
-        if self.flags.resume == "none":
+        """With --resume, go on from the checkpoint it names, or from the newest one of this run that is whole."""
+        if self.flags.resume == "none" or (self.flags.resume == "auto" and not self.run.known):
             return
         if self.flags.resume != "auto":
             path = containers.resolve(self.flags.resume)
             self.check_whole(path)
             self.restore(path)
             return
+        self.claim()
         while (path := dist.broadcast_object(self.newest())) is not None:
             try:
                 self.check_whole(path)
-            except sharded.DamagedError as error:
+            except DamagedError as error:
                 self.say(f"warning: {error}; it is set aside, looking for the one before")
-                if self.process.is_main:
-                    sharded.set_aside(path)
-                dist.barrier()
+                with dist.failing_together():
+                    if self.process.is_main:
+                        sharded.set_aside(path)
             else:
                 self.restore(path)
                 if self.process.is_main and sharded.is_sharded(path):
-                    self.writer.spread(path)
+                    self.writer.copy_to_others(path)
                 return
 
     def check_whole(self, path: Path) -> None:
@@ -119,17 +167,15 @@ class Trainer:
         return local + ([Path(cloud) / self.folder.name / "checkpoints"] if cloud else [])
 
     def restore(self, path: Path) -> None:
-        """Go on from a training checkpoint, saying which flags are others now."""
-        facts = sharded.read_facts(path) if sharded.is_sharded(path) else {}
-        trained_with = facts.get("flags", {}).get("optimizer", "adamw")
-        if trained_with != self.flags.optimizer:
-            raise ValueError(f"{path} was trained with --optimizer {trained_with}, not {self.flags.optimizer} (to "
-                             "start from its weights alone, see --finetune and --init-from)")
+        """Go on from a training checkpoint, saying which flags are others now. Errors are those of all processes."""
+        with dist.failing_together():
+            facts = sharded.read_facts(path) if sharded.is_sharded(path) else {}
+            trained_with = facts.get("flags", {}).get("optimizer", "adamw")
+            if trained_with != self.flags.optimizer:
+                raise ValueError(f"{path} was trained with --optimizer {trained_with}, not {self.flags.optimizer} (to "
+                                 "start from its weights alone, see --finetune and --init-from)")
+            self.task.check(facts, path)
         facts = self.state.load(path)
-        known, ours = containers.saved_config(facts).get("classes"), self.saved_config.get("classes")
-        if known and ours and known != ours:
-            raise ValueError(f"{path} was trained on other classes than these: {', '.join(known[:5])} … (to take its "
-                             "weights over by the names of the classes, see --init-from)")
         self.step = int(facts["steps"])
         self.skipped_in_a_row = facts.get("skipped_in_a_row", 0)
         self.meter.restore(facts.get("meter", {}), self.process.rank)
@@ -141,19 +187,21 @@ class Trainer:
     def save(self) -> None:
         """Begin to write the checkpoint of this step; it is there after `writer.wait`."""
         facts = {"steps": self.step, "config": self.saved_config, "flags": cli.as_dict(self.flags),
-                 "meter": self.meter.state(), "skipped_in_a_row": self.skipped_in_a_row}
-        self.writer.save(self.step, self.state.tensors(), facts)
+                 "identity": self.run.identity, "meter": self.meter.state(),
+                 "skipped_in_a_row": self.skipped_in_a_row}
+        self.writer.save(self.step, self.state.to_save(), facts)
 
     # ---- the loop
 
     def train(self, make_batches: Callable[[int], Iterable[Any]], *, evaluate: Evaluate | None = None,
-            eval_every: int = 0) -> None:
+              eval_every: int = 0) -> None:
         """Train to the last step. make_batches(step) yields this rank's micro-batches from that step on.
 
         evaluate(model in eval mode, averaged weights if there are) → numbers to log, on all processes at once. SIGTERM
-        saves and returns; so does the end. Raises ValueError after --max-skipped-steps, OSError when nothing can be
-        saved.
+        saves and returns; so does the end. Raises GivenUpError after --max-skipped-steps, UnwrittenError when nothing
+        can be saved; any other error leaves its traceback in the run's folder.
         """
+        self.claim()
         logger = MetricsLogger(self.folder, enabled=self.process.is_main, start_step=self.step,
                                wandb_project=self.flags.wandb_project if self.flags.wandb else None,
                                config=cli.as_dict(self.flags))
@@ -167,7 +215,7 @@ class Trainer:
                 if self.step > 0:  # what a kill after the checkpoint has left undone
                     drawn, rows = dist.broadcast_object((self.preview_path().is_file(), logger.rows_of(self.step)))
                     self.preview_and_evaluate(logger, evaluate if evaluates(self.step) and rows < 2 else None,
-                              preview=self.is_checkpoint_step(self.step) and not drawn)
+                                              preview=self.is_checkpoint_step(self.step) and not drawn)
                 if self.step >= self.steps:
                     self.say(f"already trained to step {self.step} of {self.steps}: nothing to do")
                     return
@@ -175,15 +223,19 @@ class Trainer:
         except StopRequestedError:
             self.say(f"stopped by SIGTERM at step {self.step} of {self.steps}, all is saved: to continue run it again "
                      "with --resume auto")
-        except RuntimeError:  # other processes may be gone, and what they were to write
-            patience = 0.0
+        except Exception as error:
+            if isinstance(error, RuntimeError):  # other processes may be gone, and what they were to write
+                patience = 0.0
+            if not isinstance(error, GivenUpError | UnwrittenError) and not dist.lost_contact(error):
+                self.keep_traceback(error)
             raise
         finally:
             self.writer.close(patience=patience)
             logger.close()
+            self.run.lock.release()
 
     def run_steps(self, make_batches: Callable[[int], Iterable[Any]], logger: MetricsLogger,
-            evaluation: Callable[[int], Evaluate | None]) -> None:
+                  evaluation: Callable[[int], Evaluate | None]) -> None:
         """The steps that are left. Raises StopRequestedError when asked to stop, everything saved."""
         flags, meter = self.flags, self.meter
         self.writer.sweep(self.step)
@@ -227,12 +279,12 @@ class Trainer:
                 self.say(f"step {verdict.step} skipped: its loss or gradient is not finite "
                          f"({self.skipped_in_a_row} in a row)")
             if self.skipped_in_a_row >= self.flags.max_skipped_steps:
-                path = self.guard.save_batch(self.folder, verdict.step)
-                dist.barrier()
-                raise ValueError(f"stopped at step {verdict.step}: {self.skipped_in_a_row} steps in a row had a loss "
-                                 f"or gradient that is not finite; the batch is in {path}, the weights are as before: "
-                                 "look at the batch, or continue by --resume auto with a lower --lr or "
-                                 "--mixed-precision none")
+                with dist.failing_together():
+                    path = self.guard.save_batch(self.folder, verdict.step)
+                raise GivenUpError(
+                    f"stopped at step {verdict.step}: {self.skipped_in_a_row} steps in a row had a loss or gradient "
+                    f"that is not finite; the batch is in {path}, the weights are as before: look at the batch, or "
+                    f"continue by --resume {self.folder} with a lower --lr or --mixed-precision none")
             if verdict.unsaved:
                 self.writer.wait()
             stop = stop or verdict.stop
@@ -240,9 +292,8 @@ class Trainer:
 
     def lr(self, step: int) -> float:
         """Learning rate of 0-based step `step`."""
-        flags = self.flags
-        return learning_rate(step, peak=flags.lr, total_steps=self.steps, warmup_steps=flags.warmup_steps,
-                             schedule=flags.lr_schedule)
+        return learning_rate(step, peak=self.flags.lr, total_steps=self.steps, warmup_steps=self.warmup_steps,
+                             schedule=self.flags.lr_schedule, lowest=self.flags.min_lr)
 
     def optimizer_step(self, batches: Iterator[Any]) -> None:
         """Accumulate the micro-batches of one step and update; its scalars go to the meter."""
@@ -250,31 +301,39 @@ class Trainer:
         torch.manual_seed(derive_seed(flags.global_seed, self.step, self.process.rank))
         self.set_train_mode()
         self.losses.clear()
+        self.weights = {name: torch.zeros((), device=self.process.device) for name in self.plain}
         before = [buffer.clone() for buffer in self.buffers()]
-        parts: list[dict[str, Tensor]] = []
+        sums: dict[str, Tensor] = {}
+        weight = self.weights["model"]
         seen = []
         for i in range(accumulation):
             batch = to_device(next(batches), self.process.device)
             with parallel.gradient_sync(self.task.modules.values(), enabled=i == accumulation - 1):
-                parts.append(self.task.micro_step(batch, step=self.step, backward=self.backward))
+                means = self.task.micro_step(batch, step=self.step, backward=self.backward)
+            weight, earlier = self.weights["model"], weight
+            for name, value in means.items():
+                sums[name] = sums.get(name, 0) + value.detach().float() * (weight - earlier)
             seen.append(batch)
-        means = {name: torch.stack([part[name].detach().float() for part in parts]).mean() for name in parts[0]}
-        raised = self.guard.flags(self.losses, unsaved=self.writer.failed())
+        mine = self.guard.flags(self.losses, unsaved=self.writer.failed())
+        everyones = dist.total(torch.cat([mine, torch.stack(list(self.weights.values()))]))
+        raised, totals = everyones[:len(mine)], dict(zip(self.weights, everyones[len(mine):], strict=True))
         gradients = {name: [p.grad for p in module.parameters() if p.grad is not None]
                      for name, module in self.plain.items()}
-        norms = {name: parallel.full_tensor(get_total_norm(grads)) / self.scale.scale
+        # The processes' gradients are means over processes of sums in which an ordinary micro-batch weighs 1 / parts.
+        factors = {name: dist.world_size() * accumulation / totals[name] / self.scale.scale for name in self.plain}
+        norms = {name: parallel.full_tensor(get_total_norm(grads)) * factors[name]
                  for name, grads in gradients.items() if grads}
         raised[BAD] = torch.maximum(raised[BAD], (~torch.stack(list(norms.values())).isfinite()).any().float())
         bad = raised[BAD] > 0
         for name, norm in norms.items():
-            self.update(name, gradients[name], norm, bad)
-            means["grad_norm" if name == "model" else f"grad_norm_{name}"] = norm
+            self.update(name, gradients[name], norm, factor=factors[name], bad=bad)
+            sums["grad_norm" if name == "model" else f"grad_norm_{name}"] = norm * weight
         for buffer, value in zip(self.buffers(), before, strict=True):
             buffer.copy_(torch.where(bad, value, buffer))
         if self.ema is not None and (self.guard.lag or not bool(bad)):  # a GPU's averages move towards the same weights
             self.ema.update(self.step)
         self.scale.update(bad)
-        self.meter.add(means, bad=bad)
+        self.meter.add(sums, weight=weight, bad=bad)
         self.guard.watch(self.step + 1, raised, seen)
 
     def buffers(self) -> list[Tensor]:
@@ -287,17 +346,23 @@ class Trainer:
             if not module.training:
                 module.train()
 
-    def backward(self, name: str, loss: Tensor) -> None:
-        """Backward of a micro-batch's share of the step's mean loss."""
-        self.losses.append(loss.detach())
-        (loss * self.scale.scale / self.flags.gradient_accumulation_steps).backward()
+    def backward(self, name: str, loss: Tensor, weight: Tensor | float) -> None:
+        """Backward of a micro-batch's share of the step's loss: a sum of losses, and the sum of their weights.
 
-    def update(self, name: str, gradients: list[Tensor], norm: Tensor, bad: Tensor) -> None:
-        """Clip and step one optimizer, unless the step is `bad`."""
+        It is divided by what a micro-batch weighs as a rule, so that gradients neither overflow nor vanish in fp16.
+        """
+        flags = self.flags
+        parts = flags.gradient_accumulation_steps
+        ordinary = flags.global_batch_size // (self.process.world_size * parts) * self.task.sample_weight
+        self.losses.append(loss.detach())
+        self.weights[name] = self.weights[name] + weight / ordinary
+        (loss / ordinary * self.scale.scale / parts).backward()
+
+    def update(self, name: str, gradients: list[Tensor], norm: Tensor, *, factor: Tensor, bad: Tensor) -> None:
+        """Clip and step one optimizer, unless the step is `bad`. Gradients times `factor` have the norm `norm`."""
         optimizer = self.optimizers[name]
         for group in optimizer.param_groups:
             group["lr"] = self.lr(self.step)
-        factor = 1 / self.scale.scale
         if self.flags.max_grad_norm:
             factor = factor * (self.flags.max_grad_norm / (norm + 1e-6)).clamp(max=1)  # as clip_grad_norm_ has it
         torch._foreach_mul_(gradients, factor.to(gradients[0].device))  # offloaded gradients are on the CPU
@@ -312,7 +377,6 @@ class Trainer:
         model = self.plain["model"].eval()
         with self.ema.shown() if self.ema is not None else contextlib.nullcontext(), parallel.gathered(model):
             yield model
-        getattr(model, "engines", []).clear()  # what sampling has cached is not to fill the memory of the training
 
     def preview_and_evaluate(self, logger: MetricsLogger, evaluate: Evaluate | None, *, preview: bool) -> None:
         """Preview and evaluation of this step, whose checkpoint is on its way."""

@@ -39,7 +39,7 @@ def losses(model: Transformer, *, seed: int, steps: int) -> torch.Tensor:
     found = []
     for step in range(steps):
         codes, labels = batch(step)
-        loss = model.train()(codes[:, :-1], labels, targets=codes, loss_only=True)[1]
+        loss = model.train()(codes[:, :-1], labels, targets=codes, summed_loss=True)[0] / codes.numel()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

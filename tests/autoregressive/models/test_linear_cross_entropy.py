@@ -129,13 +129,13 @@ def gpt(**options) -> Transformer:
     return model.train()
 
 
-@pytest.mark.parametrize("loss_only", [True, False])
-def test_a_training_step_never_holds_the_logits(loss_only):
+@pytest.mark.parametrize("summed", [True, False])
+def test_a_training_step_never_holds_the_logits(summed):
     model, codes = gpt(), torch.randint(512, (8, 100))
     with Largest() as seen:
-        model(codes[:, :-1], torch.zeros(8, dtype=torch.long), targets=codes, loss_only=loss_only)[1].backward()
+        model(codes[:, :-1], torch.zeros(8, dtype=torch.long), targets=codes, summed_loss=summed)[not summed].backward()
     logits = codes.numel() * 512  # 800 tokens; a chunk has 512
-    assert seen.elements < logits if loss_only else seen.elements >= logits
+    assert seen.elements < logits if summed else seen.elements >= logits
 
 
 @pytest.mark.parametrize("valid", [None, torch.tensor([1, 0, 1])])
@@ -145,12 +145,13 @@ def test_the_model_s_loss_is_that_of_its_logits(kind, valid):
     codes = torch.randint(512, (3, 100))
     cond = torch.randn(3, 4, 8) if kind == "t2i" else torch.tensor([0, 1, 2])
     found = []
-    for loss_only in (True, False):
+    for summed in (True, False):
         model.zero_grad()
-        logits, loss = model(codes[:, :-1], cond, targets=codes, valid=valid, loss_only=loss_only)
-        assert (logits is None) == loss_only
+        first, second = model(codes[:, :-1], cond, targets=codes, valid=valid, summed_loss=summed)
+        if summed:
+            assert second == (300 if valid is None else 200)
+        loss = first / second if summed else second
         loss.backward()
         found.append([loss.detach(), *(p.grad for p in model.parameters())])
     for a, b in zip(*found, strict=True):
         assert ((a - b).norm() / b.norm()).item() < 1e-5
-    assert model(codes[:, :-1], cond, loss_only=True)[0].shape == (3, 100, 512)  # no targets: logits after all

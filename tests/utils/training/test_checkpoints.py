@@ -363,8 +363,10 @@ def test_a_run_keeps_as_many_as_asked(command, tmp_path):
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(command, tmp_path, capsys):
-    (tmp_path / RUN).mkdir()
+    call(*command, tmp_path, "--ckpt-every", 9)
+    shutil.rmtree(tmp_path / RUN / "checkpoints")
     (tmp_path / RUN / "checkpoints").write_text("in the way")
+    capsys.readouterr()
     with pytest.raises(SystemExit) as caught:
         call(*command, tmp_path)
     assert caught.value.code == 2

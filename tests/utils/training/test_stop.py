@@ -24,13 +24,17 @@ def command(code_store, tmp_path):
             "--log-every", 1, "--ema", "--resume", "auto", "--results-dir", tmp_path]
 
 
+ONE = torch.tensor(1.0)
+
+
 def poison(monkeypatch, steps: set[int], *, value: float = math.nan) -> None:
     """Make the loss of some steps (from 1) not finite."""
     original = GPTTask.micro_step
 
     def poisoned(self, batch, *, step, backward):
         bad = value if step + 1 in steps else 1.0
-        return original(self, batch, step=step, backward=lambda name, loss: backward(name, loss * bad))
+        return original(self, batch, step=step,
+                        backward=lambda name, loss, weight: backward(name, loss * bad, weight))
 
     monkeypatch.setattr(GPTTask, "micro_step", poisoned)
 
@@ -95,7 +99,8 @@ original = GPTTask.micro_step
 def poisoned(self, batch, *, step, backward):
     import torch.distributed
     bad = step == 2 and torch.distributed.get_rank() == 1
-    return original(self, batch, step=step, backward=lambda name, loss: backward(name, loss * (math.nan if bad else 1)))
+    return original(self, batch, step=step,
+                    backward=lambda name, loss, weight: backward(name, loss * (math.nan if bad else 1), weight))
 GPTTask.micro_step = poisoned"""
     jobs = [("train_gpt", [*command[1:-1], tmp_path / how, "--data-parallel", how, "--ckpt-every", 1])
             for how in ("ddp", "fsdp")]
@@ -139,17 +144,24 @@ def test_the_loss_scale_falls_at_an_overflow_and_grows_slowly():
     assert fixed.scale == 1
 
 
+def test_a_meter_weighs_its_steps():
+    meter = Meter(torch.device("cpu"), samples_per_step=1)
+    for value, weight in ((1.0, 1.0), (4.0, 0.5)):
+        meter.add({"loss": torch.tensor(value * weight)}, weight=torch.tensor(weight), bad=torch.tensor(False))
+    assert meter.read() == {"loss": 2.0}
+
+
 def test_a_meter_goes_on_where_it_was():
     good = torch.tensor(False)
     one, other = (Meter(torch.device("cpu"), samples_per_step=1) for _ in range(2))
     values = torch.rand(7).tolist()
     for value in values[:4]:
-        one.add({"loss": torch.tensor(value)}, bad=good)
-    one.add({"loss": torch.tensor(math.nan)}, bad=torch.tensor(True))
+        one.add({"loss": torch.tensor(value)}, weight=ONE, bad=good)
+    one.add({"loss": torch.tensor(math.nan)}, weight=ONE, bad=torch.tensor(True))
     other.restore(json.loads(json.dumps(one.state())), rank=0)
     for meter in (one, other):
         for value in values[4:]:
-            meter.add({"loss": torch.tensor(value)}, bad=good)
+            meter.add({"loss": torch.tensor(value)}, weight=ONE, bad=good)
     assert one.read() == (row := other.read())
     assert row["loss"] == pytest.approx(sum(values) / 7)
     assert row["skipped_steps"] == 1

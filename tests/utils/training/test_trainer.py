@@ -10,19 +10,13 @@ import torch
 from torch import nn
 
 from dataset import code_writer
-from tests.conftest import TINY, TINY_GPT, TINY_VQ, call, entry, two_processes, write_images
-from tests.runs import OFTEN, interrupt, last, rows, same
+from tests.conftest import TINY, TINY_GPT, call, entry, two_processes, write_images
+from tests.runs import OFTEN, QUICK_GPT, QUICK_VQ, interrupt, last, rows, same
 from utils import cli
 from utils.checkpoints import containers
-from utils.training import flags as train_flags
 from utils.training.ema import EMA
 from utils.training.logger import MetricsLogger, read_metrics
 from utils.training.optim import adamw, learning_rate
-
-QUICK_GPT = [*TINY_GPT, "--dropout-p", 0, "--token-dropout-p", 0, "--class-dropout", 0, "--log-every", 1, "--lr", 1e-4,
-             "--epochs", 1, "--global-batch-size", 6]
-QUICK_VQ = [*TINY_VQ, "--log-every", 1, "--lr", 1e-4, "--epochs", 1, "--global-batch-size", 6]
-
 
 # ---- resuming
 
@@ -201,18 +195,6 @@ def test_checkpoints_in_a_second_folder(code_store, tmp_path):
     call(*command, "--no-local-save")
     assert containers.newest(tmp_path / "cloud" / "001-GPT-S" / "checkpoints").stem == "0000006"
     assert not (tmp_path / "here" / "001-GPT-S" / "checkpoints").exists()
-
-
-def test_runs_are_numbered(tmp_path):
-    flags = entry("train_gpt")[1](code_path="", results_dir=str(tmp_path))
-    assert train_flags.run_folder(flags, "GPT-S").name == "000-GPT-S"
-    assert not list(tmp_path.iterdir())
-    for name in ("003-GPT-S", "007-GPT-B", "notes"):
-        (tmp_path / name).mkdir()
-    assert train_flags.run_folder(flags, "GPT-S").name == "008-GPT-S"
-    flags.resume = "auto"
-    assert train_flags.run_folder(flags, "GPT-S").name == "003-GPT-S"
-    assert train_flags.run_folder(flags, "GPT-L").name == "008-GPT-L"
 
 
 def test_training_goes_on_from_a_gpt_checkpoint(code_store, gpt_ckpt, tmp_path):
