@@ -1,6 +1,9 @@
 """One process or many under torchrun, alike: rank, device, collectives that are no-ops when alone."""
 import contextlib
+import ctypes
 import os
+import signal
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -10,6 +13,8 @@ import torch
 import torch.distributed
 
 Precision = Literal["none", "fp32", "tf32", "fp16", "bf16"]  # none and fp32 are one
+PR_SET_PDEATHSIG = 1  # Linux's <sys/prctl.h>: the signal that a process gets when its parent ends
+LAUNCHER = "LLAMAGEN_LAUNCHER"  # utils/launch.py's process number, for the processes that it starts
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,7 @@ def setup(wanted: str = "auto", *, timeout: float = 1800.0) -> Process:
     `wanted`: auto, cpu, or cuda, which is a ValueError where there is none. A process that hears nothing of another for
     `timeout` seconds gives up.
     """
+    end_with_launcher()
     if wanted == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: there is no GPU that this torch can use")
     if wanted != "cpu" and torch.cuda.is_available():
@@ -48,6 +54,21 @@ def setup(wanted: str = "auto", *, timeout: float = 1800.0) -> Process:
     if world_size > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group(backend(device), timeout=timedelta(seconds=timeout))
     return Process(env_rank(), world_size, device)
+
+
+def end_with_launcher() -> None:
+    """On Linux, have the kernel kill this process when the launcher that started it ends, however that ends.
+
+    A killed launcher would otherwise leave processes that go on writing into the folder of a training which somebody
+    has long resumed. The launcher may have ended before this call: then this process ends here.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun, which utils/launch.py uses as well, sets it
+        return
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    launcher = os.environ.pop(LAUNCHER, None)
+    if launcher is not None and os.getppid() != int(launcher):
+        os._exit(1)
 
 
 def backend(device: torch.device) -> str:

@@ -4,7 +4,8 @@
 
 The variables nnodes, nproc_per_node, node_rank, master_addr and master_port are passed to torchrun; with one process
 the entry runs directly. The exit code is that of the process that failed first. SIGTERM is passed on, so that a
-training saves, ends well and the exit code is 0.
+training saves, ends well and the exit code is 0. When this process is killed, the kernel kills those that it started
+(Linux).
 """
 import contextlib
 import logging
@@ -33,9 +34,12 @@ def main(argv: list[str]) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import get_args_parser
     from torch.distributed.run import main as torchrun
+
+    from utils import dist
     logging.disable(logging.CRITICAL)  # torchrun's; the entry itself says in one line what is wrong
     if not gpus:  # DDP finds fault with a setting that exact resume on a CPU needs (utils/training/parallel.py)
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ[dist.LAUNCHER] = str(os.getpid())  # its processes end with it: see utils/dist.py
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // local)))
     flags = [f"--nnodes={nodes}", f"--nproc_per_node={local}"]
     flags += [f"--{name}={os.environ[name]}" for name in ("node_rank", "master_addr", "master_port")
