@@ -42,7 +42,7 @@ def setup(wanted: str = "auto", *, timeout: float = 1800.0) -> Process:
     `wanted`: auto, cpu, or cuda, which is a ValueError where there is none. A process that hears nothing of another for
     `timeout` seconds gives up.
     """
-    end_with_launcher()
+    follow_launcher()
     if wanted == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: there is no GPU that this torch can use")
     if wanted != "cpu" and torch.cuda.is_available():
@@ -56,16 +56,17 @@ def setup(wanted: str = "auto", *, timeout: float = 1800.0) -> Process:
     return Process(env_rank(), world_size, device)
 
 
-def end_with_launcher() -> None:
-    """On Linux, have the kernel kill this process when the launcher that started it ends, however that ends.
+def follow_launcher() -> None:
+    """In a process that a launcher started: take the SIGTERM that it passes on, and end when it ends, however it does.
 
     A killed launcher would otherwise leave processes that go on writing into the folder of a training which somebody
-    has long resumed. The launcher may have ended before this call: then this process ends here.
+    has long resumed. The kernel kills this process then (Linux only). The launcher may have ended before this call:
+    then this process ends here.
     """
-    if "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun, which utils/launch.py uses as well, sets it
+    if "TORCHELASTIC_RUN_ID" not in os.environ or sys.platform != "linux":  # torchrun, so utils/launch.py too, sets it
         return
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])  # utils/launch.py blocks it for itself
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     launcher = os.environ.pop(LAUNCHER, None)
     if launcher is not None and os.getppid() != int(launcher):
         os._exit(1)

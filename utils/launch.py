@@ -13,6 +13,7 @@ import os
 import runpy
 import signal
 import sys
+import threading
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -20,6 +21,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 def main(argv: list[str]) -> None:
     """Run `argv` = [entry.py, flags …]."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # see pass_on; the threads of torch's import inherit it
     import torch
 
     gpus = torch.cuda.device_count()
@@ -27,12 +29,12 @@ def main(argv: list[str]) -> None:
     nodes = int(os.environ.get("nnodes", 1))
     if local * nodes == 1:
         sys.argv = argv
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
         runpy.run_path(argv[0], run_name="__main__")
         return
 
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import get_args_parser
     from torch.distributed.run import main as torchrun
 
     from utils import dist
@@ -46,10 +48,10 @@ def main(argv: list[str]) -> None:
               if name in os.environ]
     if nodes == 1 and "master_port" not in os.environ:
         flags.append("--standalone")
-    known = {action.dest for action in get_args_parser()._actions}
-    if "signals_to_handle" in known and Path("/proc/self").is_dir():
-        flags.append("--signals-to-handle=SIGINT,SIGHUP,SIGQUIT")  # on SIGTERM it would kill after 30 seconds
-        signal.signal(signal.SIGTERM, lambda number, frame: pass_on(number))
+    if Path("/proc/self").is_dir():
+        threading.Thread(target=pass_on, args=[signal.SIGTERM], daemon=True).start()
+    else:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
     try:
         torchrun([*flags, *argv])
     except ChildFailedError as error:
@@ -68,16 +70,22 @@ def main(argv: list[str]) -> None:
 
 
 def pass_on(number: int) -> None:
-    """Send a signal to this process's children; before there are any, end."""
-    children = []
-    for listing in Path("/proc/self/task").glob("*/children"):
-        with contextlib.suppress(OSError):  # a thread that has ended meanwhile
-            children += listing.read_text().split()
-    for child in children:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(int(child), number)
-    if not children:
-        sys.exit(128 + number)
+    """Wait for a signal that all threads block and send it to this process's children, again and again.
+
+    torchrun's own handler, which some versions let nobody replace, would kill them 30 seconds later. (It is never
+    called while the signal is blocked.) Before there are children, end.
+    """
+    while True:
+        signal.sigwait([number])
+        children = []
+        for listing in Path("/proc/self/task").glob("*/children"):
+            with contextlib.suppress(OSError):  # a thread that has ended meanwhile
+                children += listing.read_text().split()
+        for child in children:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(child), number)
+        if not children:
+            os._exit(128 + number)
 
 
 if __name__ == "__main__":

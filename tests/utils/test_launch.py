@@ -1,6 +1,7 @@
-"""Processes end with their launcher, however that ends."""
+"""Processes end with their launcher, however that ends; SIGTERM reaches it at any time."""
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -22,7 +23,7 @@ def folder(tmp_path):
         os.kill(number, signal.SIGKILL)
 
 
-def launched(folder: Path, body: str) -> subprocess.Popen:
+def launched(folder: Path, body: str, **variables: str) -> subprocess.Popen:
     """Start two processes that run `body`, which may call note() to write down the process number."""
     script = folder / "script.py"
     script.write_text(f"""import os, signal, sys, time
@@ -36,7 +37,8 @@ def note():
 {body}
 """)
     environment = {**os.environ, "nproc_per_node": "2", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.Popen([sys.executable, str(ROOT / "utils" / "launch.py"), str(script)], env=environment)
+    return subprocess.Popen([sys.executable, str(ROOT / "utils" / "launch.py"), str(script)],
+                            env={**environment, **variables})
 
 
 def wait_for(condition) -> None:
@@ -87,3 +89,20 @@ finally:
     launcher.wait()
     wait_for(lambda: not any(map(runs, numbers(folder))))
     assert not (folder / "worked").exists()
+
+
+def test_sigterm_ends_a_launcher_that_waits_for_another_machine(folder):
+    """It has started no process yet."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    launcher = launched(folder, "note()", nnodes="2", node_rank="0", master_addr="127.0.0.1", master_port=port)
+
+    def listens() -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", int(port))) == 0
+
+    wait_for(listens)
+    launcher.send_signal(signal.SIGTERM)
+    assert launcher.wait(PATIENCE) == 128 + signal.SIGTERM
+    assert not numbers(folder)
