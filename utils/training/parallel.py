@@ -122,6 +122,8 @@ def apply_fsdp(model: nn.Module, flags: ParallelFlags, device: torch.device, *, 
         policy = MixedPrecisionPolicy(param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=reduced,
                                       cast_forward_inputs=cast_inputs)
         fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=reshard)
+        if device.type == "cpu":  # gloo of torch 2.8 sums where FSDP2 tells it to average: sum, then divide
+            module.set_force_sum_reduction_for_comms(True)
 
     for block in model.layers:  # inputs are not cast: the rotary table is to stay fp32
         shard(block, reshard=flags.data_parallel != "sdp" and flags.reshard_after_forward, cast_inputs=False)
