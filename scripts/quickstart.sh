@@ -7,7 +7,6 @@ source "$(dirname "${BASH_SOURCE[0]}")/_venv.sh"
 cd "$root"
 run=runs/quickstart
 mkdir -p "$run"
-export VIRTUAL_ENV="$root/.venv" PATH="$root/.venv/bin:$PATH"
 export nproc_per_node=1 # models this small gain nothing from a second GPU
 
 note_time() { printf '%s\t%s\n' "$stage_name" "$((SECONDS - stage_start))" >> "$run/times.tsv"; }

@@ -18,12 +18,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+import torch
+
 from utils import dist
 from utils.files import replacing
 from utils.recipes import recipe_flags, recipe_path
 
 Config = TypeVar("Config")
 REQUIRED = dataclasses.MISSING
+OLDEST_TORCH = (2, 8)  # the oldest that the test suite was run with: see CONTRIBUTING.md
 
 
 def flag(default: Any, help: str, *, choices: tuple | None = None, parse: Callable[[str], Any] | None = None,
@@ -78,6 +81,9 @@ def run(main: Callable[[Config], None], config_class: type[Config], argv: list[s
     Set LLAMAGEN_TRACEBACK=1 to see where the line came from. An error that ended a long run has left its traceback in
     the run's folder (`error.traceback_file`), and the line says where.
     """
+    if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST_TORCH:
+        fail(f"torch {'.'.join(map(str, OLDEST_TORCH))} or newer is needed, this is {torch.__version__}: "
+             "pip install --upgrade torch torchvision", quiet=dist.env_rank() > 0)
     config = build_parser(config_class).parse_args(argv, namespace=_Bare())
     try:
         main(config_class(**vars(config)))

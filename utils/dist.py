@@ -52,7 +52,8 @@ def setup(wanted: str = "auto", *, timeout: float = 1800.0) -> Process:
         device = torch.device("cpu")
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if world_size > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group(backend(device), timeout=timedelta(seconds=timeout))
+        torch.distributed.init_process_group(backend(device), timeout=timedelta(seconds=timeout),
+                                             device_id=bound_device(device))
     return Process(env_rank(), world_size, device)
 
 
@@ -77,9 +78,19 @@ def backend(device: torch.device) -> str:
     return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
+def bound_device(device: torch.device) -> torch.device | None:
+    """The GPU that a process group is bound to, so that nccl need not guess it; None without one.
+
+    None with torch 2.8 too: there a bound group splits nccl's part only, and `hsdp` splits one of gloo and nccl.
+    """
+    splits_both = hasattr(torch.distributed.ProcessGroup, "split_group")
+    return device if device.type == "cuda" and splits_both else None
+
+
 def join_alone(device: torch.device) -> None:
     """A process group of one, for what cannot do without."""
-    torch.distributed.init_process_group(backend(device), store=torch.distributed.HashStore(), rank=0, world_size=1)
+    torch.distributed.init_process_group(backend(device), store=torch.distributed.HashStore(), rank=0, world_size=1,
+                                         device_id=bound_device(device))
 
 
 def new_cpu_group(*, timeout: float) -> torch.distributed.ProcessGroup | None:
