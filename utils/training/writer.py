@@ -35,6 +35,7 @@ class CheckpointWriter:
         """The first of `folders` is written, the others get copies; `keep` newest stay in each, 0 keeps all."""
         self.folders, self.keep, self.is_main = folders, keep, is_main
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is meant
+        warnings.filterwarnings("ignore", message="TypedStorage is deprecated")  # DCP's own, with torch <= 2.10
         # the writing thread and the training must not meet in one group; and disks may be slow without being dead
         self.group = dist.new_cpu_group(timeout=PATIENCE)
         self.publisher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
