@@ -34,6 +34,10 @@ def run_of(folder):
 
 
 def assert_equal_runs(one, other, *, tolerance: float) -> None:
+    """Sums in another order differ in their last bits, in every version of torch in others. Weights may differ thrice
+    as much as losses: AdamW divides a gradient by its own size, and so enlarges the rounding of one that is near zero
+    (with torch 2.10 one weight of 49,152 is off by 1.2e-5, 0.2 % of what the run moves it).
+    """
     ours, theirs = (read_metrics(run_of(folder) / "metrics.jsonl") for folder in (one, other))
     assert [row["step"] for row in theirs] == [row["step"] for row in ours]
     for a, b in zip(ours, theirs, strict=True):
@@ -43,7 +47,7 @@ def assert_equal_runs(one, other, *, tolerance: float) -> None:
     for part in ("model", "ema"):
         assert ours[part].keys() == theirs[part].keys()
         for name, value in ours[part].items():
-            torch.testing.assert_close(theirs[part][name], value, atol=tolerance, rtol=0)
+            torch.testing.assert_close(theirs[part][name], value, atol=3 * tolerance, rtol=0)
 
 
 @pytest.fixture(scope="module")
