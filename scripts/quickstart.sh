@@ -51,4 +51,4 @@ distance() { # distance NAME SAMPLES
 distance samples "$(ls -t "$run"/samples/*.npz | head -1)"
 distance heldout "$(ls -t "$run"/real/*heldout*.npz | head -1)"
 printf '\n== report\n'
-"$python" evaluations/report.py --run-dir "$run"
+"$python" evaluations/quickstart_report.py --run-dir "$run"

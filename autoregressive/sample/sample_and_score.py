@@ -19,10 +19,10 @@ from autoregressive.sample import sample_ddp
 from autoregressive.sample.pipeline import load_pipeline
 from autoregressive.sample.sample_ddp import SampleSetFlags
 from evaluations.c2i import evaluator
+from evaluations.c2i.comparison_rules import check_preset, check_reference, check_sample
 from evaluations.c2i.evaluator import EvaluatorFlags
 from evaluations.c2i.features import load_network
 from evaluations.c2i.image_sets import ImageSet, open_image_set
-from evaluations.c2i.protocol import check_preset, check_reference, check_sample
 from evaluations.c2i.scores import TITLES, MetricFlags, chosen_metrics
 from utils import cli, dist
 from utils.cli import flag

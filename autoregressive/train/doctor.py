@@ -20,8 +20,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from autoregressive.train.anchors import FIRST_LOSS, PUBLISHED, Finding, Run, against, check_rate, check_run, conclusion
 from autoregressive.train.config import GPTTrainFlags
+from autoregressive.train.log_checks import FIRST_LOSS, Finding, Run, against, check_rate, check_run, conclusion
+from autoregressive.train.published_losses import PUBLISHED
 from autoregressive.train.train import DEFAULT_VOCAB, build_model, open_codes
 from dataset.codes import CodeStore
 from tokenizer.build import ImageTokenizer, decode_images, fingerprint, load_tokenizer

@@ -18,9 +18,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from evaluations.c2i.features import SPLIT, load_network, measure_with_stored
-from evaluations.c2i.image_sets import ImageSet, open_image_set
-from evaluations.c2i.protocol import (
+from evaluations.c2i.comparison_rules import (
     accept,
     check_acceptance,
     check_preset,
@@ -29,6 +27,8 @@ from evaluations.c2i.protocol import (
     known_references,
     set_warnings,
 )
+from evaluations.c2i.features import SPLIT, load_network, measure_with_stored
+from evaluations.c2i.image_sets import ImageSet, open_image_set
 from evaluations.c2i.scores import NEIGHBOURS, TITLES, MetricFlags, chosen_metrics, compute, needed, result_warnings
 from utils import cli, dist
 from utils.cli import flag

@@ -22,8 +22,14 @@ from tqdm import tqdm
 
 from evaluations.c2i.image_sets import ImageSet
 from evaluations.c2i.inception import CLASSES, exact_fp32, resize_tf1
+from evaluations.c2i.inception_weights import (
+    InceptionFlags,
+    is_torchscript,
+    load_inception,
+    load_torchscript,
+    weights_hash,
+)
 from evaluations.c2i.metrics import FeatureStatistics, InceptionScore
-from evaluations.c2i.weights import InceptionFlags, is_torchscript, load_inception, load_torchscript, weights_hash
 from utils import dist
 from utils.cli import flag, message
 from utils.files import cache_folder, file_hash, first_line, replacing

@@ -3,9 +3,9 @@ import sys
 from dataclasses import dataclass
 from typing import ClassVar
 
+from evaluations.c2i.comparison_rules import check_reference
 from evaluations.c2i.features import load_network, measure, measure_with_stored
 from evaluations.c2i.image_sets import FirstImages, ImageSet, open_image_set
-from evaluations.c2i.protocol import check_reference
 from evaluations.c2i.scores import NEIGHBOURS, MetricFlags, chosen_metrics, compute, needed
 from utils import dist
 from utils.cli import flag

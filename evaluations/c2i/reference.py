@@ -21,7 +21,7 @@ from dataset.build import DataFlags, ImageDataset, build_dataset
 from dataset.loader import CentreCrops, worker_count
 from evaluations.c2i.features import inception_network, measure
 from evaluations.c2i.image_sets import MADE_WITH, STATISTICS, Batch, ImageSet
-from evaluations.c2i.weights import InceptionFlags
+from evaluations.c2i.inception_weights import InceptionFlags
 from utils import cli, dist
 from utils.cli import flag
 from utils.images import save_npz

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import normalize, to_tensor
 
 from evaluations.c2i.inception import exact_fp32
-from evaluations.c2i.weights import is_torchscript, load_torchscript
+from evaluations.c2i.inception_weights import is_torchscript, load_torchscript
 from evaluations.t2i.sample_folder import Squares, share_of
 from utils import dist, files
 from utils.checkpoints import containers

@@ -23,8 +23,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from evaluations.c2i.inception import POOL_DIM, FIDInception
+from evaluations.c2i.inception_weights import InceptionFlags, load_inception
 from evaluations.c2i.metrics import FeatureStatistics, frechet_distance
-from evaluations.c2i.weights import InceptionFlags, load_inception
 from evaluations.t2i.clip_score import CLIP_MODELS, CLIP_PROTOCOL, OPENAI, ClipNetwork, clip_score, load_clip
 from evaluations.t2i.sample_folder import Squares, image_files, read_samples, share_of
 from utils import cli, dist

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from autoregressive.models.gpt import Transformer
-from autoregressive.train import anchors, doctor
-from autoregressive.train.anchors import IMAGENET, PUBLISHED, TOLERANCE, Run, check_run, conclusion
+from autoregressive.train import doctor, log_checks
 from autoregressive.train.doctor import Sample, check_classes, check_codes
+from autoregressive.train.log_checks import Run, check_run, conclusion
+from autoregressive.train.published_losses import IMAGENET, PUBLISHED, TOLERANCE
 from dataset.codes import open_stores
 from tests.conftest import TINY_GPT, call
 from tests.dataset.codes import fake_codes, write_packed
@@ -198,7 +199,7 @@ def test_conditions_decide_what_applies():
         assert text.startswith("none applies (LlamaGen at batch 1024; GPT-B") and reason in text
     for changes, reason in (({"lr": 1e-4}, "lr 0.0001, not 0.0004"), ({"warmup_steps": 100}, "a warm-up"),
                             ({"grid": [24, 24]}, "24x24 tokens, not 16x16"), ({"global_batch_size": 8}, "batch 8")):
-        assert any(reason in text for text in anchors.objections(BATCH_1024, make_run(published(), **changes)))
+        assert any(reason in text for text in log_checks.objections(BATCH_1024, make_run(published(), **changes)))
 
 
 def test_the_end_is_compared_by_epochs():
@@ -268,7 +269,7 @@ def test_what_goes_wrong_is_seen(change, topic, grade):
 
 def test_the_rule_for_the_learning_rate():
     def grade(lr: float, batch: int, model: str = "GPT-B", **more) -> str:
-        return anchors.check_rate({"lr": lr, "global_batch_size": batch, **more}, model).grade
+        return log_checks.check_rate({"lr": lr, "global_batch_size": batch, **more}, model).grade
 
     assert [grade(1e-4, 256), grade(2e-4, 512), grade(2e-4, 256), grade(4e-4, 1024)] == ["ok"] * 4
     assert [grade(1e-3, 256), grade(1e-4, 1024), grade(1e-4, 64)] == ["warning"] * 3

@@ -1,6 +1,6 @@
 """One page about a run from pixels to pictures: what went in, what came out, how well, how long it took.
 
-    python3 evaluations/report.py --run-dir runs/quickstart
+    python3 evaluations/quickstart_report.py --run-dir runs/quickstart
 
 Reads what scripts/quickstart.sh leaves in --run-dir and writes report.html there: self-contained, no network.
 """
