@@ -53,7 +53,7 @@ largest error | RMS error | same best |
 
 @dataclass(kw_only=True)
 class RowFlags(DeviceFlags):
-    """For the benchmarks of sampling."""
+    """Which rows are measured."""
 
     only: str = flag("*", "the cases whose name holds one of these patterns, comma-separated")
     repeats: int = flag(3, "timed runs of each side, in turns")

@@ -9,6 +9,7 @@ stay those of the declaration. `run` is what an entry calls: parse, execute, tur
 """
 import argparse
 import dataclasses
+import inspect
 import json
 import os
 import sys
@@ -36,40 +37,65 @@ def flag(default: Any, help: str, *, choices: tuple | None = None, parse: Callab
                                                         "positional": positional})
 
 
-def build_parser(config_class: type) -> argparse.ArgumentParser:
-    """The argparse parser of a dataclass whose fields were declared with `flag`."""
-    doc = sys.modules[config_class.__module__].__doc__ or ""
-    parser = _Parser(description=doc.strip().split("\n")[0], allow_abbrev=False)
+def build_parser(config_class: type, *, described_in: str | None = None) -> argparse.ArgumentParser:
+    """The argparse parser of a dataclass whose fields were declared with `flag`.
+
+    `described_in`: the module whose docstring's first line describes the command; None: the dataclass's own.
+
+    --help has a group for each class that declares some of the flags, the command's own first. The first sentence of
+    that class's docstring is the title, the rest of its first paragraph the description.
+    """
+    doc = sys.modules[described_in or config_class.__module__].__doc__ or ""
+    parser = _Parser(description=doc.strip().split("\n")[0], allow_abbrev=False, add_help=False)
     parser.recipe_sections = getattr(config_class, "recipe_sections", ())
-    hints = typing.get_type_hints(config_class)
-    for field in dataclasses.fields(config_class):
-        meta = declaration(config_class, field.name)
-        required = field.default is dataclasses.MISSING
-        text = meta["help"] + ("" if required or field.default is None else f" (default: {shown(field.default)})")
-        options: dict[str, Any] = {"help": text.replace("%", "%%")}
-        if not required:
-            options["default"] = field.default
-        if meta["positional"]:
-            parser.add_argument(field.name, metavar=field.name.upper(), type=checked(meta["parse"] or str), **options)
-            continue
-        options |= {"dest": field.name, "required": required}
-        kind = scalar(hints[field.name])
-        if kind is bool:
-            options["action"] = argparse.BooleanOptionalAction
-        else:
-            options["type"] = checked(meta["parse"] or kind)
-            options["choices"] = meta["choices"]
-        parser.add_argument("--" + field.name.replace("_", "-"), **options)
+    parser.recipe_in_part = getattr(config_class, "recipe_in_part", False)
+    fields, hints = dataclasses.fields(config_class), typing.get_type_hints(config_class)
+    homes = {field.name: declaring_class(config_class, field.name) for field in fields}
+    groups = {home: parser.add_argument_group(*titled(home)) for home in config_class.__mro__ if home in homes.values()}
+    needed = []
+    for field in fields:
+        home = homes[field.name]
+        needed += add_flag(groups[home], field, hints[field.name], **home.__dataclass_fields__[field.name].metadata)
+    next(iter(groups.values())).add_argument("-h", "--help", action="help", help="show this text and exit")
+    parser.usage = " ".join(["%(prog)s", *needed, "[flags]"])
     return parser
 
 
-def declaration(config_class: type, name: str) -> dict[str, Any]:
-    """The metadata of a flag, from the class in the inheritance chain that declared it."""
+def add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field, hint: Any, *, help: str, choices: tuple | None,
+             parse: Callable[[str], Any] | None, positional: bool) -> list[str]:
+    """Add a field as a flag. Returns how to give it on the command line when it must be given, else nothing."""
+    required = field.default is dataclasses.MISSING
+    text = help + ("" if required or field.default is None else f" (default: {shown(field.default)})")
+    options: dict[str, Any] = {"help": text.replace("%", "%%")}
+    if not required:
+        options["default"] = field.default
+    if positional:
+        group.add_argument(field.name, metavar=field.name.upper(), type=checked(parse or str), **options)
+        return [field.name.upper()]
+    options |= {"dest": field.name, "required": required}
+    kind = scalar(hint)
+    if kind is bool:
+        options["action"] = argparse.BooleanOptionalAction
+    else:
+        options |= {"type": checked(parse or kind), "choices": choices}
+    name = "--" + field.name.replace("_", "-")
+    group.add_argument(name, **options)
+    return [f"{name} {field.name.upper()}"] if required else []
+
+
+def declaring_class(config_class: type, name: str) -> type:
+    """The class in the inheritance chain whose own field `name` was declared with flag(...)."""
     for base in config_class.__mro__:
-        field = getattr(base, "__dataclass_fields__", {}).get(name)
-        if field is not None and field.metadata:
-            return field.metadata
+        if name in inspect.get_annotations(base) and base.__dataclass_fields__[name].metadata:
+            return base
     raise AssertionError(f"{config_class.__name__}.{name} has no flag(...) declaration in any base")
+
+
+def titled(config_class: type) -> tuple[str, str | None]:
+    """(first sentence, rest of the first paragraph or None) of a class's docstring."""
+    paragraph = " ".join(inspect.getdoc(config_class).split("\n\n")[0].split())
+    title, _, rest = paragraph.partition(". ")
+    return title.removesuffix("."), rest or None
 
 
 def run(main: Callable[[Config], None], config_class: type[Config], argv: list[str] | None = None) -> None:
@@ -78,7 +104,7 @@ def run(main: Callable[[Config], None], config_class: type[Config], argv: list[s
     Set LLAMAGEN_TRACEBACK=1 to see where the line came from. An error that ended a long run has left its traceback in
     the run's folder (`error.traceback_file`), and the line says where.
     """
-    config = build_parser(config_class).parse_args(argv, namespace=_Bare())
+    config = build_parser(config_class, described_in=main.__module__).parse_args(argv, namespace=_Bare())
     try:
         main(config_class(**vars(config)))
     except KeyboardInterrupt:
@@ -142,6 +168,7 @@ class _Parser(argparse.ArgumentParser):
     """
 
     recipe_sections: tuple[str, ...] = ()  # of a recipe; none: the command takes no recipes
+    recipe_in_part: bool = False  # the sections are another command's: flags that this one does not take are left out
 
     def parse_known_args(self, args=None, namespace=None):
         """Some of the commands that users have scripts for spell their flags with underscores."""
@@ -160,6 +187,8 @@ class _Parser(argparse.ArgumentParser):
         supplied = []
         for key, value in recipe_flags(name, self.recipe_sections).items() if name else ():
             action = self._option_string_actions.get(f"--{key}")
+            if action is None and self.recipe_in_part:
+                continue
             wrong = "is no flag of this command" if action is None else misfit(action, value)
             if wrong:
                 raise ValueError(f"{recipe_path(name)}: --{key} {wrong}")

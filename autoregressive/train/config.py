@@ -15,22 +15,28 @@ from utils.training.parallel import ParallelFlags
 
 
 @dataclass(kw_only=True)
-class GPTFlags(SizeFlags):
+class GPTSizeFlags(SizeFlags):
     """Which GPT. What is left out is taken from the checkpoint or the codes."""
 
     shapes_run: ClassVar[bool] = False
     gpt_model: str | None = flag(None, "size; None: what the checkpoint says, else GPT-B", choices=tuple(GPT_models))
-    gpt_ckpt: str | None = flag(None, "GPT checkpoint")
-    gpt_type: Literal["c2i", "t2i"] = flag("c2i", "condition: class or text", choices=("c2i", "t2i"))
-    cls_token_num: int | None = flag(None, "prefix tokens; None: 1 for c2i, 120 for t2i")
     vocab_size: int | None = flag(None, "number of codes; None: the codes' or checkpoint's, else 16384")
     num_classes: int | None = flag(None, "classes; None: the codes' or checkpoint's; training with 1: without classes")
     downsample_size: int | None = flag(None, "pixels per token side; None: the tokenizer's")
 
 
 @dataclass(kw_only=True)
+class GPTFlags(GPTSizeFlags):
+    """The GPT's checkpoint and condition."""
+
+    gpt_ckpt: str | None = flag(None, "GPT checkpoint")
+    gpt_type: Literal["c2i", "t2i"] = flag("c2i", "condition: class or text", choices=("c2i", "t2i"))
+    cls_token_num: int | None = flag(None, "prefix tokens; None: 1 for c2i, 120 for t2i")
+
+
+@dataclass(kw_only=True)
 class GuidanceFlags:
-    """For commands that sample."""
+    """Guidance."""
 
     shapes_run: ClassVar[bool] = False
     cfg_scale: float = flag(4.0, "classifier-free guidance; 1 or less: none")

@@ -64,7 +64,7 @@ BLOCKS = {"mixed": ("Mixed_5b", BLOCK_A), "mixed_1": ("Mixed_5c", BLOCK_A), "mix
 
 @dataclass(kw_only=True)
 class InceptionFlags:
-    """For commands that need the Inception network."""
+    """The Inception network."""
 
     shapes_run: ClassVar[bool] = False
     inception: str | None = flag(None, f"file with the Inception weights of 2015-12-05; None: ${VARIABLE}")

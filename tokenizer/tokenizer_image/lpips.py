@@ -12,7 +12,7 @@ from utils.cli import flag
 
 @dataclass(kw_only=True)
 class LPIPSFlags:
-    """For commands that compare images as a network sees them."""
+    """LPIPS, the perceptual loss."""
 
     shapes_run: ClassVar[bool] = False
     lpips_backbone: str | None = flag(None, "file with torchvision's VGG-16 weights for LPIPS; None: torchvision "
