@@ -3,7 +3,7 @@
 #   bash scripts/quickstart.sh
 # Everything goes to runs/quickstart; look at runs/quickstart/report.html. Run it again to continue after an interruption.
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/_venv.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/_venv.sh" quickstart
 cd "$root"
 run=runs/quickstart
 mkdir -p "$run"

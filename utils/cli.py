@@ -9,6 +9,7 @@ stay those of the declaration. `run` is what an entry calls: parse, execute, tur
 """
 import argparse
 import dataclasses
+import importlib.util
 import inspect
 import json
 import os
@@ -125,6 +126,12 @@ def run(main: Callable[[Config], None], config_class: type[Config], argv: list[s
              quiet=not dist.speaks_for_all())
     finally:
         dist.shutdown()
+
+
+def require_package(name: str, *, purpose: str) -> None:
+    """Raise ValueError that says what to install when a package that few commands need is missing."""
+    if importlib.util.find_spec(name) is None:
+        raise ValueError(f"{purpose} needs {name}: {sys.executable} -m pip install {name}")
 
 
 def fail(text: str, *, quiet: bool) -> NoReturn:

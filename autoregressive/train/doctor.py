@@ -271,6 +271,7 @@ def plot(folder: Path, store: CodeStore, sample: Sample, run: Run | None) -> Non
 
 def main(doctor_flags: DoctorFlags) -> None:
     """Check, draw, print; exit 1 when there is a problem."""
+    cli.require_package("matplotlib", purpose="the doctor, which draws plots,")
     process = dist.setup()
     run = None if doctor_flags.run_folder is None else open_run(Path(doctor_flags.run_folder))
     flags = training_flags(doctor_flags, run.config if run else {})
