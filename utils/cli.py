@@ -117,7 +117,7 @@ def run(main: Callable[[Config], None], config_class: type[Config], argv: list[s
             if dist.speaks_for_all(patience=2.0):
                 print(f"error: lost contact with another process, which has died or hangs ({reason}); run it again to "
                       "continue, a training with --resume auto", file=sys.stderr, flush=True)
-            os._exit(2)  # threads that wait for the other process would hold an orderly exit up
+            os._exit(2)  # an orderly exit would wait for threads that wait for the other process
         kept = getattr(error, "traceback_file", None)
         if os.environ.get("LLAMAGEN_TRACEBACK") or not (kept or isinstance(error, ValueError | OSError)):
             raise
@@ -142,7 +142,7 @@ def fail(text: str, *, quiet: bool) -> NoReturn:
 
 
 def message(error: Exception) -> str:
-    """What an exception says, without the traceback that a DataLoader worker wraps it in."""
+    """The text of an exception, without the traceback that a DataLoader worker puts around it."""
     text = str(error)
     if text.startswith("Caught ") and "Original Traceback" in text:
         return text.rstrip().splitlines()[-1].split(": ", 1)[-1]
@@ -171,14 +171,14 @@ def image_size(text: str) -> tuple[int, int]:
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong with a command line in one line, without the usage. --a_b means --a-b.
 
-    What a --recipe says for the command counts as typed before the rest: what is typed wins.
+    The flags of a --recipe count as typed before those of the command line, so the latter win.
     """
 
     recipe_sections: tuple[str, ...] = ()  # of a recipe; none: the command takes no recipes
     recipe_in_part: bool = False  # the sections are another command's: flags that this one does not take are left out
 
     def parse_known_args(self, args=None, namespace=None):
-        """Some of the commands that users have scripts for spell their flags with underscores."""
+        """Parse --a_b as --a-b, which is how some of LlamaGen's scripts spell their flags."""
         words = [hyphenated(word) for word in (sys.argv[1:] if args is None else args)]
         try:
             supplied = self.recipe_words(words) if self.recipe_sections else []
@@ -208,7 +208,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _Bare(argparse.Namespace):
-    """A namespace of flags only."""
+    """Receives the parsed flags."""
 
 
 def misfit(action: argparse.Action, value: Any) -> str | None:

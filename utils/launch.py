@@ -34,7 +34,7 @@ def main(argv: list[str]) -> None:
     from torch.distributed.run import get_args_parser
     from torch.distributed.run import main as torchrun
     logging.disable(logging.CRITICAL)  # torchrun's; the entry itself says in one line what is wrong
-    if not gpus:  # DDP finds fault with a setting that exact resume on a CPU needs (utils/training/parallel.py)
+    if not gpus:  # DDP warns of a setting that exact resuming on a CPU needs (utils/training/parallel.py)
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // local)))
     flags = [f"--nnodes={nodes}", f"--nproc_per_node={local}"]
@@ -44,13 +44,13 @@ def main(argv: list[str]) -> None:
         flags.append("--standalone")
     known = {action.dest for action in get_args_parser()._actions}
     if "signals_to_handle" in known and Path("/proc/self").is_dir():
-        flags.append("--signals-to-handle=SIGINT,SIGHUP,SIGQUIT")  # on SIGTERM it would kill after 30 seconds
+        flags.append("--signals-to-handle=SIGINT,SIGHUP,SIGQUIT")  # else torchrun kills 30 seconds after SIGTERM
         signal.signal(signal.SIGTERM, lambda number, frame: pass_on(number))
     try:
         torchrun([*flags, *argv])
     except ChildFailedError as error:
         first = min(failure.timestamp for failure in error.failures.values())
-        rank, failure = min(error.failures.items(), key=lambda item: (  # who was killed, before those who missed it
+        rank, failure = min(error.failures.items(), key=lambda item: (  # killed ones come first
             item[1].timestamp > first + 2, item[1].exitcode >= 0 or item[1].exitcode == -signal.SIGTERM))
         if failure.exitcode < 0:
             name = signal.Signals(-failure.exitcode).name
@@ -59,7 +59,7 @@ def main(argv: list[str]) -> None:
                   "training continues with --resume auto", file=sys.stderr)
             sys.exit(128 - failure.exitcode)
         sys.exit(failure.exitcode)
-    except SignalException as error:  # Ctrl-C; the processes have been told
+    except SignalException as error:  # Ctrl-C; the processes have received the signal too
         sys.exit(128 + error.sigval)
 
 

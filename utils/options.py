@@ -1,4 +1,4 @@
-"""Flags that commands on more than one floor of the house need, in groups to inherit from."""
+"""Flags that commands of several rooms share, in classes to inherit from."""
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 

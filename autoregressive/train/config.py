@@ -29,6 +29,7 @@ class GPTSizeFlags(SizeFlags):
 class GPTFlags(GPTSizeFlags):
     """The GPT's checkpoint and condition."""
 
+    shapes_run: ClassVar[bool] = False
     gpt_ckpt: str | None = flag(None, "GPT checkpoint")
     gpt_type: Literal["c2i", "t2i"] = flag("c2i", "condition: class or text", choices=("c2i", "t2i"))
     cls_token_num: int | None = flag(None, "prefix tokens; None: 1 for c2i, 120 for t2i")
