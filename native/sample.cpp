@@ -1,7 +1,7 @@
 // From logits to codes: guidance, temperature, top-k, top-p and a Gumbel-max draw, one code after the other.
 //
-// The same as autoregressive/models/sampling.py in PyTorch, with which the tests compare it. Faster: only the best codes
-// are sorted, and noise is made only for codes that can be drawn.
+// The same as autoregressive/models/sampling.py in PyTorch, with which the tests compare it. Faster: only the best
+// codes are sorted, and noise is made only for codes that can be drawn.
 #include <algorithm>
 #include <cmath>
 #include <limits>
