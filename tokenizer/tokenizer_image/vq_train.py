@@ -138,7 +138,7 @@ class Reconstructions(ImageSet):
         return images.to_uint8(decode_images(self.model, encode_images(self.model, pixels), grid))
 
     def similarity(self, device: torch.device) -> dict[str, float]:
-        """Means over all processes. In the PSNR, exactly reconstructed images (infinite) are left out."""
+        """Means over all processes; the PSNR is of the images that were not reconstructed exactly."""
         decibels, changed, similarity, count = dist.total(self.sums.to(device)).tolist()
         return {"eval_ssim": similarity / count, **({"eval_psnr": decibels / changed} if changed else {})}
 
