@@ -55,5 +55,5 @@ class GPTTrainFlags(TrainFlags, ParallelFlags, GPTFlags, FinetuneFlags, Tokenize
     token_dropout_p: float = flag(0.1, "dropout on the embeddings")
     drop_path_rate: float = flag(0.0, "stochastic depth, rising linearly with depth to this rate")
     token_noise: float = flag(0.0, "share of input codes replaced by random ones: the model learns to go on after a "
-                                   "mistake of its own (VQGAN's pkeep, arXiv 2012.09841); for small data sets")
+                                   "wrong code of its own (VQGAN's pkeep, arXiv 2012.09841); for small data sets")
     class_dropout: float = flag(0.1, "how often the condition is dropped, for classifier-free guidance")

@@ -36,10 +36,10 @@ from utils.training.flags import RateFlags
 from utils.training.logger import read_metrics
 from utils.training.optim import Kind
 
-SAMPLE = 2000  # images whose codes are looked at
+SAMPLE = 2000  # images whose codes are examined
 SHOWN = 24  # images in the picture
 NAMED = 40  # classes that have room for their names in the histogram
-BATCH = 4  # images whose loss an untrained model is asked for
+BATCH = 4  # images on which an untrained model's loss is computed
 SPLITS = {"train", "training", "val", "valid", "validation", "test"}
 
 
@@ -48,7 +48,7 @@ class DoctorFlags(RecipeFlags, StoreFlags, DatasetFlags, TokenizerFlags, GPTSize
                   OutputFlags):
     """What is checked. Settings that are left out are those of --run-folder, without one a training's defaults."""
 
-    recipe_in_part: ClassVar[bool] = True  # of a training's flags most say nothing here
+    recipe_in_part: ClassVar[bool] = True  # a training's recipe has many flags that do not matter here
     run_folder: str | None = flag(None, "folder of a GPT training whose metrics.jsonl and config.json are to be judged")
     code_path: str | None = None
     corrupt_shards: CorruptShards | None = None
@@ -65,7 +65,7 @@ def training_flags(flags: DoctorFlags, config: dict[str, Any]) -> GPTTrainFlags:
     known = {field.name for field in fields(GPTTrainFlags)}
     settings = {name: tuple(value) if isinstance(value, list) else value for name, value in config.items()}
     if settings.get("vq_ckpt") and not Path(settings["vq_ckpt"]).exists():
-        del settings["vq_ckpt"]  # moved since, or relative to another folder: all but the pictures works without it
+        del settings["vq_ckpt"]  # moved, or relative to another folder; only the pictures need it
     settings |= {name: value for name, value in vars(flags).items() if value is not None}
     if settings.get("code_path") is None:
         raise ValueError("--code-path is missing: which store of codes? Or give --run-folder, a training on it")
@@ -74,7 +74,7 @@ def training_flags(flags: DoctorFlags, config: dict[str, Any]) -> GPTTrainFlags:
 
 @dataclass
 class Sample:
-    """Random images of a store, each in a random view."""
+    """Codes of random images of a store, each in a random view."""
 
     codes: np.ndarray  # (n, L)
     labels: np.ndarray  # (n,)
@@ -94,13 +94,13 @@ class Sample:
 
 def draw_sample(store: CodeStore, *, vocab: int, seed: int) -> Sample:
     """Up to SAMPLE random images."""
-    random, count = np.random.default_rng(seed), len(store.labels)  # each image once, whatever a mixture's weights
+    random, count = np.random.default_rng(seed), len(store.labels)  # each image once, whatever --store-weights says
     rows = np.sort(random.choice(count, min(SAMPLE, count), replace=False))
     return Sample(store.read(rows, random.integers(store.views, size=len(rows))), store.labels[rows], vocab)
 
 
 def check_classes(store: CodeStore) -> Finding:
-    """The label histogram, and the trap of a folder above the classes."""
+    """The label histogram; was --data-path the folder above the classes by mistake?"""
     counts = np.bincount(store.labels, minlength=store.num_classes)
     names = store.classes or [str(label) for label in range(len(counts))]
     empty, full = np.flatnonzero(counts == 0), counts[counts > 0]
@@ -143,7 +143,7 @@ def check_tokenizer(store: CodeStore, tokenizer: ImageTokenizer, source: str) ->
 
 
 def check_codes(sample: Sample) -> Iterator[Finding]:
-    """Range, share of the codebook, entropy, and images that come again."""
+    """Range, share of the codebook, entropy, and images that occur twice."""
     counts, size = sample.counts, sample.vocab
     if len(counts) > size:
         yield Finding("vocabulary", "problem", f"the store holds code {len(counts) - 1}, the vocabulary is {size}: "
@@ -155,7 +155,7 @@ def check_codes(sample: Sample) -> Iterator[Finding]:
         yield Finding("codebook", "problem", f"{text}: it has collapsed. Train the tokenizer again with a lower --lr "
                                              "or --entropy-loss-ratio 0.1, or look for a broken extraction")
     elif used < 0.3 * possible:
-        yield Finding("codebook", "warning", f"{text}: most codes are dead, a smaller codebook would do as well")
+        yield Finding("codebook", "warning", f"{text}: most codes are never used, a smaller codebook would do as well")
     else:
         yield Finding("codebook", "ok", text)
     again = 1 - len(np.unique(sample.codes, axis=0)) / len(sample.codes)
@@ -165,8 +165,8 @@ def check_codes(sample: Sample) -> Iterator[Finding]:
     else:
         yield Finding("duplicates", "warning" if again > 0.01 else "ok",
                       text + (": copies in the data, or the tokenizer sees no difference" if again > 0.01 else ""))
-    yield Finding("reference", "ok", f"ln {size} = {math.log(size):.3f} nats is a loss that knows nothing; a trained "
-                                     f"model gets below {sample.entropy:.3f}, the entropy of single codes")
+    yield Finding("reference", "ok", f"ln {size} = {math.log(size):.3f} nats is the loss of a model that knows nothing; a "
+                                     f"trained one gets below {sample.entropy:.3f}, the entropy of single codes")
 
 
 def check_untrained(flags: GPTTrainFlags, name: str, store: CodeStore, sample: Sample, device: torch.device) -> Finding:
@@ -192,7 +192,7 @@ def check_untrained(flags: GPTTrainFlags, name: str, store: CodeStore, sample: S
 
 def check_store(flags: GPTTrainFlags, name: str, store: CodeStore, sample: Sample, tokenizer: ImageTokenizer | None,
                 device: torch.device) -> list[Finding]:
-    """All that can be told before a training."""
+    """All checks that need no training."""
     size = f"{store.views} views of {store.grid[0]}x{store.grid[1]} codes"
     found = [Finding("store", "ok", f"{len(store)} images, {size}"), check_classes(store)]
     if tokenizer is None:

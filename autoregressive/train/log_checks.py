@@ -14,7 +14,7 @@ from autoregressive.train.published_losses import IMAGENET, PUBLISHED, TOLERANCE
 FIRST_LOSS = 1e-3  # the head starts at zero, so the first loss is ln V up to rounding
 ENOUGH_STEPS = 5000  # an epoch of ImageNet at batch 256: by then a loss is below the entropy of single codes
 RULE = 1e-4 / 256  # learning rate per image of the batch (LlamaGen's authors, GitHub thread 14)
-RECITING = 0.25  # a loss below this share of the entropy of single codes: the training set by heart, perhaps
+RECITING = 0.25  # below this share of the entropy of single codes the model may know the training set by heart
 SPIKE = 0.3  # nats above the median of the ten rows before
 MANY_SKIPPED = 0.01  # of all steps
 
@@ -36,7 +36,7 @@ class Run:
     def __init__(self, rows: list[dict[str, Any]], config: dict[str, Any]) -> None:
         if "vocab_size" not in config.get("model", {}):
             raise ValueError("the run's config.json describes no GPT: which run of autoregressive/train/train.py?")
-        self.rows = [row for row in rows if "loss" in row]  # others hold evaluations
+        self.rows = [row for row in rows if "loss" in row]  # other rows hold evaluations
         if not self.rows:
             raise ValueError("the run's metrics.jsonl has no loss yet: wait for the first row")
         self.config, self.model = config, config["model"]
@@ -46,7 +46,7 @@ class Run:
 
     @property
     def epochs(self) -> float:
-        """Passes over the data so far."""
+        """Passes over the data at the last row."""
         return float(self.steps[-1] * self.batch / self.images)
 
     @property
@@ -61,13 +61,13 @@ class Run:
 
     def loss_at(self, step: float) -> float | None:
         """The loss around a step, between rows; None where there are none."""
-        windows = np.diff(self.steps, prepend=0)  # rows are means since the row before, published ones over 100 steps
+        windows = np.diff(self.steps, prepend=0)  # a row is the mean since the one before, a published one over 100 steps
         centres = self.steps - np.maximum(windows - 100, 0) / 2
         return float(np.interp(step, centres, self.losses)) if centres[0] <= step <= 1.01 * centres[-1] else None
 
 
 def objections(curve: Curve, run: Run) -> list[str]:
-    """Why a published curve says nothing about a run; empty when it does."""
+    """Why a published curve does not apply to a run; empty when it does."""
     config, model, side = run.config, run.model, curve.side
     wanted = [(model["vocab_size"] == 16384, f"{model['vocab_size']} codes, not 16384"),
               (model["num_classes"] == 1000, f"{model['num_classes']} classes, not 1000"),
@@ -150,7 +150,7 @@ def check_level(run: Run, unigram: float | None) -> Finding:
                                            "may recite them. Compare samples with the images; try fewer epochs, "
                                            "dropout, --token-noise")
     if loss < unigram:
-        return Finding("level", "ok", f"{text}: it has learned how codes follow each other")
+        return Finding("level", "ok", f"{text}: it has learned which codes follow which")
     if step >= ENOUGH_STEPS:
         return Finding("level", "problem", f"{text}: it knows no more than how frequent each code is. Look at the "
                                            "decoded codes and at --lr")
@@ -207,7 +207,7 @@ def check_skipped(run: Run) -> Finding:
 
 
 def check_speed(run: Run) -> Finding:
-    """Images per second now, against the better part of the run."""
+    """Images per second now, against the faster quarter of the run."""
     speeds = run.series("images_per_second")
     if len(speeds) < 8:
         return Finding("speed", "ok", f"{speeds[-1]:.1f} images/s" if len(speeds) else "not in the log")
@@ -230,7 +230,7 @@ def check_rate(config: dict[str, Any], gpt_model: str) -> Finding:
 
 
 def check_run(run: Run, unigram: float | None) -> list[Finding]:
-    """All that a log can tell. `unigram`: the entropy of single codes in nats."""
+    """All checks of a log. `unigram`: the entropy of single codes in nats."""
     finite = check_skipped(run)
     if not np.isfinite(run.losses).all():
         return [check_start(run), finite]
