@@ -1,4 +1,4 @@
-"""One page about a run from pixels to pictures: what went in, what came out, how well, how long it took.
+"""The page that the quickstart ends with: the data, samples, numbers, loss curves, and how long each stage took.
 
     python3 evaluations/quickstart_report.py --run-dir runs/quickstart
 

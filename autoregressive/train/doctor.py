@@ -165,8 +165,8 @@ def check_codes(sample: Sample) -> Iterator[Finding]:
     else:
         yield Finding("duplicates", "warning" if again > 0.01 else "ok",
                       text + (": copies in the data, or the tokenizer sees no difference" if again > 0.01 else ""))
-    yield Finding("reference", "ok", f"ln {size} = {math.log(size):.3f} nats is the loss of a model that knows nothing; a "
-                                     f"trained one gets below {sample.entropy:.3f}, the entropy of single codes")
+    yield Finding("reference", "ok", f"ln {size} = {math.log(size):.3f} nats is the loss of guessing; "
+                                     f"a trained model gets below {sample.entropy:.3f}, the entropy of single codes")
 
 
 def check_untrained(flags: GPTTrainFlags, name: str, store: CodeStore, sample: Sample, device: torch.device) -> Finding:

@@ -154,8 +154,9 @@ def fit_class_table(table: Tensor, known: list[str] | None, *, count: int,
     """Rows (count + 1, D) for classes `names` from the table (n + 1, D) of classes `known`, and how they were matched.
 
     Without names on both sides rows are matched by number if there are equally many, else none is taken over. The last
-    row, "no class", is always taken over. A new class starts at the mean of the old ones: for a class of emoji that a GPT had
-    not seen, the first loss was 1.967; 1.968 from "no class", which only class dropout trains; 1.996 from N(0, 0.02^2).
+    row, "no class", is always taken over. A new class starts at the mean of the old ones: for a class of emoji that a
+    GPT had not seen, the first loss was 1.967; 1.968 from "no class", which only class dropout trains; 1.996 from N(0,
+    0.02^2).
     """
     old, no_class = table[:-1], table[-1:]
     rows = old.float().mean(0).to(table.dtype).repeat(count, 1)

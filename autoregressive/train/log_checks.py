@@ -61,7 +61,7 @@ class Run:
 
     def loss_at(self, step: float) -> float | None:
         """The loss around a step, between rows; None where there are none."""
-        windows = np.diff(self.steps, prepend=0)  # a row is the mean since the one before, a published one over 100 steps
+        windows = np.diff(self.steps, prepend=0)  # rows are means since the last, published ones over 100 steps
         centres = self.steps - np.maximum(windows - 100, 0) / 2
         return float(np.interp(step, centres, self.losses)) if centres[0] <= step <= 1.01 * centres[-1] else None
 

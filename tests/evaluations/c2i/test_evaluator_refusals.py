@@ -83,8 +83,8 @@ def test_bad_samples_are_one_line(make, says, sets, capsys):
     (write(arr_0=pictures(8, seed=0)), ("--acceptance",), "expected one of ADM's sample files"),
     (write(arr_0=pictures(8, seed=0)), (*TINY, "--metrics", "fid"), "(FID, sFID and IS are Inception's)"),
     (write(mu=np.zeros(96), sigma=np.eye(96), arr_0=pictures(8, seed=0)), TINY, "--features are others"),
-    (write(arr_0=pictures(8, seed=0)), ("--features", "nowhere:net"), "cannot be had"),
-    (write(arr_0=pictures(8, seed=0)), ("--features", "torch.nn:Linear"), "cannot be had"),
+    (write(arr_0=pictures(8, seed=0)), ("--features", "nowhere:net"), "cannot be loaded"),
+    (write(arr_0=pictures(8, seed=0)), ("--features", "torch.nn:Linear"), "cannot be loaded"),
     (write(arr_0=pictures(8, seed=0)), ("--features", "nowhere.pt"), "neither a TorchScript file nor"),
 ])
 def test_bad_references_and_flags_are_one_line(make, flags, says, stand_in, sets, capsys):
