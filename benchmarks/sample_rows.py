@@ -65,7 +65,7 @@ class RowFlags(DeviceFlags):
 
 
 def surroundings(device: torch.device) -> list[str]:
-    """Cells that say where and when."""
+    """Table cells: device, threads, versions, date."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     return [f"{name}, {torch.get_num_threads()}", f"torch {torch.__version__}, {date.today()}"]
 

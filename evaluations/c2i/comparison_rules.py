@@ -49,10 +49,10 @@ def check_images(images: ImageSet, metrics: list[str]) -> None:
 def check_stored(images: ImageSet, metrics: list[str], *, network: FeatureNetwork) -> None:
     """Raise ValueError when a file has statistics of other features, or none for sFID when that is asked for."""
     if images.stored and "sfid" in metrics and "mu_s" not in images.stored:
-        raise ValueError(f"{images.name} brings statistics for FID and none for sFID (mu_s, sigma_s): leave it out "
+        raise ValueError(f"{images.name} holds statistics for FID and none for sFID (mu_s, sigma_s): leave it out "
                          "with --metrics fid,is,precision,recall")
     if images.stored and not network.is_inception:
-        raise ValueError(f"{images.name} brings statistics of Inception features, --features are others: give a "
+        raise ValueError(f"{images.name} holds statistics of Inception features, --features are others: give a "
                          "file or folder with images alone")
     for key, width in WIDTHS.items():
         if key in images.stored and len(images.stored[key]) != width:
@@ -73,7 +73,7 @@ def check_preset(preset: str, reference: ImageSet, sample: ImageSet, *, known_as
                              "evaluations/c2i/reference.py")
     elif reference.stored or known_as:
         known = f" (known: {known_as})" if known_as else ""
-        raise ValueError(f"--preset rfid: {reference.name} brings statistics of a training set{known}, as "
+        raise ValueError(f"--preset rfid: {reference.name} holds statistics of a training set{known}, as "
                          "gfid takes them: give the crops of the reconstructed images, scripts/tokenizer/val.sh")
     elif reference.count != sample.count:
         raise ValueError(f"--preset rfid: {reference.count} reference images and {sample.count} reconstructions: each "
@@ -90,7 +90,7 @@ def set_warnings(reference: ImageSet, sample: ImageSet, metrics: list[str], *, n
         found.append(f"the reference is of {reference.size[0]}x{reference.size[1]} images, the samples of "
                      f"{sample.size[0]}x{sample.size[1]}")
     if sample.stored:
-        found.append(f"{sample.name} brings statistics: FID and sFID are computed from them as ADM does, not from its "
+        found.append(f"{sample.name} holds statistics: FID and sFID are computed from them as ADM does, not from its "
                      "images")
     for images in (reference, sample):
         if images.made_with not in (None, network.described.get(MADE_WITH)):

@@ -120,6 +120,17 @@ def test_readme_tree_names_exactly_the_files_there_are():
     assert not [name for name in folders if not (ROOT / name).is_dir()]
 
 
+def test_files_that_texts_name_are_there():
+    listed = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT,
+                            capture_output=True, text=True, check=True).stdout.split()
+    rooms = sorted({name.partition("/")[0] for name in listed if name.endswith(".py")} | {"scripts", "native"})
+    pattern = re.compile(rf"(?<![\w/.-])(?:{'|'.join(rooms)})/[\w/]+\.(?:py|sh|md|cpp|h|json)\b")
+    named = [(name, found) for name in listed if name.endswith((".py", ".sh", ".md", ".cpp", ".h"))
+             and (ROOT / name).is_file() for found in pattern.findall((ROOT / name).read_text())]
+    assert len(named) > 100
+    assert not [(name, found) for name, found in named if not (ROOT / found).is_file()]
+
+
 def test_the_walk_runs_as_written(tmp_path):
     """Your own images, from folder to class accuracy, smaller and with shorter trainings."""
     rng = np.random.default_rng(0)

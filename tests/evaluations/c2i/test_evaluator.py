@@ -268,7 +268,7 @@ def test_an_accepted_reference_is_known(stand_in, tmp_path, monkeypatch, capsys)
     evaluate(*flags, "--acceptance")
     assert capsys.readouterr().out.count("  ok ") == 2
     assert "proven by adm" in evaluate(*flags)["protocol"]["reference"]["kind"]
-    refused(capsys, "brings statistics of a training set", *flags, "--preset", "rfid")
+    refused(capsys, "holds statistics of a training set", *flags, "--preset", "rfid")
 
 
 def test_reference_of_an_image_folder(stand_in, pair, tmp_path, monkeypatch, capsys):
