@@ -37,8 +37,8 @@ RESULTS = Path(__file__).parent / "results" / "codes.md"
 BATCH, VIEWS, VOCAB = 256, 2, 16384
 LENGTHS = (256, 576)
 COLD = {"cold files": "files", "cold packed": "packed"}
-FILE_BATCHES = 20  # timed of a pass over the files
-WARM_PASSES = 10  # timed of ours: one is over too soon
+FILE_BATCHES = 20  # batches of files that are timed, out of a pass
+WARM_PASSES = 10  # passes over our store that are timed: one is too short
 HEADER = """# Batches of codes
 
 `python3 benchmarks/bench_codes.py`: thousands of samples per second in batches of 256, two views per image. "Files" is
@@ -106,7 +106,7 @@ def write_both(root: Path, count: int, length: int) -> None:
 
 
 def file_batches(root: Path, count: int, *, workers: int) -> Iterable:
-    """The beginning of a pass over the pairs of files."""
+    """The first batches of a pass over the pairs of files."""
     return itertools.islice(DataLoader(FilePairs(root / "files", count), batch_size=BATCH, shuffle=True, drop_last=True,
                                        num_workers=workers), FILE_BATCHES)
 
@@ -131,7 +131,7 @@ def speed(batches: Iterable, *, skipped: int) -> tuple[float, float]:
 
 
 def drop_from_cache(folder: Path) -> None:
-    """Have the files of a folder, none of which may be mapped, read from the disk next time."""
+    """Drop the files of a folder, none of which may be mapped, from the page cache, so that they are read from disk."""
     os.sync()
     for path in files_of(folder):
         handle = os.open(path, os.O_RDONLY)
@@ -140,7 +140,7 @@ def drop_from_cache(folder: Path) -> None:
 
 
 def disk_reads() -> int:
-    """Bytes that this process has had read from disks."""
+    """Bytes that this process has read from disk."""
     lines = Path("/proc/self/io").read_text().splitlines()
     return int(next(line.split()[1] for line in lines if line.startswith("read_bytes")))
 
@@ -151,13 +151,13 @@ def files_of(folder: Path) -> list[Path]:
 
 
 def disk_use(folder: Path) -> tuple[int, float]:
-    """(files, MB that the file system gives to them)."""
+    """(number of files, MB that they take up on the file system)."""
     files = files_of(folder)
     return len(files), sum(path.stat().st_blocks * 512 for path in files) / 1e6
 
 
 def check_equal(root: Path, count: int) -> None:
-    """Both sides hold the same."""
+    """Check that both sides hold the same codes."""
     pairs, store = FilePairs(root / "files", count), open_store(root / "packed")
     for row in np.random.default_rng(1).integers(count, size=50):
         views = np.arange(VIEWS)
@@ -172,7 +172,7 @@ def measure_length(flags: BenchCodesFlags, root: Path, length: int) -> str:
     check_equal(root, count)
     (many, large), (few, small) = (disk_use(root / side) for side in ("files", "packed"))
     runs: dict[str, list[tuple[float, float]]] = {name: [] for name in ("files 0", "packed", "files 2", *COLD)}
-    for _ in range(flags.bench_rounds):  # all is in memory, as it has just been written
+    for _ in range(flags.bench_rounds):  # all files are in memory, as they have just been written
         runs["files 0"].append(speed(file_batches(root, count, workers=0), skipped=1))
         runs["packed"].append(speed(packed_batches(root, count, passes=WARM_PASSES), skipped=1))
         runs["files 2"].append(speed(file_batches(root, count, workers=2), skipped=1))  # the first starts the workers

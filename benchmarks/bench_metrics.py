@@ -50,7 +50,7 @@ so little is left to gain without leaving pairs out. The partition of the rows r
 faster | ADM GiB | ours GiB | memory |
 |---|---|---|---|---|---|---|---|---|---|---|---|
 """
-TUNED = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")  # would hold numpy back on machines where they are set for others
+TUNED = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")  # not passed on: set for other programs, they may slow numpy down
 PHASES = ("statistics", "frechet", "precision_recall")
 
 
@@ -139,7 +139,7 @@ def adm_precision_recall(reference: np.ndarray, sample: np.ndarray, *, half: boo
 
 
 def run_side(config: BenchMetricsFlags) -> dict[str, float]:
-    """Seconds of each phase, GiB at the peak, and what came out, of one side in this process."""
+    """Seconds of each phase, peak memory in GiB and results of one side, run in this process."""
     sets = [synthetic_features(config.reference_count, config.feature_dim, seed=1, spread=1.0),
             synthetic_features(config.sample_count, config.feature_dim, seed=2, spread=0.97)]
     torch.set_num_threads(config.threads)
@@ -168,7 +168,7 @@ def run_side(config: BenchMetricsFlags) -> dict[str, float]:
 
 
 def product_seconds(config: BenchMetricsFlags) -> float:
-    """What our side's matrix products take at the measured speed of one block: distances fp32, covariances float64."""
+    """Seconds of our side's matrix products at the measured speed of one block: distances fp32, covariances float64."""
     torch.set_num_threads(config.threads)
 
     def seconds(left: torch.Tensor, right: torch.Tensor) -> float:  # per multiply-add
@@ -197,7 +197,7 @@ def in_own_process(config: BenchMetricsFlags, side: str) -> dict[str, float]:
 
 
 def cpu_name() -> str:
-    """What the system calls the processor."""
+    """The processor's name."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
 

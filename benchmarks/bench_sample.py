@@ -130,7 +130,7 @@ def case_labels(case: Case, device: torch.device) -> Tensor:
 
 
 def our_codes(model: Transformer, case: Case, device: torch.device) -> Tensor:
-    """The codes of a case, by the product, one a step."""
+    """The codes of a case as our `generate` makes them, one per step."""
     return generate(model, case_labels(case, device), case.tokens, cfg_scale=case.cfg_scale, top_k=case.top_k,
                     generators=[sample_generator(0, i) for i in range(case.images)], decode="sequential")
 
@@ -138,8 +138,8 @@ def our_codes(model: Transformer, case: Case, device: torch.device) -> Tensor:
 def plain_run(sampler: PlainSampler, case: Case, device: torch.device, *, whole: bool) -> tuple[float, int]:
     """(seconds of a whole call, steps whose probabilities were not kept meanwhile) of the plain loop.
 
-    Without `whole` it is run in groups of steps at the start, in the middle and at the end: no step depends on what the
-    cache holds, and all are equally long.
+    Without `whole` it is run in groups of steps at the start, in the middle and at the end: the time of a step does not
+    depend on what the cache holds.
     """
     labels, settings = case_labels(case, device), PlainSettings(cfg_scale=case.cfg_scale, top_k=case.top_k)
     if whole:
@@ -165,7 +165,7 @@ def check_first_codes(model: Transformer, sampler: PlainSampler, case: Case, dev
 
 
 def our_pictures(tokenizer: torch.nn.Module, codes: Tensor, grid: tuple[int, int]) -> list[bytes]:
-    """PNG files of codes, by the product's decoder."""
+    """PNG files of codes, decoded by our tokenizer."""
     return png_files(to_uint8(decode_images(tokenizer, codes, grid)))
 
 
@@ -174,7 +174,7 @@ def picture_seconds(case: Case, device: torch.device, *, repeats: int) -> tuple[
     plain, tokenizer = PlainTokenizer(random_tokenizer(device)), to_channels_last(random_tokenizer(device))
     codes = torch.randint(tokenizer.codebook_size, (case.images, case.tokens), device=device)
     few = codes[:1, :16]
-    difference = plain.decode(few, (4, 4)).cpu() - decode_images(tokenizer, few, (4, 4))  # both are warm then
+    difference = plain.decode(few, (4, 4)).cpu() - decode_images(tokenizer, few, (4, 4))  # this also warms both up
     assert difference.abs().mean() < 0.02, f"pixels differ by {difference.abs().mean()} in the mean"
     spans: tuple[list[float], list[float]] = ([], [])
     for _ in range(repeats):
@@ -203,7 +203,7 @@ def peak_of_side(side: str, case: Case, device: torch.device, *, whole: bool) ->
     model = random_gpt(case, device)
     forget_peak(device)
     if side == "plain":
-        sampler = PlainSampler(model)  # keeps its caches, as LlamaGen's model does
+        sampler = PlainSampler(model)  # holds its caches, as LlamaGen's model does
         _, missing = plain_run(sampler, case, device, whole=whole)
         codes_peak = peak_since(device) + missing * case.images * model.config.vocab_size * 4 / 2**30
     else:
@@ -221,7 +221,7 @@ def peak_of_side(side: str, case: Case, device: torch.device, *, whole: bool) ->
 
 
 def forget_peak(device: torch.device) -> None:
-    """Start a new peak of memory."""
+    """Reset the peak of memory."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -230,7 +230,7 @@ def forget_peak(device: torch.device) -> None:
 
 
 def peak_since(device: torch.device) -> float:
-    """GiB at the peak since then. On a CPU from the kernel's own mark: getrusage's starts at the parent's size."""
+    """GiB at the peak since the reset. On a CPU the kernel's VmHWM: getrusage's peak begins with the parent's size."""
     if device.type == "cuda":
         return peak_memory(device)
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -254,12 +254,12 @@ def measure_codes(config: BenchSampleFlags, device: torch.device) -> None:
     for name, (bandwidth, speed) in peaks.items():
         tqdm.write(f"measured, {name}: {bandwidth / 1e9:.1f} GB/s, {speed / 1e9:.0f} GFLOP/s")
     pictures: dict[tuple[int, int], tuple[float, float]] = {}
-    shares = [case.limit(*peaks[case.dtype]) * case.tokens for case in cases]  # of the time that all cases will take
+    shares = [case.limit(*peaks[case.dtype]) * case.tokens for case in cases]  # each case's share of the whole time
     with tqdm(total=sum(shares), bar_format="{l_bar}{bar}| {elapsed}, {remaining} to go", mininterval=1.0) as bar:
         for case, share in zip(cases, shares, strict=True):
             bar.set_description(case.name)
             shape = (case.tokens, case.images)
-            again = measured_peaks(device, DTYPES[case.dtype])  # a shared machine has slower moments
+            again = measured_peaks(device, DTYPES[case.dtype])  # measured again: a shared machine is slower at times
             peaks[case.dtype] = bandwidth, speed = tuple(map(max, peaks[case.dtype], again))
             if shape not in pictures:
                 pictures[shape] = picture_seconds(case, device, repeats=config.repeats)

@@ -68,11 +68,11 @@ class BenchTokenizerFlags:
 
 
 class PlainTokenizer:
-    """Decoding and encoding as the original does it, around copies of a model's layers; counts its multiply-adds."""
+    """Decoding and encoding as the original does it, around copies of a model's layers; counts the multiply-adds."""
 
     def __init__(self, model: VQModel) -> None:
         self.model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
-        self.flops = self.reduced = 0  # of convolutions as defined; with Winograd's F(4x4, 3x3) where it can be
+        self.flops = self.reduced = 0  # of convolutions by their definition; with Winograd's F(4x4, 3x3) where possible
 
     def conv(self, layer: nn.Conv2d, x: Tensor) -> Tensor:
         y = F.conv2d(x, layer.weight, layer.bias, layer.stride, layer.padding)
@@ -167,7 +167,7 @@ def memory_in_fresh_process(config: BenchTokenizerFlags, case: str, side: str) -
 
 
 def peak_resident() -> float:
-    """Most GiB that this process has held since its peak was reset (Linux)."""
+    """Peak GiB of this process since the peak was reset (Linux)."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) / 2**20
 
@@ -185,7 +185,7 @@ def deviation(found: Tensor, expected: Tensor) -> str:
 def case_rows(config: BenchTokenizerFlags, case: str, what: str) -> list[str]:
     """The table's two rows for one case."""
     calls, counter = sides_of(case, what)
-    results = {side: call() for side, call in calls.items()}  # not timed: the compiler may run, memory is new
+    results = {side: call() for side, call in calls.items()}  # not timed: first calls are slower
     flops, reduced = counter.flops, counter.reduced
     seconds: dict[str, list[float]] = {side: [] for side in calls}
     for turn in range(config.tokenizer_rounds):
@@ -216,7 +216,7 @@ def main(config: BenchTokenizerFlags) -> None:
     if config.tokenizer_side:
         side, what = config.tokenizer_side.split()
         call = sides_of(cases[0], what)[0][side]
-        Path("/proc/self/clear_refs").write_text("5")  # building models and weights needs more than running them
+        Path("/proc/self/clear_refs").write_text("5")  # building models takes more memory than running
         call()
         print(peak_resident())
         return

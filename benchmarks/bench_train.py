@@ -7,7 +7,7 @@ Three sides, each in a process of its own, in turns, with the same model, batch,
 default) and dropout 0.1, EMA on:
   plain   LlamaGen's loop and blocks: norm and rotation as chains of tensor operations, full logits and their fp32
           cross-entropy, loss.item() at every step, clip_grad_norm_, fused AdamW, EMA parameter by parameter
-  loop    the same loop around our blocks: what the blocks bring is the difference to plain
+  loop    the same loop around our blocks: the difference to plain is what the blocks bring
   ours    what training runs: `GPTTask` under `Trainer.optimizer_step`
 Nothing is compiled, nothing is read from disk. A row per case and side goes to benchmarks/results/train.md.
 """

@@ -1,4 +1,4 @@
-"""Sampling as LlamaGen's code does it, in our words: what bench_sample.py compares with. No product code runs this.
+"""Sampling as LlamaGen's code does it, in our words: what bench_sample.py compares with. Only benchmarks run this.
 
 It computes the same codes as ours. What it does on the way, and why it is slow:
 - every call makes new caches for the longest sequence, rounded up to 8, a causal mask (S, S) per row, a rotary table;
@@ -80,7 +80,7 @@ class PlainCachedBlock(nn.Module):
 
 
 class PlainSampler(nn.Module):
-    """The class-conditional GPT `model` in this way of computing: its very parameters, not copies of them."""
+    """The class-conditional GPT `model`, computed in this way with the same parameters (not copies)."""
 
     def __init__(self, model: Transformer) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class PlainSampler(nn.Module):
         self.eval()
 
     def setup_caches(self, rows: int, length: int) -> None:
-        """Everything that a call needs beside the weights, made anew."""
+        """Everything that a call needs besides the weights, made anew."""
         config, device = self.config, self.output.weight.device
         length = -(-length // 8) * 8
         for layer in self.layers:

@@ -1,7 +1,7 @@
 """The least time that a decoding step can take on this machine: bytes over bandwidth, or operations over speed.
 
-Both are measured, as the best that any of a few simple programs reaches, so that a share of the limit is no promise of
-a data sheet (the roofline model, Williams, Waterman, Patterson, CACM 2009).
+Bandwidth and speed are measured, each as the best of a few simple programs, not taken from a data sheet (the roofline
+model, Williams, Waterman, Patterson, CACM 2009).
 """
 import time
 from collections.abc import Callable
@@ -27,7 +27,7 @@ class StepCost:
 def step_cost(config: ModelArgs, *, rows: int, bytes_each: int) -> StepCost:
     """The mean step over config.block_size tokens, weights and cache of `bytes_each` bytes a value, logits fp32.
 
-    Every matrix is read once (a row of an embedding is nothing beside it); of N positions the mean step attends to
+    Every matrix is read once (a row of an embedding is negligible); of N positions the mean step attends to
     (N + 1) / 2.
     """
     used, kv_dim = (config.block_size + 1) / 2, config.dim // config.n_head * config.n_kv_head
@@ -39,7 +39,7 @@ def step_cost(config: ModelArgs, *, rows: int, bytes_each: int) -> StepCost:
 
 
 def limit_seconds(cost: StepCost, *, bandwidth: float, speed: float) -> float:
-    """Seconds at `bandwidth` bytes/s or `speed` FLOP/s, whichever holds the step up."""
+    """Seconds at `bandwidth` bytes/s or `speed` FLOP/s, whichever takes longer."""
     return max((cost.weights + cost.cache + cost.logits) / bandwidth, cost.flops / speed)
 
 
@@ -50,7 +50,7 @@ def measured_peaks(device: torch.device, dtype: torch.dtype) -> tuple[float, flo
     seconds = [timed(read, device) for read in (values.sum, values.max, lambda: square @ square[0]) for _ in range(5)]
     dtypes = {torch.float32}
     if dtype != torch.float32:
-        dtypes.add(dist.compute_dtype("bf16", device))  # not where the CPU only imitates it
+        dtypes.add(dist.compute_dtype("bf16", device))  # fp32 where the CPU would only emulate bf16
     return values.nbytes / min(seconds), max(product_speed(device, dtype) for dtype in dtypes)
 
 

@@ -53,7 +53,7 @@ largest error | RMS error | same best |
 
 @dataclass(kw_only=True)
 class RowFlags(DeviceFlags):
-    """For the benchmarks of sampling."""
+    """Which rows are measured."""
 
     only: str = flag("*", "the cases whose name holds one of these patterns, comma-separated")
     repeats: int = flag(3, "timed runs of each side, in turns")
@@ -65,7 +65,7 @@ class RowFlags(DeviceFlags):
 
 
 def surroundings(device: torch.device) -> list[str]:
-    """Cells that say where and when."""
+    """Table cells: device, threads, versions, date."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     return [f"{name}, {torch.get_num_threads()}", f"torch {torch.__version__}, {date.today()}"]
 

@@ -43,7 +43,7 @@ def store_weights(text: str) -> tuple[float, ...]:
 
 @dataclass(kw_only=True)
 class CodePathFlags:
-    """Where codes are written."""
+    """Folder of codes."""
 
     shapes_run: ClassVar[bool] = False
     code_path: str = flag(REQUIRED, "store of codes. Extraction writes <code-path>/<dataset><size>_codes; readers take "

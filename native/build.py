@@ -1,6 +1,6 @@
 """C++ kernels for the CPU, compiled for this very machine on first use (a few seconds) and kept in the cache folder.
 
-What PyTorch's own CPU kernels leave lying in decoding: a product of two rows with a matrix runs at a quarter of the
+Why not PyTorch's own CPU kernels: in decoding, their product of two rows with a matrix runs at a quarter of the
 memory's speed, its last bit depends on the number of rows, and half precision is emulated. The sources here need no
 PyTorch headers (plain pointers, called through ctypes), so they build in seconds. Without a compiler, or with
 LLAMAGEN_NATIVE=0 in the environment, everything runs on PyTorch's kernels instead.
@@ -37,7 +37,7 @@ def load(name: str, *defines: str) -> ctypes.CDLL | None:
         return _load(name, defines)
 
 
-os.register_at_fork(after_in_child=_LOCKS.clear)  # a build in the background belongs to the parent
+os.register_at_fork(after_in_child=_LOCKS.clear)  # after a fork the parent goes on with its build, the child has none
 
 
 def available() -> bool:
@@ -46,7 +46,7 @@ def available() -> bool:
 
 
 def prepare(*kernels: tuple[str, ...]) -> None:
-    """Begin to build what `load` will be asked for, in the background: nothing waits but who needs it."""
+    """Begin, in the background, to build what `load` will be asked for; only `load` waits for the build to end."""
     for arguments in kernels:
         threading.Thread(target=load, args=arguments, daemon=True).start()
 
@@ -72,10 +72,10 @@ def _load(name: str, defines: tuple[str, ...]) -> ctypes.CDLL | None:
         try:
             path = _built(name, compiler, [f"-D{define}" for define in defines], folder)
             if path.stat().st_uid not in (os.getuid(), 0):
-                raise PermissionError(f"{path} belongs to somebody else")
+                raise PermissionError(f"{path} belongs to another user")
             try:
                 return ctypes.CDLL(str(path))
-            except OSError:  # cut short, say
+            except OSError:  # such as a truncated file
                 path.unlink()
                 return ctypes.CDLL(str(_built(name, compiler, [f"-D{define}" for define in defines], folder)))
         except (OSError, subprocess.CalledProcessError) as error:
@@ -103,7 +103,7 @@ def _built(name: str, compiler: str, defines: list[str], folder: Path) -> Path:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         made, failure = Path(temporary) / library.name, None
-        for tuning in (("-march=native", "-fopenmp"), ("-march=native",), ("-fopenmp",), ()):  # not all can all
+        for tuning in (("-march=native", "-fopenmp"), ("-march=native",), ("-fopenmp",), ()):  # some lack one
             command = [compiler, *FLAGS, *tuning, *defines, str(SOURCES / f"{name}.cpp"), "-o", str(made)]
             try:
                 subprocess.run(command, capture_output=True, text=True, check=True)
@@ -115,7 +115,7 @@ def _built(name: str, compiler: str, defines: list[str], folder: Path) -> Path:
 
 
 def _cpu() -> str:
-    """What -march=native looks at."""
+    """The CPU's model and features, which decide what -march=native means."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return "".join(next((line for line in lines if line.startswith(key)), "")

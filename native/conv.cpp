@@ -1,4 +1,4 @@
-// Convolutions of the image tokenizer on channels-last fp32 activations, with what surrounds them folded in.
+// Convolutions of the image tokenizer on channels-last fp32 activations, fused with the operations around them.
 //
 // 3x3 convolutions of stride 1 take Winograd's minimal filtering (Lavin & Gray, arXiv 1509.09308): F(4x4, 3x3) needs a
 // quarter of the products of the definition. A block of tiles goes through all steps in the cache: a patch of the input
@@ -14,14 +14,14 @@
 #include "simd.h"
 
 typedef double d8 __attribute__((vector_size(64)));
-typedef float m8 __attribute__((vector_size(32), aligned(4), may_alias));  // eight floats where they lie in memory
+typedef float m8 __attribute__((vector_size(32), aligned(4), may_alias));  // eight floats in memory, at any address
 
 static const int COLUMNS = 16;  // of a panel of weights
-static const int ROWS = 6;      // of the product's kernel: 12 sums of eight in registers
+static const int ROWS = 6;      // computed at once by a product: 12 vectors of sums, which fit into the registers
 static const long PIXELS = 48;  // outputs of a block of a direct convolution
 static const long MOST_PANELS = 64;  // of such a block
 static const long CHUNK = 64;  // pixels whose moments are summed at once
-static const long FEW = 8;     // of them in fp32, all others in fp64
+static const long FEW = 8;     // pixels summed in fp32 before the sum is added in fp64
 
 struct Input {
     const float* values;  // (batch, height, width, channels)
@@ -166,7 +166,7 @@ struct Filter {
     }
 };
 
-// Floats from one position's transformed weights to the next: not a power of two, for the cache's sake.
+// Floats from one position's transformed weights to the next. Not a power of two: those would share cache sets.
 static long position_stride(long depth, long panels) { return panels * depth * COLUMNS + 16; }
 
 // weights (out, in, 3, 3) with strides -> (position, panel, in, 16)

@@ -164,10 +164,10 @@ static void attend_head(const Model& m, const Layer& layer, const Step& s, int64
 }
 
 static int64_t scratch_of_thread(const Model& m) { return rounded(m.capacity + 2 * rounded(m.head_dim, SIDE), SIDE); }
-static int64_t hidden_stride(const Model& m) { return m.hidden + SIDE; }  // not a power of two, for the cache's sake
+static int64_t hidden_stride(const Model& m) { return m.hidden + SIDE; }  // no power of two: they share cache sets
 
 static void run(const Model& m, const Step& s) {
-    constexpr int COLUMNS = 48;  // of a product, taken by a thread at a time: whole tiles, and whole cache lines of results
+    constexpr int COLUMNS = 48;  // that a thread computes at a time: whole tiles, and whole cache lines of results
     const int64_t D = m.dim, M = s.R * s.T, F = m.hidden, width = (m.heads + 2 * m.kv_heads) * m.head_dim;
     const int64_t apart = hidden_stride(m), own_size = scratch_of_thread(m);
     float* normed = s.scratch;             // (M, D)

@@ -15,7 +15,8 @@ struct Linear {
     const float* scale;  // int8: (N,), int4: (N, K / GROUP)
 };
 
-// How one 32-byte load of a row gives PARTS vectors of eight neighbours; `place` is where inputs lie to meet them.
+// How one 32-byte load of a row of w becomes PARTS vectors of eight floats. `place(i)` is where input i must be stored
+// so that these vectors are multiplied with the right inputs.
 template <int Type> struct Weight;
 
 template <> struct Weight<FLOAT> {
@@ -46,14 +47,15 @@ template <> struct Weight<INT4> {  // the j-th four bits of word i are element 8
     static int64_t place(int64_t i) { return i; }
 };
 
-// out[m][n] = x_m . w_n for M rows of x, ldx apart, and N rows of w. Meanwhile LINES cache lines per load of a row are
-// fetched from `ahead` on, `apart` bytes from one another.
+// out[m][n] = x_m . w_n for M rows of x, ldx apart, and N rows of w. With each load of a row, LINES cache lines are
+// prefetched, the first at `ahead`, `apart` bytes from one another.
 template <int Type, int M, int N, int LINES>
 static __attribute__((noinline)) void tile(const float* x, int64_t ldx, const Linear& w, int64_t first, int64_t K,
                                            const char* ahead, int64_t apart, float (&out)[M][N]) {
     typedef Weight<Type> W;
     constexpr int STEP = 8 * W::PARTS;
-    // Compilers load a weight again for each row: slower, but where all wait for memory, and registers must suffice.
+    // Hold a weight in a register for all rows; compilers by themselves load it again for each. Not where the memory is
+    // the limit (LINES >= 2), nor where there are too few registers.
     constexpr bool HOLD = LINES < 2 && M * N + N < 16;
     const int64_t stride = K * W::BITS / 8;
     const char* base = (const char*)w.weight + first * stride;
@@ -99,8 +101,8 @@ static inline void put_tile(const float* x, int64_t ldx, int64_t m, const Linear
         for (int j = 0; j < N; j++) put(m + i, n + j, out[i][j]);
 }
 
-// Rows m to m + count, at most M, times N columns: the `turn`th of `passes` over these columns. It fetches its share of
-// the next N.
+// Rows m to m + count (at most M) times N columns of the result; pass number `turn` of `passes` over these columns. Each
+// pass prefetches its share of the weights of the next N columns.
 template <int Type, int M, int N, class Put>
 static inline void pass(const float* x, int64_t ldx, int64_t m, int64_t count, const Linear& w, int64_t n, int64_t K,
                         int64_t turn, int64_t passes, const Put& put) {
@@ -113,7 +115,7 @@ static inline void pass(const float* x, int64_t ldx, int64_t m, int64_t count, c
     put_tile<Type, M, N, 1>(x, ldx, m, w, n, K, ahead + share, (32 * N + passes - 1) / passes, put);
 }
 
-// The columns [n, end) as far as N at a time go, in passes of M rows at most; returns the first that is left.
+// The columns [n, end), N at a time, in passes of at most M rows; returns the first column that is left over.
 template <int Type, int M, int N, class Put>
 static inline int64_t strips(const float* x, int64_t ldx, int64_t first, int64_t rows, const Linear& w, int64_t n,
                              int64_t end, int64_t K, const Put& put) {
@@ -130,7 +132,7 @@ static inline int64_t strips(const float* x, int64_t ldx, int64_t first, int64_t
 template <int Type, class Put>
 static void product(const float* x, int64_t ldx, int64_t M, const Linear& w, int64_t begin, int64_t end, int64_t K,
                     const Put& put) {
-    constexpr int CHUNK = 48;  // rows of x that stay in the second-level cache while w passes
+    constexpr int CHUNK = 48;  // rows of x that stay in the second-level cache while w is read
     constexpr int ROWS = Type == FLOAT ? 4 : 6, COLUMNS = Type == FLOAT ? 3 : 2;  // of the tiles for many rows
     for (int64_t m = 0; m < M; m += CHUNK) {
         const int64_t rows = std::min<int64_t>(M - m, CHUNK);

@@ -1,7 +1,7 @@
 // From logits to codes: guidance, temperature, top-k, top-p and a Gumbel-max draw, one code after the other.
 //
-// What autoregressive/models/sampling.py says in PyTorch, which the tests compare with, without sorting what need not
-// be sorted and without noise for what cannot be drawn.
+// The same as autoregressive/models/sampling.py in PyTorch, with which the tests compare it. Faster: only the best
+// codes are sorted, and noise is made only for codes that can be drawn.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -81,7 +81,7 @@ static int64_t draw(const Draws& d, int64_t i, std::vector<float>& logits, std::
         double before = 0;
         size_t rank = 0, sorted = 0;
         while (rank < survivors && (rank == 0 || before <= d.top_p[i] * mass)) {
-            if (rank == sorted) {  // the best few are most often enough
+            if (rank == sorted) {  // sort a few more: most often the first 512 are enough
                 sorted = std::min(survivors, sorted ? 4 * sorted : 512);
                 if (sorted < survivors) std::nth_element(ranked.begin() + rank, ranked.begin() + sorted, ranked.end());
                 std::sort(ranked.begin() + rank, ranked.begin() + sorted);

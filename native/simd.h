@@ -50,7 +50,7 @@ template <class X> static inline f4 PICK(X x, X y, int a, int b, int c, int d) {
 
 static inline f4 halves(f8 x) { return PICK(x, x, 0, 1, 2, 3) + PICK(x, x, 4, 5, 6, 7); }
 
-// Four times `sum`, in the same order of additions.
+// `sum` of four vectors at once, with the additions in the same order.
 static inline f4 sums(f8 a, f8 b, f8 c, f8 d) {
     const f4 ha = halves(a), hb = halves(b), hc = halves(c), hd = halves(d);
     const f4 ab = PICK(ha, hb, 0, 4, 1, 5) + PICK(ha, hb, 2, 6, 3, 7);
@@ -58,7 +58,7 @@ static inline f4 sums(f8 a, f8 b, f8 c, f8 d) {
     return PICK(ab, cd, 0, 1, 4, 5) + PICK(ab, cd, 2, 3, 6, 7);
 }
 
-// Keeps a loaded vector in a register: compilers like to load it again for each use.
+// Keeps a loaded vector in a register; compilers tend to load it again for each use.
 static inline f8 held(f8 x) {
 #ifdef __AVX2__
     asm("" : "+x"(x));

@@ -3,7 +3,7 @@
 #   bash scripts/quickstart.sh
 # Everything goes to runs/quickstart; look at runs/quickstart/report.html. Run it again to continue after an interruption.
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/_venv.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/_venv.sh" quickstart
 cd "$root"
 run=runs/quickstart
 mkdir -p "$run"
@@ -50,4 +50,4 @@ distance() { # distance NAME SAMPLES
 distance samples "$(ls -t "$run"/samples/*.npz | head -1)"
 distance heldout "$(ls -t "$run"/real/*heldout*.npz | head -1)"
 printf '\n== report\n'
-"$python" evaluations/report.py --run-dir "$run"
+"$python" evaluations/quickstart_report.py --run-dir "$run"

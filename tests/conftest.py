@@ -124,12 +124,12 @@ def own_cache(tmp_path, monkeypatch):
 @pytest.fixture
 def stand_in(monkeypatch):
     """Inception's place taken by something fast."""
-    from evaluations.c2i import features, protocol
+    from evaluations.c2i import comparison_rules, features
     from tests.evaluations.stand_ins import WIDTHS, StandIn
 
     described = {"file": "stand-in", "format": "none", "sha256": "0" * 64, "known": "no", "weights_sha256": "1"}
     monkeypatch.setattr(features, "load_inception", lambda path, device: (StandIn(), described))
-    monkeypatch.setattr(protocol, "WIDTHS", WIDTHS)
+    monkeypatch.setattr(comparison_rules, "WIDTHS", WIDTHS)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Tokenizers by name: what the rest of the program asks of one, and how it is loaded."""
+"""Tokenizers by name: the interface that the rest of the program uses, and how they are loaded."""
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from utils.checkpoints import containers
 from utils.cli import flag
 
 CHUNK = {"cpu": 8, "cuda": 16}  # images at a time
-PIXELS = 2**18  # at a time where the batch is free: 4 images of 256 pixels, about 0.5 GiB
+PIXELS = 2**18  # at a time where results do not depend on the batch: 4 images of 256 pixels, about 0.5 GiB
 
 
 class ImageTokenizer(Protocol):
@@ -43,7 +43,7 @@ class TokenizerFlags:
 
 
 def new_tokenizer(flags: TokenizerFlags, saved: dict | None = None, **options) -> tuple[str, VQModel]:
-    """An untrained tokenizer (name, model). `saved`: the checkpoint's config, used where the flags are silent."""
+    """An untrained tokenizer (name, model). `saved`: the checkpoint's config, used where the flags say nothing."""
     saved = saved or {}
     name = flags.vq_model or saved.get("vq_model") or "VQ-16"
     if name not in VQ_models:
@@ -68,7 +68,7 @@ def load_tokenizer(flags: TokenizerFlags, *, device: torch.device) -> tuple[str,
 
 
 def check_image_size(size: tuple[int, int], downsample: int) -> tuple[int, int]:
-    """The token grid of an image size. Raises ValueError when it does not divide."""
+    """The token grid of an image size. Raises ValueError when the size is not divisible by `downsample`."""
     if size[0] % downsample or size[1] % downsample:
         raise ValueError(f"--image-size {size[0]}x{size[1]} is not divisible by {downsample}, the tokenizer's "
                          "downsample ratio")
@@ -78,9 +78,10 @@ def check_image_size(size: tuple[int, int], downsample: int) -> tuple[int, int]:
 @torch.inference_mode()
 def decode_images(tokenizer: ImageTokenizer, codes: Tensor, grid: tuple[int, int], *,
                   dtype: torch.dtype = torch.float32) -> Tensor:
-    """Codes (B, h*w) → images (B, 3, H, W) on the CPU; a picture does not depend on the others of its batch.
+    """Codes (B, h*w) → images (B, 3, H, W) on the CPU; an image does not depend on the others of its batch.
 
-    dtype bfloat16: the decoder runs in autocast, for GPUs (43 dB from fp32 with random weights; slow on most CPUs).
+    dtype bfloat16: the decoder runs in autocast. For GPUs; slow on most CPUs. With random weights the PSNR against fp32
+    is 43 dB.
     """
     with torch.autocast(codes.device.type, dtype=dtype, enabled=dtype != torch.float32):
         return in_chunks(lambda chunk: tokenizer.decode_code(chunk, grid).float().cpu(), codes,
@@ -95,17 +96,17 @@ def encode_images(tokenizer: ImageTokenizer, images: Tensor) -> Tensor:
 
 
 def rows_at_once(tokenizer: ImageTokenizer, pixels: int) -> int | None:
-    """How many images to take at a time where a result does not depend on it (our own kernels run), else None."""
+    """How many images to take at a time; None where results would depend on it: where our kernels do not run."""
     free = (isinstance(tokenizer, VQModel) and convolution.ready(tokenizer.decoder.conv_in)
             and tokenizer.decoder._compiled_call_impl is None)  # a compiled one runs PyTorch's kernels
     return max(1, PIXELS // max(1, pixels)) if free else None
 
 
 def in_chunks(function: Callable[[Tensor], Tensor], x: Tensor, *, rows: int | None = None) -> Tensor:
-    """function(x), called on at most `rows` rows; None: always on equally many (padded, then cut).
+    """function(x), called on at most `rows` rows at a time; None: always on the same number, the last rows padded.
 
-    Which of PyTorch's convolution kernels runs, and so the last bits of its sums, depends on the batch size: codes at a
-    near tie and pixels at a rounding edge would change with it.
+    The batch size decides which of PyTorch's convolution kernels runs, and so the last bits of its sums. Codes whose
+    distances nearly tie, and pixels on the edge between two 8-bit values, would change with it.
     """
     if rows is not None or len(x) == 0:
         return torch.cat([function(chunk) for chunk in x.split(rows or 1)])

@@ -3,18 +3,19 @@
     bash scripts/tokenizer/reconstruction_vq.sh --data-path /data/imagenet/val --vq-ckpt vq_ds16_c2i.pt
     bash scripts/tokenizer/val.sh --data-path /data/imagenet/val
 
-<sample-dir>/<settings>/000000.png … in data-set order, the npz for ADM's evaluator, a grid of sixteen inputs (chosen by
---global-seed) above reconstructions, and results.json. Each image counts once on any number of processes; one that
-cannot be read is left out and named. `val.sh` (identity) writes the centre crops as they are: the reference for rFID.
+Writes <sample-dir>/<settings>/000000.png … in the order of the data set, the npz for ADM's evaluator, a grid of sixteen
+inputs (chosen by --global-seed) above reconstructions, and results.json. Each image counts once on any number of
+processes; one that cannot be read is left out and named. `val.sh` (identity) writes the centre crops as they are: the
+reference for rFID.
 
 With --image-size-eval reconstructions are resized (bicubic, no antialias) before they become 8-bit; PSNR, SSIM and
-LPIPS compare them with inputs resized alike, which stay floats. The reference set for their rFID is cropped to that
-size, not resized (val.sh with --image-size). All this is LlamaGen's (arXiv 2406.06525).
+LPIPS compare them with inputs that are resized in the same way and stay floats. The reference set for their rFID is
+cropped to that size, not resized (val.sh with --image-size). All this is LlamaGen's (arXiv 2406.06525).
 
-In results.json `psnr` is the mean in dB over the images that came back changed (null if none did: theirs is infinite),
-`identical` counts the others; `ssim` has the data range 1, `ssim_llamagen` 2 as in LlamaGen's tables; codebook_usage
-and codebook_perplexity are over the whole set, usage_queue65536 over the first 65,536 codes of a shuffled pass: the
-paper's measure, null for a smaller set.
+In results.json `psnr` is the mean in dB over the images that the reconstruction changed (the PSNR of an identical one
+is infinite; null if all are identical), `identical` counts the others; `ssim` has the data range 1, `ssim_llamagen` 2
+as in LlamaGen's tables; codebook_usage and codebook_perplexity are over the whole set, usage_queue65536 over the first
+65,536 codes of a shuffled pass: the paper's measure, null for a smaller set.
 """
 import importlib.metadata
 import json
@@ -63,12 +64,12 @@ class ReconstructFlags(DataFlags, ReconstructorFlags, LPIPSFlags, BatchFlags, Se
 
 
 class CodebookUsage:
-    """Which codes a set of images uses, counted on every process over its share of them."""
+    """Which codes a set of images uses; each process counts its share of the images."""
 
     def __init__(self, codebook_size: int, *, count: int, seed: int) -> None:
         self.counts = torch.zeros(codebook_size, dtype=torch.int64)
         self.places = np.random.default_rng(seed).permutation(count)  # of each image in a shuffled pass
-        self.queue: list[tuple[int, np.ndarray]] = []  # (place, codes) of as many first ones as the window may need
+        self.queue: list[tuple[int, np.ndarray]] = []  # (place, codes) of the first ones, as many as the window needs
 
     def add(self, indices: list[int], codes: Tensor) -> None:
         """Count the codes (B, L) of images `indices`."""
@@ -78,7 +79,7 @@ class CodebookUsage:
         self.queue = sorted(self.queue, key=itemgetter(0))[:-(-USAGE_WINDOW // codes.shape[1])]
 
     def results(self, *, device: torch.device) -> dict[str, float | None]:
-        """Over all processes; `device` is for their exchange."""
+        """The results over all processes; `device`: where their tensors are exchanged."""
         counts = dist.total(self.counts.to(device)).cpu()
         queue = sorted(dist.gather_lists(self.queue), key=itemgetter(0))
         window = np.concatenate([row for _, row in queue] or [np.zeros(0, int)])[:USAGE_WINDOW]
@@ -94,7 +95,7 @@ def planes(pictures: np.ndarray) -> Tensor:
 
 
 def resized(pixels: Tensor, size: tuple[int, int]) -> Tensor:
-    """Images (B, 3, H, W) at another size, bicubic without antialias: they may leave their range."""
+    """Images (B, 3, H, W) at another size, bicubic without antialias; values may leave the range of the input."""
     return pixels if pixels.shape[-2:] == size else F.interpolate(pixels, size=size, mode="bicubic")
 
 
@@ -120,7 +121,7 @@ def means(sums: Tensor, *, lpips: bool) -> dict[str, int | float | None]:
 
 
 def origin(flags: ReconstructFlags, reconstructor: Reconstructor, *, lpips: bool) -> dict[str, object]:
-    """Where the numbers come from, for results.json."""
+    """How the numbers were made, for results.json."""
     packages = ["torch", *(["diffusers"] if isinstance(reconstructor, VAE) else []), *(["lpips"] if lpips else [])]
     return {"reconstructor": flags.reconstructor, "tokenizer": reconstructor.name,
             "checkpoint_sha256": reconstructor.weights and content_hash(reconstructor.weights),
@@ -131,7 +132,7 @@ def origin(flags: ReconstructFlags, reconstructor: Reconstructor, *, lpips: bool
 
 
 def set_folder(flags: ReconstructFlags, name: str) -> Path:
-    """Where the set goes: named by its settings and weights."""
+    """The folder of the set, named by its settings and weights."""
     size, size_eval = cli.shown(flags.image_size), cli.shown(flags.image_size_eval or flags.image_size)
     weights = flags.vq_ckpt if flags.reconstructor == "vq" else flags.local_weights
     return Path(flags.sample_dir) / "-".join([
@@ -150,7 +151,7 @@ def main(flags: ReconstructFlags) -> None:
     lpips = flags.lpips or flags.lpips_backbone is not None
     perceptual = perceptual_loss(flags.lpips_backbone, device=process.device) if lpips else None
     folder = set_folder(flags, reconstructor.name)
-    if process.is_main:  # a set without results.json is an unfinished one
+    if process.is_main:  # a set without results.json counts as unfinished
         (folder / "results.json").unlink(missing_ok=True)
     sums, broken, usage = reconstruct_share(flags, data, reconstructor, perceptual=perceptual, folder=folder,
                                             process=process)
@@ -197,7 +198,7 @@ def reconstruct_share(flags: ReconstructFlags, data: ImageDataset, reconstructor
         saved = images.to_uint8(resized(made, size))
         for index, picture in zip(indices, saved, strict=True):
             images.save_png(folder / f"{index:06d}.png", picture)
-        # inputs that keep their size are compared as the bytes they are: identical pictures are seen as such
+        # inputs that keep their size are compared as bytes, so that identical images are recognised
         inputs = planes(pictures) if size == flags.image_size else (resized(pixels, size) + 1) / 2
         sums += scores(inputs.to(process.device), planes(saved).to(process.device), perceptual=perceptual)
     bar.close()
@@ -205,7 +206,7 @@ def reconstruct_share(flags: ReconstructFlags, data: ImageDataset, reconstructor
 
 
 def pack(folder: Path, data: ImageDataset, made: list[int], *, seed: int, size: tuple[int, int]) -> None:
-    """The npz of images `made` and the grid, beside their folder, from which what an earlier run left is removed."""
+    """Write the npz of images `made` and the grid beside their folder; remove an earlier run's files from it."""
     names = {i: f"{i:06d}.png" for i in made}
     sweep(folder)
     for name in {path.name for path in folder.glob("*.png")} - set(names.values()):

@@ -1,4 +1,4 @@
-"""What brings images back, each behind the same call: VQ, taming VQGAN, SD/SDXL VAE, Consistency Decoder, identity."""
+"""Models that reconstruct images, all called alike: VQ, taming VQGAN, SD/SDXL VAE, Consistency Decoder, identity."""
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -43,7 +43,7 @@ class Reconstructor(Protocol):
 
 
 class Identity:
-    """Images as they are."""
+    """Returns images unchanged."""
 
     name, weights, downsample, codebook_size = "identity", None, 1, None
 
@@ -65,7 +65,7 @@ class ThroughCodes:
 
 
 def build_reconstructor(flags: ReconstructorFlags, *, device: torch.device) -> Reconstructor:
-    """The reconstructor of --reconstructor. Raises ValueError or OSError when it cannot be had."""
+    """The reconstructor of --reconstructor. Raises ValueError or OSError when it cannot be loaded."""
     weights = flags.local_weights
     if weights and flags.reconstructor in ("vq", "identity"):
         raise ValueError(f"--local-weights has no use with --reconstructor {flags.reconstructor}"

@@ -1,7 +1,7 @@
 """Continuous autoencoders from diffusers: the VAEs of Stable Diffusion and SDXL, and the Consistency Decoder.
 
-An image's latent is drawn from its posterior, as LlamaGen's comparison has it, with noise that only the seed and the
-image's index decide. All runs in fp32.
+An image's latent is drawn from its posterior, as in LlamaGen's comparison, with noise that depends on the seed and the
+image's index only. Everything runs in fp32.
 """
 from pathlib import Path
 
@@ -52,7 +52,7 @@ class ConsistencyDecoder(VAE):
     diffusers_class = "ConsistencyDecoderVAE"
 
     def decode(self, latents: Tensor, generators: list[torch.Generator]) -> Tensor:
-        """Latents (B, C, h, w) → images (B, 3, H, W), one at a time: the U-Net is large, its noise each image's own."""
+        """Latents (B, C, h, w) → images (B, 3, H, W), one by one: the U-Net is large, the noise is per image."""
         return torch.cat([self.model.decode(latent[None], generator=generator).sample
                           for latent, generator in zip(latents, generators, strict=True)])
 
@@ -71,14 +71,14 @@ def load_diffusers(name: str, folder: str | None, *, class_name: str) -> tuple[t
         if not Path(folder, part).is_file():
             raise FileNotFoundError(f"--local-weights {folder} holds no {part}: expected what diffusers' "
                                     "save_pretrained writes")
-    diffusers.utils.logging.set_verbosity_error()  # what matters of its remarks is checked below
+    diffusers.utils.logging.set_verbosity_error()  # missing and unexpected weights are checked below
     try:
         model, found = getattr(diffusers, class_name).from_pretrained(
             folder or HUB[name], use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True)
     except (OSError, ValueError, RuntimeError) as error:
         if folder:
             raise ValueError(f"--local-weights {folder} does not hold {name}: {first_line(error)}") from None
-        raise OSError(f"{HUB[name]} could not be had from the Hugging Face hub ({first_line(error)}): give a local "
+        raise OSError(f"{HUB[name]} could not be loaded from the Hugging Face hub ({first_line(error)}): give a local "
                       "copy of its folder by --local-weights") from None
     problems = [f"{what} {key}" for what, keys in found.items() for key in keys]
     if problems:

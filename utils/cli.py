@@ -9,6 +9,8 @@ stay those of the declaration. `run` is what an entry calls: parse, execute, tur
 """
 import argparse
 import dataclasses
+import importlib.util
+import inspect
 import json
 import os
 import sys
@@ -39,40 +41,65 @@ def flag(default: Any, help: str, *, choices: tuple | None = None, parse: Callab
                                                         "positional": positional})
 
 
-def build_parser(config_class: type) -> argparse.ArgumentParser:
-    """The argparse parser of a dataclass whose fields were declared with `flag`."""
-    doc = sys.modules[config_class.__module__].__doc__ or ""
-    parser = _Parser(description=doc.strip().split("\n")[0], allow_abbrev=False)
+def build_parser(config_class: type, *, described_in: str | None = None) -> argparse.ArgumentParser:
+    """The argparse parser of a dataclass whose fields were declared with `flag`.
+
+    `described_in`: the module whose docstring's first line describes the command; None: the dataclass's own.
+
+    --help has a group for each class that declares some of the flags, the command's own first. The first sentence of
+    that class's docstring is the title, the rest of its first paragraph the description.
+    """
+    doc = sys.modules[described_in or config_class.__module__].__doc__ or ""
+    parser = _Parser(description=doc.strip().split("\n")[0], allow_abbrev=False, add_help=False)
     parser.recipe_sections = getattr(config_class, "recipe_sections", ())
-    hints = typing.get_type_hints(config_class)
-    for field in dataclasses.fields(config_class):
-        meta = declaration(config_class, field.name)
-        required = field.default is dataclasses.MISSING
-        text = meta["help"] + ("" if required or field.default is None else f" (default: {shown(field.default)})")
-        options: dict[str, Any] = {"help": text.replace("%", "%%")}
-        if not required:
-            options["default"] = field.default
-        if meta["positional"]:
-            parser.add_argument(field.name, metavar=field.name.upper(), type=checked(meta["parse"] or str), **options)
-            continue
-        options |= {"dest": field.name, "required": required}
-        kind = scalar(hints[field.name])
-        if kind is bool:
-            options["action"] = argparse.BooleanOptionalAction
-        else:
-            options["type"] = checked(meta["parse"] or kind)
-            options["choices"] = meta["choices"]
-        parser.add_argument("--" + field.name.replace("_", "-"), **options)
+    parser.recipe_in_part = getattr(config_class, "recipe_in_part", False)
+    fields, hints = dataclasses.fields(config_class), typing.get_type_hints(config_class)
+    homes = {field.name: declaring_class(config_class, field.name) for field in fields}
+    groups = {home: parser.add_argument_group(*titled(home)) for home in config_class.__mro__ if home in homes.values()}
+    needed = []
+    for field in fields:
+        home = homes[field.name]
+        needed += add_flag(groups[home], field, hints[field.name], **home.__dataclass_fields__[field.name].metadata)
+    next(iter(groups.values())).add_argument("-h", "--help", action="help", help="show this text and exit")
+    parser.usage = " ".join(["%(prog)s", *needed, "[flags]"])
     return parser
 
 
-def declaration(config_class: type, name: str) -> dict[str, Any]:
-    """The metadata of a flag, from the class in the inheritance chain that declared it."""
+def add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field, hint: Any, *, help: str, choices: tuple | None,
+             parse: Callable[[str], Any] | None, positional: bool) -> list[str]:
+    """Add a field as a flag. Returns how to give it on the command line when it must be given, else nothing."""
+    required = field.default is dataclasses.MISSING
+    text = help + ("" if required or field.default is None else f" (default: {shown(field.default)})")
+    options: dict[str, Any] = {"help": text.replace("%", "%%")}
+    if not required:
+        options["default"] = field.default
+    if positional:
+        group.add_argument(field.name, metavar=field.name.upper(), type=checked(parse or str), **options)
+        return [field.name.upper()]
+    options |= {"dest": field.name, "required": required}
+    kind = scalar(hint)
+    if kind is bool:
+        options["action"] = argparse.BooleanOptionalAction
+    else:
+        options |= {"type": checked(parse or kind), "choices": choices}
+    name = "--" + field.name.replace("_", "-")
+    group.add_argument(name, **options)
+    return [f"{name} {field.name.upper()}"] if required else []
+
+
+def declaring_class(config_class: type, name: str) -> type:
+    """The class in the inheritance chain whose own field `name` was declared with flag(...)."""
     for base in config_class.__mro__:
-        field = getattr(base, "__dataclass_fields__", {}).get(name)
-        if field is not None and field.metadata:
-            return field.metadata
+        if name in inspect.get_annotations(base) and base.__dataclass_fields__[name].metadata:
+            return base
     raise AssertionError(f"{config_class.__name__}.{name} has no flag(...) declaration in any base")
+
+
+def titled(config_class: type) -> tuple[str, str | None]:
+    """(first sentence, rest of the first paragraph or None) of a class's docstring."""
+    paragraph = " ".join(inspect.getdoc(config_class).split("\n\n")[0].split())
+    title, _, rest = paragraph.partition(". ")
+    return title.removesuffix("."), rest or None
 
 
 def run(main: Callable[[Config], None], config_class: type[Config], argv: list[str] | None = None) -> None:
@@ -84,7 +111,7 @@ def run(main: Callable[[Config], None], config_class: type[Config], argv: list[s
     if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST_TORCH:
         fail(f"torch {'.'.join(map(str, OLDEST_TORCH))} or newer is needed, this is {torch.__version__}: "
              "pip install --upgrade torch torchvision", quiet=dist.env_rank() > 0)
-    config = build_parser(config_class).parse_args(argv, namespace=_Bare())
+    config = build_parser(config_class, described_in=main.__module__).parse_args(argv, namespace=_Bare())
     try:
         main(config_class(**vars(config)))
     except KeyboardInterrupt:
@@ -96,7 +123,7 @@ def run(main: Callable[[Config], None], config_class: type[Config], argv: list[s
             if dist.speaks_for_all(patience=2.0):
                 print(f"error: lost contact with another process, which has died or hangs ({reason}); run it again to "
                       "continue, a training with --resume auto", file=sys.stderr, flush=True)
-            os._exit(2)  # threads that wait for the other process would hold an orderly exit up
+            os._exit(2)  # an orderly exit would wait for threads that wait for the other process
         kept = getattr(error, "traceback_file", None)
         if os.environ.get("LLAMAGEN_TRACEBACK") or not (kept or isinstance(error, ValueError | OSError)):
             raise
@@ -107,6 +134,12 @@ def run(main: Callable[[Config], None], config_class: type[Config], argv: list[s
         dist.shutdown()
 
 
+def require_package(name: str, *, purpose: str) -> None:
+    """Raise ValueError that says what to install when a package that few commands need is missing."""
+    if importlib.util.find_spec(name) is None:
+        raise ValueError(f"{purpose} needs {name}: {sys.executable} -m pip install {name}")
+
+
 def fail(text: str, *, quiet: bool) -> NoReturn:
     """Print the one line, unless another process says it, and exit 2."""
     if not quiet:
@@ -115,7 +148,7 @@ def fail(text: str, *, quiet: bool) -> NoReturn:
 
 
 def message(error: Exception) -> str:
-    """What an exception says, without the traceback that a DataLoader worker wraps it in."""
+    """The text of an exception, without the traceback that a DataLoader worker puts around it."""
     text = str(error)
     if text.startswith("Caught ") and "Original Traceback" in text:
         return text.rstrip().splitlines()[-1].split(": ", 1)[-1]
@@ -144,13 +177,14 @@ def image_size(text: str) -> tuple[int, int]:
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong with a command line in one line, without the usage. --a_b means --a-b.
 
-    What a --recipe says for the command counts as typed before the rest: what is typed wins.
+    The flags of a --recipe count as typed before those of the command line, so the latter win.
     """
 
     recipe_sections: tuple[str, ...] = ()  # of a recipe; none: the command takes no recipes
+    recipe_in_part: bool = False  # the sections are another command's: flags that this one does not take are left out
 
     def parse_known_args(self, args=None, namespace=None):
-        """Some of the commands that users have scripts for spell their flags with underscores."""
+        """Parse --a_b as --a-b, which is how some of LlamaGen's scripts spell their flags."""
         words = [hyphenated(word) for word in (sys.argv[1:] if args is None else args)]
         try:
             supplied = self.recipe_words(words) if self.recipe_sections else []
@@ -166,6 +200,8 @@ class _Parser(argparse.ArgumentParser):
         supplied = []
         for key, value in recipe_flags(name, self.recipe_sections).items() if name else ():
             action = self._option_string_actions.get(f"--{key}")
+            if action is None and self.recipe_in_part:
+                continue
             wrong = "is no flag of this command" if action is None else misfit(action, value)
             if wrong:
                 raise ValueError(f"{recipe_path(name)}: --{key} {wrong}")
@@ -178,7 +214,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _Bare(argparse.Namespace):
-    """A namespace of flags only."""
+    """Receives the parsed flags."""
 
 
 def misfit(action: argparse.Action, value: Any) -> str | None:

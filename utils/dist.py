@@ -1,4 +1,4 @@
-"""One process or many under torchrun, alike: rank, device, collectives that are no-ops when alone."""
+"""The same calls for one process and for many under torchrun: rank, device, collectives (no-ops when alone)."""
 import contextlib
 import ctypes
 import os
@@ -27,7 +27,7 @@ class Process:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process speaks and writes for all."""
+        """Whether this process prints and writes files for all: rank 0."""
         return self.rank == 0
 
 
@@ -88,7 +88,7 @@ def bound_device(device: torch.device) -> torch.device | None:
 
 
 def join_alone(device: torch.device) -> None:
-    """A process group of one, for what cannot do without."""
+    """Start a process group of this process alone, for code that needs a group, such as FSDP."""
     torch.distributed.init_process_group(backend(device), store=torch.distributed.HashStore(), rank=0, world_size=1,
                                          device_id=bound_device(device))
 
@@ -101,27 +101,27 @@ def new_cpu_group(*, timeout: float) -> torch.distributed.ProcessGroup | None:
 
 
 def speaks_for_all(*, patience: float = 0.0) -> bool:
-    """On an error: whether this process is the first of all to report one: the user reads one line, from one place.
+    """Called on an error: whether this process is the first to report one, so that the user reads one line.
 
-    With `patience` (seconds) the error may be the consequence of another process's, whose report is waited for.
+    `patience`: seconds to wait for the report of another process, whose error may be the cause of this one.
     """
     if not torch.distributed.is_initialized():
         return env_rank() == 0
     store = torch.distributed.distributed_c10d._get_default_store()
     try:
         if patience:
-            with contextlib.suppress(RuntimeError):  # nobody has reported one
+            with contextlib.suppress(RuntimeError):  # none was reported in time
                 store.wait(["error"], timedelta(seconds=patience))
         return store.add("error", 1) == 1
-    except RuntimeError:  # the store went with the process that kept it
+    except RuntimeError:  # the process that holds the store has ended
         return True
 
 
 @contextlib.contextmanager
 def failing_together() -> Iterator[None]:
-    """An error (ValueError, OSError) of one process in the block is raised in all of them, at the block's end.
+    """When one process meets a ValueError or OSError in the block, all processes raise it at the end of the block.
 
-    All processes enter it together; within, none may wait for another.
+    All processes must enter the block; within it, none may wait for another.
     """
     problem: list[Exception] = []
     try:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place, synced to disk, when the block ends well."""
+    """A temporary path beside `path`. When the block ends well, it is synced to disk and takes the place of `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     os.close(handle)
@@ -27,7 +27,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring a folder's names to the disk, so that a rename survives a power cut."""
+    """Sync a folder's list of names to disk, so that a rename survives a power cut."""
     with contextlib.suppress(OSError):  # not every file system can
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -42,13 +42,13 @@ def first_line(error: Exception) -> str:
 
 
 def sweep(folder: Path) -> None:
-    """Remove the temporary files and folders that killed writers left where we are the only writer."""
+    """Remove the temporary files and folders of killed writers; only for a folder that no other process writes to."""
     for path in folder.glob(".*.tmp"):
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def cache_folder() -> Path:
-    """Where what can be made again is kept: $XDG_CACHE_HOME/llamagen, else ~/.cache/llamagen."""
+    """The folder for files that can be made again: $XDG_CACHE_HOME/llamagen, else ~/.cache/llamagen."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llamagen"
 
 

@@ -1,4 +1,4 @@
-"""Images on their way out: 8-bit conversion, grids, PNG files and the npz that ADM's evaluator reads."""
+"""Writing images: 8-bit conversion, grids, PNG files and the npz that ADM's evaluator reads."""
 import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -60,8 +60,8 @@ def save_npz(path: Path, images: Iterable[np.ndarray], *, count: int, shape: tup
              comment: bytes = b"") -> None:
     """Stream `count` uint8 images (H, W, 3) into `arr_0` of an npz, atomically; labels go to `arr_1`, `extra` after it.
 
-    One image is in memory at a time, so 50,000 images need no more of it than one. `comment` is the zip file's, which
-    readers of arrays do not see.
+    Only one image is in memory at a time. `comment` is stored as the zip file's comment, which does not disturb readers
+    of the arrays.
     """
     with replacing(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
         archive.comment = comment

@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
 
     from utils import dist
     logging.disable(logging.CRITICAL)  # torchrun's; the entry itself says in one line what is wrong
-    if not gpus:  # DDP finds fault with a setting that exact resume on a CPU needs (utils/training/parallel.py)
+    if not gpus:  # DDP warns of a setting that exact resuming on a CPU needs (utils/training/parallel.py)
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ[dist.LAUNCHER] = str(os.getpid())  # its processes end with it: see utils/dist.py
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // local)))
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> None:
         torchrun([*flags, *argv])
     except ChildFailedError as error:
         first = min(failure.timestamp for failure in error.failures.values())
-        rank, failure = min(error.failures.items(), key=lambda item: (  # who was killed, before those who missed it
+        rank, failure = min(error.failures.items(), key=lambda item: (  # killed ones come first
             item[1].timestamp > first + 2, item[1].exitcode >= 0 or item[1].exitcode == -signal.SIGTERM))
         if failure.exitcode < 0:
             name = signal.Signals(-failure.exitcode).name
@@ -65,7 +65,7 @@ def main(argv: list[str]) -> None:
                   "training continues with --resume auto", file=sys.stderr)
             sys.exit(128 - failure.exitcode)
         sys.exit(failure.exitcode)
-    except SignalException as error:  # Ctrl-C; the processes have been told
+    except SignalException as error:  # Ctrl-C; the processes have received the signal too
         sys.exit(128 + error.sigval)
 
 

@@ -20,7 +20,7 @@ def recipe_names() -> list[str]:
 
 
 def recipe_path(name: str) -> Path:
-    """The file of a recipe: a name in scripts/recipes, or a path of one's own. Raises FileNotFoundError."""
+    """The file of a recipe: of a name in scripts/recipes, or a path that ends in .json. Raises FileNotFoundError."""
     path = Path(name) if name.endswith(".json") else FOLDER / f"{name}.json"
     if not path.is_file():
         raise FileNotFoundError(f"--recipe {name}: no such recipe, there are {', '.join(recipe_names())}; or give a "

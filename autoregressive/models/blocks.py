@@ -24,7 +24,7 @@ class RMSNorm(nn.Module):
 class DropPath(nn.Module):
     """Stochastic depth (arXiv 1603.09382): in training a sample's branch is left out with probability p.
 
-    Own lines, as torchvision.ops imports the compiler: 2 seconds and 160 MB of every process that samples.
+    Not torchvision.ops' StochasticDepth: importing it loads torch's compiler, 2 seconds and 160 MB in every process.
     """
 
     def __init__(self, p: float) -> None:
@@ -49,7 +49,7 @@ class FeedForward(nn.Module):
         self.dropout = lean.Dropout(dropout)
 
     def forward(self, x: Tensor, norm: RMSNorm) -> Tensor:
-        """x (B, T, D), of which `norm` makes the input → (B, T, D)."""
+        """norm(x) through the layer: x (B, T, D) → (B, T, D)."""
         if lean.applies(self.w1, self.w3, self.w2):
             out = lean.normed_swiglu(x, norm.weight, norm.eps, self.w1.weight, self.w3.weight, self.w2.weight)
         else:
@@ -71,8 +71,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, norm: RMSNorm, rope: Tensor, mask: Tensor | None, cache: KVCache | None,
                 layer: int) -> Tensor:
-        """x (B, T, D), of which `norm` makes the input; rope (T, K/2, 2), or one table per row; mask (B or 1, 1, T, S)
-        bool, or None: plain causal, with a cache everything in it → (B, T, D)."""
+        """norm(x) through the layer: x (B, T, D) → (B, T, D). rope (T, K/2, 2), or one table per row; mask
+        (B or 1, 1, T, S) bool, or None: plain causal; with a cache, all that it holds is attended."""
         if cache is None and lean.applies(self.wqkv):
             q, k, v = lean.normed_qkv(x, norm.weight, norm.eps, self.wqkv.weight, rope, (self.heads, self.kv_heads))
         else:
@@ -92,9 +92,9 @@ class Attention(nn.Module):
 def cached_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Attention of the newest T tokens q (B, H, T, K) over all S cached ones, k and v (B, KV heads, S, K).
 
-    mask (B or 1, 1, T, S) bool, True where attended; None attends everywhere (right for T = 1). On a CPU written as two
-    matrix products because the fused kernel splits its sum by the number of rows, so that an image would depend, in the
-    last bit, on the batch it was drawn in; these do not (measured, tests/test_sampling.py).
+    mask (B or 1, 1, T, S) bool, True where attended; None attends everywhere (right for T = 1). On a CPU it is
+    two matrix products: the fused kernel splits its sum by the number of rows, so that the last bits of an image would
+    depend on the batch it was drawn in; with the products they do not (measured, tests/autoregressive/models).
     """
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])

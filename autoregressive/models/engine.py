@@ -1,7 +1,7 @@
-"""The engines that a step of decoding runs on: tokens of many sequences in, logits out, keys and values kept.
+"""Engines run one decoding step: tokens of many sequences in, logits out; keys and values are cached.
 
 A step takes T tokens for each of R rows: one token, a window of drafts, or a group of arbitrary positions (the rotary
-rows say where a token is; `causal=False` lets all of a group see each other). Rows have their own lengths.
+rows tell a token's position; with `causal=False` all of a group see each other). Each row has its own length.
 `NativeEngine` (native_engine.py) runs C++ kernels on a CPU, `TorchEngine` the model's own modules on any device.
 """
 import weakref
@@ -14,19 +14,19 @@ from autoregressive.models.gpt import Transformer
 from autoregressive.models.graphs import StepGraphs
 from autoregressive.models.kv_cache import KVCache
 
-BUCKET = 64  # on a GPU the cache is read up to a multiple of it: few shapes to capture, little to read in vain
+BUCKET = 64  # on a GPU the cache is read up to a multiple of it: few graphs to capture, few positions read for nothing
 
 
 class Engine(Protocol):
-    """One model's decoder. Not for two threads at once. It does not keep the model alive."""
+    """What runs the steps of one model. Only one thread at a time may use it. It does not keep the model alive."""
 
-    weights: int | None  # which kernels: see `weight_type`; None: the model's modules
-    row_multiple: int  # numbers of rows that give a row the same bits are the multiples of this
+    weights: int | None  # which C++ kernels run (see `weight_type`); None: the model's modules
+    row_multiple: int  # with a multiple of so many rows, the bits of a row do not depend on their number
     picks_rows: bool  # a step may take any rows of the caches, not only the first
     graphs: StepGraphs
 
     def reserve(self, rows: int, tokens: int) -> None:
-        """Have caches for so many rows of so many tokens; what was cached is lost if they have to grow."""
+        """Provide caches for `rows` rows of `tokens` tokens. When they have to grow, what they held is lost."""
 
     def step(self, x: Tensor, rope: Tensor, lengths: Tensor, *, rows: Tensor | slice, wanted: Tensor | None = None,
              causal: bool = True, longest: int, uniform: bool) -> Tensor:
@@ -39,7 +39,7 @@ class Engine(Protocol):
         """
 
     def read_up_to(self, tokens: int) -> int:
-        """Cache positions that attention reads when `tokens` are in use: with the batch, what shapes a step."""
+        """How many cache positions attention reads when `tokens` are in use; this and the batch fix a step's shapes."""
 
     def copy_row(self, source: int, target: int, *, length: int) -> None:
         """Let row `target` begin with the `length` first tokens of row `source`."""
@@ -58,7 +58,7 @@ class TorchEngine:
 
     @property
     def row_multiple(self) -> int:
-        """Below 8 rows the CPU's products, and so the last bits, depend on their number."""
+        """8 on a CPU: with fewer rows the last bits of its products depend on their number."""
         return 8 if self.model.output.weight.device.type == "cpu" else 1
 
     def reserve(self, rows: int, tokens: int) -> None:
@@ -68,12 +68,12 @@ class TorchEngine:
         if weight.device.type == "cuda":  # graphs are bound to addresses
             kind += tuple(tensor.data_ptr() for tensor in (*self.model.parameters(), *self.model.buffers()))
         if cache is None or cache.rows < rows or cache.capacity < tokens or self.kind != kind:
-            self.cache = None  # before the new one is made
+            self.cache = None  # free the memory before the new one is made
             self.graphs = StepGraphs()
             self.cache = KVCache(config.n_layer, rows, config.n_kv_head, -(-tokens // BUCKET) * BUCKET,
                                  config.dim // config.n_head, device=weight.device, dtype=weight.dtype)
             self.kind = kind
-        for values in self.cache.values:  # a NaN that an earlier call left would count, though its weight is zero
+        for values in self.cache.values:  # a NaN left by an earlier call would spread, though its weight is 0
             values.zero_()
 
     def step(self, x: Tensor, rope: Tensor, lengths: Tensor, *, rows: slice, wanted: Tensor | None = None,

@@ -1,10 +1,10 @@
 """Sample image codes from a GPT with a KV cache and classifier-free guidance, one after the other or in windows.
 
-Exact coupled Jacobi decoding: the noise of every position is fixed, so a code is a function of those before it, and
-decoding is the search for the one fixed point. A window of drafts goes through the model at once; what it gives is kept
-up to and with the first code that is not its draft. The codes are those of sequential decoding, whatever the window
-("Parallel and flexible sampling from autoregressive models", arXiv 2105.08164; for discrete codes with shared noise,
-"Predictive sampling with forecasting autoregressive models", arXiv 2002.09928). One loop does both.
+Exact Jacobi decoding: the noise of every position is fixed beforehand, so a code is a function of the codes before it.
+A window of drafts (guessed codes) goes through the model at once. The results are right up to and including the first
+that differs from its draft; these are kept, the rest becomes the next drafts. So the codes are those of sequential
+decoding, whatever the window ("Parallel and flexible sampling from autoregressive models", arXiv 2105.08164; for
+discrete codes with shared noise, "Predictive sampling with forecasting autoregressive models", arXiv 2002.09928).
 """
 import contextlib
 import math
@@ -22,10 +22,10 @@ from autoregressive.models.native_engine import NativeEngine, fitting_kernels
 from autoregressive.models.sampling import Settings, check_sampling, choose
 
 Decode = Literal["auto", "sequential", "jacobi"]
-RIDGE = {"cpu": 8, "cuda": 64}  # tokens in a step that reading the weights hides, about
-WORTH_A_TRIAL = 0.002  # seconds of a step; below, what surrounds the model's pass counts more
-TRIAL = 16  # steps of each kind, by whose time `auto` chooses
-PREFILL_TOKENS = 4096  # of a prefix, in one step: bounds the memory
+RIDGE = {"cpu": 8, "cuda": 64}  # about so many tokens take no longer than one: reading the weights does
+WORTH_A_TRIAL = 0.002  # seconds; where a step is shorter, windows are not worth a trial
+TRIAL = 16  # steps of each kind that `auto` times before it chooses
+PREFILL_TOKENS = 4096  # prefix tokens in one step at most: bounds the memory
 
 
 @dataclass
@@ -42,7 +42,7 @@ class Statistics:
         return self.tokens / max(1, self.steps)
 
 
-@torch.no_grad()  # not inference_mode: its codes could not be trained on
+@torch.no_grad()  # not inference_mode: its results cannot be used in training
 def generate(model: Transformer, cond: Tensor, max_new_tokens: int, emb_masks: Tensor | None = None,
              cfg_scale: float | Sequence[float] = 1.0, cfg_interval: int = -1,
              temperature: float | Sequence[float] = 1.0, top_k: int | Sequence[int] = 0,
@@ -57,7 +57,7 @@ def generate(model: Transformer, cond: Tensor, max_new_tokens: int, emb_masks: T
     cfg_scale, temperature, top_k and top_p may be sequences, one value per image. generators: one per sample, from
     which its key is drawn; without them keys come from torch's global state. sample_logits=False takes the best code
     instead of drawing. decode: one code per step, windows of `window` drafts, or auto: windows while they pay. The
-    codes are the same. statistics: filled with what was done. Raises ValueError for labels, lengths or settings out of
+    codes are the same. statistics: receives the counts. Raises ValueError for labels, lengths or settings out of
     range.
     """
     config, batch = model.config, cond.shape[0]
@@ -90,7 +90,7 @@ def generate(model: Transformer, cond: Tensor, max_new_tokens: int, emb_masks: T
 
     engine = take_engine(model)
     device = cond.device
-    extra = -batch % engine.row_multiple  # the last image again
+    extra = -batch % engine.row_multiple  # rows are filled up with copies of the last image
     cond, emb_masks = _extended(cond, extra), None if emb_masks is None else _extended(emb_masks, extra)
     scales, temperatures, ks, ps, keys = (x + x[-1:] * extra for x in (scales, temperatures, ks, ps, keys))
     settings = Settings(*(torch.tensor(x, dtype=dtype, device=device) for x, dtype in (
@@ -99,14 +99,14 @@ def generate(model: Transformer, cond: Tensor, max_new_tokens: int, emb_masks: T
         uses_top_p=any(p < 1 for p in ps))
     guided = [scale > 1 for scale in scales]
     if any(guided) and engine.row_multiple > 1:
-        guided = [True] * len(guided)  # an even number of rows; where the scale says so, their logits are not used
-    if decode == "sequential" or (decode == "auto" and not engine.picks_rows):  # there they seldom pay
+        guided = [True] * len(guided)  # all images get two rows; the second is not used where the scale is 1
+    if decode == "sequential" or (decode == "auto" and not engine.picks_rows):  # windows are seldom faster there
         window = 1
     if window is None:
         window = max(1 if decode == "auto" else 2, RIDGE.get(device.type, 64) // (len(guided) + sum(guided)))
     window = max(1, min(window, max_new_tokens - 1))
     training = [module for module in model.modules() if module.training]
-    with torch.inference_mode(False), torch.no_grad():  # what later calls take over is to be of use anywhere
+    with torch.inference_mode(False), torch.no_grad():  # later calls reuse these tensors in any mode
         try:
             model.eval()
             engine.reserve(len(guided) + sum(guided), config.cls_token_num + max_new_tokens + window)
@@ -118,14 +118,14 @@ def generate(model: Transformer, cond: Tensor, max_new_tokens: int, emb_masks: T
         finally:
             for module in training:
                 module.training = True
-    model.engines.append(engine)  # not after an error: its caches may be half-written
+    model.engines.append(engine)  # only after success: an error may leave half-written caches
     if statistics is not None:
         vars(statistics).update(vars(run.statistics))
     return codes
 
 
 def take_engine(model: Transformer) -> Engine:
-    """The model's engine, made where there is none that is idle and fits. Put it back into model.engines after use."""
+    """An idle engine of the model that fits, or a new one. Put it back into model.engines after use."""
     weights, kernels = fitting_kernels(model)
     with contextlib.suppress(IndexError):  # none is left; another thread may take one too
         while True:
@@ -136,7 +136,7 @@ def take_engine(model: Transformer) -> Engine:
 
 
 class _Run:
-    """The state of one call: what is cached, where each image is, which codes are drafts."""
+    """The state of one call: cached tokens, each image's position, which codes are drafts."""
 
     def __init__(self, model: Transformer, engine: Engine, settings: Settings, guided: list[int], interval: int,
                  length: int, window: int) -> None:
@@ -149,8 +149,8 @@ class _Run:
         self.partner = torch.full((images,), -1, dtype=torch.long, device=device)  # an image's unconditional row
         self.partner[self.guided] = images + torch.arange(len(guided), device=device)
         self.partner[settings.scale <= 1] = -1
-        self.nobody = torch.full_like(self.partner, -1)
-        self.place = torch.ones(1, dtype=torch.long, device=device)  # of the next code, in lockstep
+        self.no_partner = torch.full_like(self.partner, -1)
+        self.place = torch.ones(1, dtype=torch.long, device=device)  # of the next code, the same for all images
         self.guided_until = length if interval < 0 else interval + 2  # the first position without guidance
         self.codes = torch.zeros(images, length + window, dtype=torch.long, device=device)
         rope, prefix = model.rope(device), model.config.cls_token_num
@@ -160,12 +160,12 @@ class _Run:
     def prefill(self, cond: Tensor, emb_masks: Tensor | None) -> None:
         """Cache the prefixes and choose the first codes."""
         embed, images = self.model.cls_embedding, len(self.images)
-        prefix = torch.cat([embed(one, drop=False) for one in cond.split(1)])  # each alone: captions are projected
+        prefix = torch.cat([embed(one, drop=False) for one in cond.split(1)])  # alone: independent of the batch
         width = self.model.config.cls_token_num
         visible = torch.ones(images, width, dtype=torch.bool, device=cond.device) if emb_masks is None \
             else emb_masks.bool()
         same = torch.arange(len(self.guided), device=cond.device)
-        if len(self.guided):  # unconditional prefixes differ by what is visible of them only
+        if len(self.guided):  # unconditional prefixes differ only in which tokens are visible
             distinct = visible[self.guided]
             if self.engine.picks_rows:
                 seen: dict[bytes, int] = {}
@@ -200,9 +200,9 @@ class _Run:
         unconditional[self.guided] = torch.where(self.partner[self.guided] >= 0, images + same, -1)
         self.codes[:, 0] = choose(torch.cat(logits), self.images, unconditional, torch.zeros_like(self.images),
                                   self.images, self.settings)
-        self.codes[:, 1:] = self.codes[:, :1]  # drafts; any will do
+        self.codes[:, 1:] = self.codes[:, :1]  # first drafts; any codes would do
         self.cursor = torch.ones_like(self.images)  # the first code that is not decided
-        kept = ("codes", "prefix", "place", "images", "guided", "partner", "nobody", "rope")
+        kept = ("codes", "prefix", "place", "images", "guided", "partner", "no_partner", "rope")
         own = {name: getattr(self, name) for name in kept}
         settings = {name: value for name, value in vars(self.settings).items() if isinstance(value, Tensor)}
         kind = (len(self.images), tuple(self.guided.tolist()), self.codes.shape, self.settings.greedy,
@@ -213,15 +213,15 @@ class _Run:
         self.settings = replace(self.settings, **{name: buffers[name] for name in settings})
 
     def finish(self, *, adaptive: bool) -> None:
-        """Decide all codes. adaptive: a few steps in lockstep, a few with windows, then the faster way."""
-        position = 1  # of all images, while they go in lockstep
+        """Decide all codes. adaptive: a few steps code by code, a few with windows, then the faster way."""
+        position = 1  # the same for all images as long as they go code by code
         trial = min(TRIAL, self.length // 4) if adaptive and self.window > 1 else 0
         lockstep_until = self.length if self.window == 1 else 1 + trial
         start = time.perf_counter()
         while position < lockstep_until:
             self.advance_together(position)
             position += 1
-        seconds = (time.perf_counter() - start) / max(1, trial)  # a code took
+        seconds = (time.perf_counter() - start) / max(1, trial)  # per code
         if trial and seconds < WORTH_A_TRIAL:
             lockstep_until = self.length
         elif position < self.length:
@@ -236,7 +236,7 @@ class _Run:
                     break
             self.statistics.steps += steps
             position = int(self.cursor.max())
-            while len(active := self.images[self.cursor < position]):  # those that are behind
+            while len(active := self.images[self.cursor < position]):  # images that are not at the end yet
                 self.advance(active, 1)
                 self.statistics.steps += 1
         self.statistics.window = 1 if lockstep_until == self.length else self.window
@@ -246,7 +246,7 @@ class _Run:
             position += 1
 
     def advance_together(self, position: int) -> None:
-        """Decide code `position` of every image, in lockstep."""
+        """Decide code `position` of every image."""
         self.statistics.steps += 1
         guides = position < self.guided_until and len(self.guided) > 0
         longest = self.longest + position - 1
@@ -259,7 +259,7 @@ class _Run:
                 x = torch.cat([x, x[self.guided]])
             logits = self.engine.step(x, self.rope.index_select(0, before)[None], lengths[:len(x)],
                                       rows=slice(0, len(x)), longest=longest, uniform=self.uniform)
-            found = choose(logits, self.images, self.partner if guides else self.nobody,
+            found = choose(logits, self.images, self.partner if guides else self.no_partner,
                            self.place.expand_as(self.images), self.images, self.settings)
             self.codes.index_copy_(1, self.place, found[:, None])
             self.place += 1
@@ -269,7 +269,7 @@ class _Run:
     def advance(self, active: Tensor, window: int) -> None:
         """Run a window of drafts of the `active` images; keep what is decided."""
         whole = not self.engine.picks_rows
-        if whole:  # finished images go along
+        if whole:  # finished images take part too, so that shapes stay the same
             active = self.images
         offsets = torch.arange(window, device=active.device)
         places = self.cursor[active][:, None] + offsets  # (A, W) the codes to decide

@@ -78,14 +78,14 @@ class ModelArgs:
 
 
 class Idle(list):
-    """Decoders with their caches that the next call of `generate` takes; copies of a model start without."""
+    """Idle engines with their caches, for the next calls of `generate`; a copy of a model starts without any."""
 
     def __reduce__(self) -> tuple:
         return Idle, ()
 
 
 class Transformer(nn.Module):
-    """[prefix, x_1 … x_{L-1}] → logits of x_1 … x_L."""
+    """From the prefix and codes x_1 … x_{L-1} to the logits of x_1 … x_L."""
 
     def __init__(self, config: ModelArgs) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ class Transformer(nn.Module):
                              attn_dropout=config.attn_dropout_p, drop_path=rate) for rate in rates)
         self.norm = RMSNorm(config.dim, eps=config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
-        self._rope: dict[torch.device, Tensor] = {}  # no buffer: the table must stay fp32 and out of checkpoints
+        self._rope: dict[torch.device, Tensor] = {}  # not a buffer: the table must stay fp32 and must not be saved
         self.engines = Idle()
         if not self.output.weight.is_meta:
             self.init_weights(int(torch.randint(2**62, ())))
@@ -128,7 +128,7 @@ class Transformer(nn.Module):
             assign(tensor, values)
 
     def set_grid(self, grid: tuple[int, int]) -> None:
-        """Make the token grid (h, w): no weight depends on it."""
+        """Change the token grid to (h, w), which no weight depends on."""
         self.config.grid, self.config.block_size = tuple(grid), grid[0] * grid[1]
         self._rope.clear()
 
@@ -136,7 +136,7 @@ class Transformer(nn.Module):
         """The rotary table on `device`, (prefix + L, K/2, 2) fp32."""
         if device not in self._rope:
             config = self.config
-            with torch.device("cpu"), torch.inference_mode(False):  # the same bits everywhere, and fit for training
+            with torch.device("cpu"), torch.inference_mode(False):  # the same bits on every device, usable in training
                 table = rope_table(config.grid, config.dim // config.n_head, config.cls_token_num,
                                    base=config.rope_base)
                 self._rope[device] = table.to(device)

@@ -29,11 +29,11 @@ class StepGraphs:
         return self.buffers
 
     def run(self, shape: Hashable, step: Callable[[], None]) -> None:
-        """Do a step, which depends on `shape` and the buffers only: first as it is, then captured, then replayed."""
+        """Do a step that depends on `shape` and the buffers only: first directly, then captured, then replayed."""
         device = next(iter(self.buffers.values())).device
         if device.type != "cuda" or torch.is_autocast_enabled("cuda"):  # autocast keeps copies of weights for a while
             step()
-        elif shape not in self.graphs:  # the first run loads and chooses kernels, which a capture may not
+        elif shape not in self.graphs:  # the first run loads and selects kernels, which is not allowed during capture
             step()
             self.graphs[shape] = None
         else:
@@ -42,7 +42,7 @@ class StepGraphs:
                     graph = torch.cuda.CUDAGraph()
                     pool = next((other.pool() for other in self.graphs.values() if other is not None), None)
                     with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.Stream(),
-                                          capture_error_mode="thread_local"):  # others may use the GPU meanwhile
+                                          capture_error_mode="thread_local"):  # other threads may use the GPU meanwhile
                         step()
                     self.graphs[shape] = graph
                 self.graphs[shape].replay()

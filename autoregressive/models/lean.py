@@ -1,13 +1,13 @@
-"""The two halves of a Llama block with a backward that keeps little, and dropout that draws and keeps little.
+"""The two halves of a Llama block with a backward that keeps few tensors, and dropout that keeps no mask.
 
-Autograd would keep every intermediate of norm, rotation and SwiGLU. Here what a pass over memory can make again (the
-normed input, silu(a) * b, dropout's mask) is made again, and the rotation happens in place; no product is done twice.
-These serve wherever something is to be kept: not without gradients (decoding), not under torch.compile, which makes
-such choices itself, and not for layers that something else wraps (LoRA's), which run as plain operations.
+Autograd would keep every intermediate of norm, rotation and SwiGLU for the backward. Here the backward computes again
+what is cheap (the normed input, silu(a) * b, dropout's mask), and the rotation happens in place; no matrix product is
+done twice. Plain operations run instead where nothing has to be kept (decoding), under torch.compile, which makes such
+choices itself, and for layers that something else wraps, such as LoRA's.
 
-The forward's numbers are those of the plain operations, bit for bit in fp32 but for two cases, an ulp each: head sizes
-that are no multiple of 16 (the pairs left over by the vector unit are turned with fused multiply-adds), and more than
-`ROWS` tokens on a CPU (a product of other size may take another kernel).
+In fp32 the forward's numbers are those of the plain operations, bit for bit. They differ in the last bit for head sizes
+that are no multiple of 16 (the pairs that do not fill a vector are rotated with fused multiply-adds) and for more than
+`ROWS` tokens on a CPU (a product of another size may use another kernel).
 """
 import torch
 import torch.nn.functional as F
@@ -35,8 +35,8 @@ def normed_swiglu(x: Tensor, norm: Tensor, eps: float, w1: Tensor, w3: Tensor, w
 
 
 class Dropout(nn.Dropout):
-    """Dropout that on a CPU keeps no mask but the random state it is drawn from, and draws 16 bits per element: the
-    rate is rounded to a 65536th, and the scale fits the rounded rate."""
+    """Dropout that on a CPU keeps the random state and no mask, and draws 16 bits per element: the rate is rounded
+    to a multiple of 1/65536, and the scale fits the rounded rate."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x with a share p of its elements zero and the rest scaled up, in training only."""
@@ -114,7 +114,7 @@ class _NormedSwiGLU(torch.autograd.Function):
             a, b, g = all_a[part], all_b[part], grad[part].to(dtype)
             gate = F.silu(a)
             _add_product(sums[2], g.t(), gate * b, part)
-            g = g @ second  # by silu(a) * b
+            g = g @ second  # the gradient of silu(a) * b
             grad_b = gate.mul_(g)
             grad_a = torch.ops.aten.silu_backward(g.mul_(b), a)
             normed = _norm(rows[part], rms[part], norm, dtype)
@@ -127,8 +127,8 @@ class _NormedSwiGLU(torch.autograd.Function):
 
 
 def _parts(rows: Tensor) -> list[slice]:
-    """Row ranges to treat one after the other: on a CPU, intermediates then stay in its cache and leave small holes in
-    the heap. In half precision all at once, as the sums of the weights' gradients are of that type."""
+    """Row ranges to treat one after the other: on a CPU, intermediates then stay in its cache, and the heap is less
+    fragmented. In half precision all at once, as the weights' gradients would be summed in that type."""
     step = ROWS if rows.device.type == "cpu" and rows.dtype == torch.float32 else max(1, len(rows))
     return [slice(start, start + step) for start in range(0, max(1, len(rows)), step)]
 
@@ -150,7 +150,7 @@ def _drop(x: Tensor, dropped: int, generator: torch.Generator) -> Tensor:
 
 
 def _compute_type(x: Tensor) -> torch.dtype:
-    """The type that matrix products have here."""
+    """The type of matrix products: autocast's, else that of the tensors."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
@@ -162,7 +162,7 @@ def _inverse_rms(rows: Tensor, eps: float) -> Tensor:
 
 
 def _norm(x: Tensor, rms: Tensor, norm: Tensor, dtype: torch.dtype) -> Tensor:
-    """x * rms in fp32, cast back, then scaled; in the type of the product that follows."""
+    """x * rms in fp32, cast back, then scaled; in the type of the matrix product that follows."""
     return ((x * rms).type_as(x) * norm).to(dtype)
 
 
@@ -177,7 +177,7 @@ def _norm_backward(grad: Tensor, x: Tensor, rms: Tensor, norm: Tensor, grad_x: T
 
 def _rotate_(x: Tensor, rope: Tensor, *, transposed: bool = False) -> None:
     """`apply_rope` in place on x (B, T, H, K): a pair is a complex number, (cos, sin) another. `transposed` multiplies
-    by the transposed matrices, which is what a backward needs: the prefix's are zero and have no inverse."""
+    by the transposed matrices, for the backward (not the inverse: the prefix's matrices are zero and have none)."""
     table = torch.view_as_complex(rope)[:, None]  # (T, 1, K/2)
     table = table.conj().resolve_conj() if transposed else table
     if x.dtype == torch.float32:

@@ -1,7 +1,7 @@
 """Cross-entropy of a linear head that never holds the logits of all tokens (chunks as in Cut Cross-Entropy's baseline
 and Liger, arXiv 2411.09009 and 2410.10989).
 
-The gradients are made chunk by chunk in the forward, while a chunk's logits are there: no product is done twice. torch
+The gradients are computed in the forward, chunk by chunk, while a chunk's logits exist: no product is done twice. torch
 has the same as `F.linear_cross_entropy` since 2.14, as fast and as small with equal chunks. Ours works from 2.6 on,
 takes a weight per sample without doing the products twice, and sums the head's gradient in fp32 under autocast.
 """
@@ -47,7 +47,7 @@ class _SummedLoss(torch.autograd.Function):
             per_token = -scores.gather(1, target).squeeze(1)
             loss += (per_token if valid is None else per_token * valid[rows]).sum()
             if need:
-                slope = scores.exp_()  # by the logits: softmax - one-hot
+                slope = scores.exp_()  # the gradient of the logits: softmax - one-hot
                 slope.scatter_add_(1, target, slope.new_full((1, 1), -1.0).expand_as(target))
                 if valid is not None:
                     slope *= valid[rows, None]
@@ -58,7 +58,7 @@ class _SummedLoss(torch.autograd.Function):
                 else:
                     grad_weight += slope.t() @ part
                 del slope
-            del scores  # before the next chunk's
+            del scores  # free them before the next chunk
         if need:
             ctx.save_for_backward(grad_x, grad_weight)
             ctx.dtypes = x.dtype, weight.dtype
@@ -66,6 +66,6 @@ class _SummedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        # In place: what is saved is as large as the head. A second backward finds it changed, and autograd says so.
+        # In place, as the saved gradient is as large as the head. Autograd raises an error if backward runs twice.
         gradients = [saved.mul_(grad).to(dtype) for saved, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)]
         return *gradients, None, None, None, None, None

@@ -17,7 +17,7 @@ from native.build import load, pointer
 
 SIDE = 16  # positions side by side in the cache of keys: the constant of the same name in native/decode.cpp
 WEIGHTS = {torch.float32: 0, torch.bfloat16: 1, 8: 2, 4: 3}
-MULTIPLE = {torch.float32: 8, torch.bfloat16: 16, 8: 32, 4: 64}  # of inputs, that one load of a kernel takes
+MULTIPLE = {torch.float32: 8, torch.bfloat16: 16, 8: 32, 4: 64}  # layer widths must be multiples
 PROJECTIONS = ("attention.wqkv", "attention.wo", "feed_forward.w1", "feed_forward.w3", "feed_forward.w2")
 
 
@@ -81,11 +81,11 @@ class NativeEngine:
         self.graphs = StepGraphs()
 
     def reserve(self, rows: int, tokens: int) -> None:
-        """Have caches for so many rows of so many tokens, and look where the weights lie now."""
+        """Provide caches for `rows` rows of `tokens` tokens, and look up the addresses of the weights."""
         config = self.model.config
         K = config.dim // config.n_head
         if rows > self.rows or tokens > self.capacity:
-            self.keys, self.values = [], []  # before the new ones are made
+            self.keys, self.values = [], []  # free the memory before the new ones are made
             self.rows, self.capacity = rows, -(-tokens // SIDE) * SIDE
             dtype = torch.float32 if self.weights == 0 else torch.bfloat16
             shape = (rows, config.n_kv_head)
@@ -123,14 +123,14 @@ class NativeEngine:
             self.scratch = torch.empty(size)
         vocab = self.model.config.vocab_size
         if len(self.logits) < len(wanted):
-            self.logits = torch.empty(len(wanted), vocab + SIDE)  # no power of two: rows would share cache lines
+            self.logits = torch.empty(len(wanted), vocab + SIDE)  # not a power of two: rows would share cache sets
         self.kernels.step(ctypes.byref(self.described), ctypes.byref(_Step(
             pointer(x), pointer(rope), pointer(rows), pointer(lengths), count, new, causal, pointer(wanted),
             len(wanted), pointer(self.logits), self.logits.shape[1], pointer(self.scratch), threads)))
         return self.logits[:len(wanted), :vocab]
 
     def read_up_to(self, tokens: int) -> int:
-        """Just the tokens in use."""
+        """As many as there are tokens in use."""
         return tokens
 
     def copy_row(self, source: int, target: int, *, length: int) -> None:

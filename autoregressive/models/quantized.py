@@ -1,4 +1,4 @@
-"""Weight-only quantisation: int8 with a scale per output, int4 with one per 64 inputs. Not exact: a speed for memory.
+"""Weight-only quantisation: int8 with a scale per output, int4 with one per 64 inputs. Not exact: it changes the model.
 
 Rounding to nearest, symmetric, as in LLM.int8() (arXiv 2208.07339) and in 4-bit weight formats with groups.
 """

@@ -1,4 +1,4 @@
-"""From logits to a code: guidance, temperature, top-k, top-p and the draw. The only place where it is decided.
+"""From logits to a code: guidance, temperature, top-k, top-p and the draw. The only place where codes are chosen.
 
 Randomness is a function of (key of the image, position of the code): Gumbel noise made from Philox counters, and the
 code with the largest logit + noise, which is a draw from the softmax. So an image depends neither on the batch it is
@@ -26,7 +26,7 @@ class Settings:
     top_p: Tensor  # fp32, 1: all
     keys: Tensor  # int64
     greedy: bool
-    uses_top_k: bool = False  # known without asking the device
+    uses_top_k: bool = False  # known on the host, without a sync
     uses_top_p: bool = False
 
 
@@ -79,7 +79,7 @@ def philox(keys: Tensor, *counters: Tensor) -> list[Tensor]:
     key = [keys & low, (keys >> 32) & low]
     state = [*torch.broadcast_tensors(*(c & low for c in counters)), *[torch.zeros_like(keys)] * (4 - len(counters))]
     for _ in range(10):
-        a, b = state[0] * 0xD2511F53, state[2] * 0xCD9E8D57  # wrap around, but every bit is right
+        a, b = state[0] * 0xD2511F53, state[2] * 0xCD9E8D57  # overflows int64, but all 64 bits are right
         state = [((b >> 32) & low) ^ state[1] ^ key[0], b & low, ((a >> 32) & low) ^ state[3] ^ key[1], a & low]
         key = [(key[0] + 0x9E3779B9) & low, (key[1] + 0xBB67AE85) & low]
     return list(torch.broadcast_tensors(*state))

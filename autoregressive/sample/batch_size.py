@@ -8,23 +8,23 @@ import torch
 from autoregressive.sample.pipeline import Pipeline
 from tokenizer.build import CHUNK, rows_at_once
 
-ENOUGH = {"cpu": 32, "cuda": 512}  # images; more rows than this are no faster, arithmetic is the limit
-SHARE = 0.8  # of the free memory; the rest is for fragments and what is not counted here
-LOGIT_COPIES = 8  # of the logits in fp32: guided, filtered, sorted with int64 places, noise
-PIXEL_COPIES = 4  # of an image in fp32 and 8 bits on their way out
-DECODER_COPIES = 4  # of the tokenizer's widest activations
+ENOUGH = {"cpu": 32, "cuda": 512}  # images; a larger batch is no faster, as arithmetic is the limit
+SHARE = 0.8  # of the free memory; the rest is for fragmentation and what is not counted here
+LOGIT_COPIES = 8  # copies of the logits in fp32: guided, filtered, sorted with int64 indices, noise
+PIXEL_COPIES = 4  # copies of an image, in fp32 and 8 bits, until it is written
+DECODER_COPIES = 4  # copies of the tokenizer's widest activations
 MEMINFO = "/proc/meminfo"
 CONTAINER = (("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),  # limit and use, cgroups v2 and v1
              ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"))
 
 
 def even_batch(total: int, limit: int) -> int:
-    """The largest batch of equal ones: `total` images in as few batches as `limit` allows, none of them small."""
+    """The batch size that makes as few batches of `total` images as `limit` allows, all about equally large."""
     return math.ceil(total / math.ceil(total / limit)) if total else limit
 
 
 def bytes_per_image(pipeline: Pipeline, device: torch.device) -> int:
-    """What each image of a batch adds: keys and values of two streams with guidance, logits, pixels on a CPU."""
+    """Bytes that each image of a batch adds: keys and values (twice with guidance), logits, pixels on a CPU."""
     config, weight = pipeline.gpt.config, next(pipeline.gpt.parameters())
     rows = 2 if pipeline.settings["cfg_scale"] > 1 else 1
     tokens = config.cls_token_num + config.block_size
@@ -34,20 +34,20 @@ def bytes_per_image(pipeline: Pipeline, device: torch.device) -> int:
 
 
 def decoder_bytes(pipeline: Pipeline, device: torch.device) -> int:
-    """What the tokenizer's decoder needs besides, whatever the batch: it takes few images at a time."""
+    """Bytes that the tokenizer's decoder needs for any batch size: it takes few images at a time."""
     config, pixels = pipeline.tokenizer.config, math.prod(pipeline.image_size)
     at_once = rows_at_once(pipeline.tokenizer, pixels) or CHUNK[device.type]
     return at_once * config.ch * max(config.decoder_ch_mult[:2]) * 4 * pixels * DECODER_COPIES
 
 
 def batch_that_fits(pipeline: Pipeline, device: torch.device) -> int:
-    """The largest batch for the free memory of `device`, at least 1, at most what makes it faster."""
+    """The largest batch that fits into the free memory of `device`; at least 1, at most ENOUGH."""
     room = SHARE * free_memory(device) - decoder_bytes(pipeline, device)
     return max(1, min(ENOUGH[device.type], int(room / bytes_per_image(pipeline, device))))
 
 
 def free_memory(device: torch.device) -> float:
-    """Bytes that this process may still use: of its GPU, or its share of the machine's memory or the container's."""
+    """Bytes that this process may still use: its GPU's, or its share of the memory of the machine or container."""
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept
@@ -60,7 +60,7 @@ def free_memory(device: torch.device) -> float:
 
 
 def text_of(path: str) -> str:
-    """What a small file says, stripped; nothing when it cannot be read."""
+    """The text of a small file, stripped; empty when it cannot be read."""
     try:
         return Path(path).read_text().strip()
     except OSError:

@@ -1,4 +1,4 @@
-"""From labels to pictures: the one sampling pipeline, whatever asks for it.
+"""From labels to pictures: the sampling pipeline that every command uses.
 
 Image (seed, index) comes from its own random stream, so it does not depend on the batch or the process it is made in.
 """
@@ -22,9 +22,9 @@ from utils import dist, images
 from utils.checkpoints import containers
 from utils.seeding import sample_generator
 
-DEFAULT_IMAGE_SIZE = 384  # of the released models; our own checkpoints know theirs
+DEFAULT_IMAGE_SIZE = 384  # of the released models; our own checkpoints say theirs
 KINDS = {"int8": 8, "int4": 4}  # bits of --quantize
-LABEL_STREAM = 0x1ABE1  # keeps labels and codes of a seed independent
+LABEL_STREAM = 0x1ABE1  # a stream of its own for labels, so that they are independent of the codes
 
 
 @dataclass
@@ -36,16 +36,16 @@ class Pipeline:
     classes: list[str] | None
     settings: dict[str, Any]  # cfg_scale, cfg_interval, temperature, top_k, top_p
     described: dict[str, Any]  # models, files' hashes and sizes, for config.json
-    decode: Decode = "auto"  # has no influence on the images
+    decode: Decode = "auto"  # does not change the images
 
     @property
     def num_classes(self) -> int:
-        """Classes that can be asked for."""
+        """Number of classes."""
         return self.gpt.config.num_classes
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """Height and width of what comes out, pixels."""
+        """Height and width of the images, in pixels."""
         h, w = self.gpt.config.grid
         return h * self.tokenizer.downsample, w * self.tokenizer.downsample
 
@@ -93,7 +93,7 @@ class Pipeline:
 
 
 def load_pipeline(flags: SampleFlags, *, device: torch.device) -> Pipeline:
-    """Load both models; all that can be wrong with them or the settings is said here, before any sampling."""
+    """Load both models. Raises for all that is wrong with them or the settings, before any sampling."""
     check_sampling(temperature=flags.temperature, top_k=flags.top_k, top_p=flags.top_p)
     if flags.quantize and device.type != "cpu":
         raise ValueError(f"--quantize {flags.quantize} is for CPUs: there are no such kernels for a GPU here")
@@ -104,7 +104,7 @@ def load_pipeline(flags: SampleFlags, *, device: torch.device) -> Pipeline:
     vq_name, tokenizer = load_tokenizer(flags, device=device)
     config = gpt.config
     if config.vocab_size != tokenizer.codebook_size:
-        raise ValueError(f"the GPT speaks {config.vocab_size} codes, the tokenizer {tokenizer.codebook_size}: "
+        raise ValueError(f"the GPT has {config.vocab_size} codes, the tokenizer {tokenizer.codebook_size}: "
                          "they do not belong together")
     if flags.downsample_size not in (None, tokenizer.downsample):
         raise ValueError(f"--downsample-size is {flags.downsample_size}, but {vq_name} has {tokenizer.downsample}")
@@ -114,9 +114,9 @@ def load_pipeline(flags: SampleFlags, *, device: torch.device) -> Pipeline:
         config_size = flags.image_size or tuple(side * tokenizer.downsample for side in saved["grid"])
     gpt.set_grid(check_image_size(config_size, tokenizer.downsample))
     if flags.compile:
-        for layer in gpt.layers:  # the parts whose shapes do not change from step to step
+        for layer in gpt.layers:  # their shapes do not change from step to step
             layer.feed_forward.compile()
-        if device.type != "cpu":  # there the kernels are faster
+        if device.type != "cpu":  # on a CPU our kernels are faster than a compiled decoder
             tokenizer.decoder.compile()
     settings = {name: getattr(flags, name) for name in ("cfg_scale", "cfg_interval", "temperature", "top_k", "top_p")}
     described = {"gpt_model": flags.gpt_model or saved.get("gpt_model") or "GPT-B", "vq_model": vq_name,
@@ -165,7 +165,7 @@ def load_gpt(flags: SampleFlags, *, device: torch.device) -> tuple[Transformer, 
 
 
 def sampling_dtype(flags: SampleFlags, device: torch.device) -> torch.dtype:
-    """The type of the weights. Our own kernels read bfloat16 on any CPU, PyTorch's on few."""
+    """The type of the weights. Our own kernels are fast in bfloat16 on any CPU, PyTorch's on few."""
     if device.type == "cpu" and flags.precision == "bf16" and not flags.compile and available():
         return torch.bfloat16
     return dist.compute_dtype(flags.precision, device)

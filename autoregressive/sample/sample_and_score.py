@@ -3,8 +3,8 @@
     bash scripts/autoregressive/sample_and_score.sh --recipe c2i_B_256 --gpt-ckpt c2i_B_256.pt \\
         --vq-ckpt vq_ds16_c2i.pt --fid-reference VIRTUAL_imagenet256_labeled.npz --inception INCEPTION.pth
 
-The sampler's command, then the evaluator's with its preset gfid (none with --features: that is no FID), in one go. What
-the recipe expects stands beside what came out, on the screen and in <settings>.scores.json beside the npz.
+Runs the sampler, then the evaluator with its preset gfid (without one if --features is given: that is no FID). The
+numbers that the recipe expects are shown beside those measured, on the screen and in <settings>.scores.json.
 """
 import dataclasses
 import json
@@ -19,17 +19,17 @@ from autoregressive.sample import sample_ddp
 from autoregressive.sample.pipeline import load_pipeline
 from autoregressive.sample.sample_ddp import SampleSetFlags
 from evaluations.c2i import evaluator
+from evaluations.c2i.comparison_rules import check_preset, check_reference, check_sample
 from evaluations.c2i.evaluator import EvaluatorFlags
 from evaluations.c2i.features import load_network
 from evaluations.c2i.image_sets import ImageSet, open_image_set
-from evaluations.c2i.protocol import check_preset, check_reference, check_sample
 from evaluations.c2i.scores import TITLES, MetricFlags, chosen_metrics
 from utils import cli, dist
 from utils.cli import flag
 from utils.files import replacing
 from utils.recipes import read_recipe, recipe_flags
 
-TOLERANCE = 0.1  # FID of one recipe, run again: published and repeated values differ by 0.02 to 0.13
+TOLERANCE = 0.1  # FID: published and repeated values of one recipe differ by 0.02 to 0.13
 
 
 @dataclass(kw_only=True)
@@ -42,12 +42,12 @@ class SampleAndScoreFlags(SampleSetFlags, MetricFlags):
 
 
 def preset(flags: SampleAndScoreFlags) -> str | None:
-    """The evaluator's preset: samples are compared with statistics of a training set, if FID is measured at all."""
+    """The evaluator's preset: gfid (statistics of a training set as reference), unless --features measures no FID."""
     return "gfid" if flags.features is None else None
 
 
 def check(flags: SampleAndScoreFlags, process: dist.Process, *, size: tuple[int, int]) -> None:
-    """Raise, before anything is sampled, what the evaluator would raise afterwards of samples of `size`."""
+    """Raise, before anything is sampled, the errors that the evaluator would raise for samples of `size`."""
     metrics, reference = chosen_metrics(flags), open_image_set(flags.fid_reference)
     network = load_network(flags, device=process.device)
     planned = ImageSet("samples", flags.num_fid_samples, flags.image_size_eval or size)
@@ -58,14 +58,14 @@ def check(flags: SampleAndScoreFlags, process: dist.Process, *, size: tuple[int,
 
 
 def typed_otherwise(flags: SampleAndScoreFlags) -> list[str]:
-    """Flags whose value is not the recipe's."""
+    """The flags that were typed with another value than the recipe's."""
     plain = cli.build_parser(type(flags)).parse_args(["--recipe", flags.recipe, "--fid-reference", flags.fid_reference])
     names = [key.replace("-", "_") for key in recipe_flags(flags.recipe, flags.recipe_sections)]
     return [name for name in names if getattr(flags, name) != getattr(plain, name)]
 
 
 def compare(results: dict[str, float], recipe: dict[str, Any], *, changed: list[str]) -> dict[str, Any]:
-    """Measured beside expected, and what the difference says."""
+    """The measured and the expected numbers, and a verdict on the difference."""
     measured = {name: results[name] for name in TITLES if name in results}
     expected = {name: value for name, value in recipe.get("expected", {}).items() if name in measured}
     verdict = "no expected FID to compare with"

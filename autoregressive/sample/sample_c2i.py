@@ -31,7 +31,7 @@ class GridFlags(SampleFlags, OutputFlags):
 
 
 def default_classes(pipeline: Pipeline) -> list[int]:
-    """Well-known ones for an ImageNet model, else the first sixteen."""
+    """A few well-known classes for an ImageNet model, else the first sixteen."""
     return IMAGENET_CLASSES if pipeline.num_classes == 1000 else list(range(min(16, pipeline.num_classes)))
 
 

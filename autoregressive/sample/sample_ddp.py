@@ -2,9 +2,9 @@
 
     bash scripts/autoregressive/sample_c2i.sh --gpt-ckpt GPT.pt --vq-ckpt VQ.pt --num-fid-samples 50000 --cfg-scale 2.0
 
-<sample-dir>/<settings>/000000.png … and <sample-dir>/<settings>.npz; config.json in the folder says how they were made.
-Image i is the same for any number of processes and any batch size (--per-proc-batch-size 0: what memory holds). Run
-again to continue after an interruption: a kill costs the newest shard, a minute or a hundredth of the time so far.
+Writes <sample-dir>/<settings>/000000.png … and <sample-dir>/<settings>.npz; config.json in the folder says how they
+were made. Image i is the same for any number of processes and any batch size (--per-proc-batch-size 0: what memory
+holds). Run it again to continue after an interruption: a kill costs the last minute, or 1 % of the time so far.
 """
 import contextlib
 import json
@@ -49,7 +49,7 @@ class SampleSetFlags(SampleFlags, SeedFlags, BatchFlags, SetFlags, RecipeFlags):
 
 
 def folder_name(described: dict, flags: SampleSetFlags) -> str:
-    """The sample set's name: what distinguishes it from its neighbours."""
+    """The name of the sample set: its settings."""
     def size(value) -> str:
         return str(value[0]) if value[0] == value[1] else "x".join(map(str, value))
 
@@ -61,7 +61,7 @@ def folder_name(described: dict, flags: SampleSetFlags) -> str:
 
 
 def claim(folder: Path, described: dict) -> None:
-    """Note in config.json how the images are made. Raises ValueError if those already there were made otherwise."""
+    """Write config.json: how the images are made. Raises ValueError if the folder holds images made in another way."""
     path = folder / "config.json"
     if not path.is_file() and any(folder.glob("*.png")):
         raise ValueError(f"{folder} holds PNGs but no config.json that says how they were made: give another "
@@ -78,8 +78,8 @@ def claim(folder: Path, described: dict) -> None:
 
 
 def main(flags: SampleSetFlags, pipeline: Pipeline | None = None) -> Path:
-    """Sample what is missing, then pack the npz. Returns its path. `pipeline`: that of the flags, if loaded already."""
-    process = dist.setup(timeout=86400.0)  # processes wait for the slowest one's share, and for the packing
+    """Sample the images that are missing, then pack the npz. Returns its path. `pipeline`: if it is loaded already."""
+    process = dist.setup(timeout=86400.0)  # a day: processes wait for the slowest one, and for the packing
     if flags.num_fid_samples < 1 or flags.per_proc_batch_size < 0:
         raise ValueError("--num-fid-samples must be at least 1, --per-proc-batch-size at least 0 (what memory holds)")
     pipeline = pipeline or load_pipeline(flags, device=process.device)
@@ -91,13 +91,13 @@ def main(flags: SampleSetFlags, pipeline: Pipeline | None = None) -> Path:
         with store.locked() if process.is_main else contextlib.nullcontext():
             complete_set(store, flags, pipeline, process, described=described)
     except OSError as error:
-        raise OSError(f"{store.folder}: {error}: what was written counts, run again to continue") from error
+        raise OSError(f"{store.folder}: {error}: what was written is kept, run again to continue") from error
     return store.npz
 
 
 def complete_set(store: SampleStore, flags: SampleSetFlags, pipeline: Pipeline, process: dist.Process, *,
                  described: dict) -> None:
-    """Bring the set to --num-fid-samples images, and say what came out."""
+    """Complete the set to --num-fid-samples images and print what was done."""
     count = flags.num_fid_samples
     if process.is_main:
         claim(store.folder, described)
@@ -113,7 +113,7 @@ def complete_set(store: SampleStore, flags: SampleSetFlags, pipeline: Pipeline, 
             store.pack(np.array(labels))
         dist.barrier()
     elif process.is_main:
-        store.remove_shards(count)  # of a run that was killed just before it did
+        store.remove_shards(count)  # left over if a run was killed just before it removed them
     if flags.png:
         add_pngs(store, count, process)
     if process.is_main:
@@ -124,9 +124,9 @@ def complete_set(store: SampleStore, flags: SampleSetFlags, pipeline: Pipeline, 
 
 def sample_missing(store: SampleStore, flags: SampleSetFlags, pipeline: Pipeline, process: dist.Process, *,
                    labels: list[int]) -> int:
-    """Sample the images that are neither held nor there as PNGs, this process its share. Returns how many all made.
+    """Sample this process's share of the images that are in no shard and no PNG. Returns how many all processes made.
 
-    The bar shows all processes' images, by the pace of this one.
+    The bar counts all processes' images, estimated from the pace of this one.
     """
     if process.is_main:
         lacking = store.lacking(len(labels))
@@ -154,10 +154,10 @@ def sample_missing(store: SampleStore, flags: SampleSetFlags, pipeline: Pipeline
 
 def decoding(pipeline: Pipeline, codes: Tensor, *, size: tuple[int, int],
              stream: torch.cuda.Stream | None) -> Callable[[], np.ndarray]:
-    """What gives the images of `codes`, for another thread to call.
+    """A function that returns the images of `codes`, for another thread to call.
 
-    On a GPU that is the decoding, on a `stream` of its own beside the sampling of the next batch. A CPU has no core to
-    spare: decoded at once.
+    On a GPU it decodes, on a `stream` of its own beside the sampling of the next batch. On a CPU, which has no core to
+    spare, the images are decoded at once.
     """
     if stream is None:
         return partial(np.asarray, pipeline.to_pixels(codes, size=size))
@@ -172,7 +172,7 @@ def decoding(pipeline: Pipeline, codes: Tensor, *, size: tuple[int, int],
 
 
 def add_pngs(store: SampleStore, count: int, process: dist.Process) -> None:
-    """Write, from the npz, the PNGs that are not there, this process its share."""
+    """Write this process's share of the missing PNGs, from the npz."""
     bare = dist.broadcast_object(store.without_png(range(count)) if process.is_main else None)
     mine = set(bare[process.rank::process.world_size])
     if mine:

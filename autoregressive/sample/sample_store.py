@@ -1,8 +1,8 @@
-"""Where a sample set grows: shards that hold what is finished, and the npz that is made of them in the end.
+"""The files of a sample set: shards that hold finished images, and the npz that is made of them in the end.
 
-<folder>/shards/shard-*.npz: images (arr_0) and which they are (indices), written whole or not at all; zip's checksums
-tell damage. The npz itself counts as one more of them, so that a set can grow. All carry a seal, the hash of the set's
-description, as the zip file's comment: what other models left in the same place does not count.
+<folder>/shards/shard-*.npz: images (arr_0) and their numbers (indices), written whole or not at all; zip's checksums
+reveal damage. A finished npz counts as one more shard, so that a set can grow. Every file carries a seal in the zip
+comment, the hash of the set's description: files that other models left in the same place do not count.
 """
 import contextlib
 import errno
@@ -37,12 +37,12 @@ class SampleStore:
     def __init__(self, folder: Path, described: dict[str, Any], *, size: tuple[int, int]) -> None:
         self.folder, self.shards, self.size = folder, folder / "shards", size
         self.npz = folder.with_name(f"{folder.name}.npz")
-        self.larger = self.shards / self.npz.name  # the npz of more images than were asked for later
+        self.larger = self.shards / self.npz.name  # an earlier npz with more images than are asked for now
         self.seal = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest().encode()
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other runs out. Raises ValueError if one is in; where a file system has no locks, nobody is kept out."""
+        """Lock the folder. Raises ValueError if another run holds the lock. No effect on file systems without locks."""
         self.folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(self.folder, os.O_RDONLY)
         try:
@@ -55,10 +55,10 @@ class SampleStore:
         try:
             yield
         finally:
-            os.close(handle)  # this unlocks, and so does a kill
+            os.close(handle)  # this unlocks; so does the end of the process
 
     def sweep(self) -> None:
-        """Remove what killed writers left half done."""
+        """Remove the unfinished files of killed writers."""
         sweep(self.folder)
         sweep(self.shards)
         for path in self.npz.parent.glob(f".{glob.escape(self.npz.name)}.*.tmp"):
@@ -69,7 +69,7 @@ class SampleStore:
         return self.folder / f"{index:06d}.png"
 
     def without_png(self, indices: Iterable[int]) -> list[int]:
-        """Which of the images have no PNG."""
+        """Which of the images have no PNG yet."""
         present = {path.name for path in self.folder.glob("*.png")}
         return [index for index in indices if self.png(index).name not in present]
 
@@ -81,7 +81,7 @@ class SampleStore:
             return False
 
     def is_ours(self, path: Path) -> bool:
-        """Whether an npz is there and of this set."""
+        """Whether there is an npz of this set."""
         try:
             with zipfile.ZipFile(path) as archive:
                 return archive.comment == self.seal
@@ -106,9 +106,9 @@ class SampleStore:
         return indices
 
     def held(self, *, check: bool = False) -> dict[Path, np.ndarray]:
-        """The shards, and the npz if it is this set's, and which images are in each.
+        """The shards, and the npz if it is this set's, each with the images that it holds.
 
-        `check`: read them whole, not only their headers. What is damaged is named and removed.
+        `check`: read whole files, not only their headers. Damaged files are named and removed.
         """
         held = {}
         for path in [*sorted(self.shards.glob("*.npz")), *([self.npz] if self.is_ours(self.npz) else [])]:
@@ -125,7 +125,7 @@ class SampleStore:
         return held
 
     def lacking(self, count: int) -> list[int]:
-        """Which of images 0 to count - 1 are not held, every file read whole."""
+        """Which of images 0 to count - 1 no file holds; every file is read whole."""
         held = {index for indices in self.held(check=True).values() for index in indices.tolist()}
         return [index for index in range(count) if index not in held]
 
@@ -136,7 +136,7 @@ class SampleStore:
                         shape=self.size, extra={"indices": np.array([index for index, _ in made])}, comment=self.seal)
 
     def read_pngs(self, indices: list[int]) -> Iterator[tuple[int, np.ndarray]]:
-        """Images of which there is only a PNG (index, uint8 (H, W, 3)). What is damaged is named and removed."""
+        """Images that are in no shard but have a PNG: (index, uint8 (H, W, 3)). Damaged PNGs are named and removed."""
         for index in indices:
             try:
                 picture = read_rgb(self.png(index))
@@ -149,13 +149,13 @@ class SampleStore:
             yield index, picture
 
     def pack(self, labels: np.ndarray) -> None:
-        """Make the npz of images 0 to len(labels) - 1 from what is held, then remove the shards.
+        """Make the npz of images 0 to len(labels) - 1 from shards and PNGs, then remove the shards.
 
-        Raises ValueError if an image is not held, or a shard is found damaged.
+        Raises ValueError if an image is missing or a shard turns out to be damaged.
         """
         if self.is_ours(self.npz) and len(self.indices(self.npz)) > len(labels) and not self.larger.exists():
             self.shards.mkdir(exist_ok=True)
-            self.npz.replace(self.larger)  # what is not in the new one shall not be lost
+            self.npz.replace(self.larger)  # keeps the images that the new one does not hold
         rows_in_order = self.in_order(len(labels))
         try:
             images.save_npz(self.npz, tqdm(rows_in_order, total=len(labels), desc="packing", unit="image",
@@ -166,7 +166,7 @@ class SampleStore:
         self.remove_shards(len(labels))
 
     def in_order(self, count: int) -> Iterator[np.ndarray]:
-        """Images 0 to count - 1; a few of each shard that is being read are in memory."""
+        """Images 0 to count - 1, in order; only a few of each shard that is being read are in memory."""
         held = self.held()
         home = {index: path for path, indices in held.items() for index in indices.tolist()}
         missing = [index for index in range(count) if index not in home]

@@ -1,4 +1,4 @@
-"""Writing a sample set beside the sampling: decoding, PNGs and shards happen on threads of their own."""
+"""Writing a sample set while the GPT samples: decoding, PNGs and shards happen on other threads."""
 import os
 import time
 from collections import deque
@@ -12,14 +12,14 @@ from utils import images
 
 AHEAD = 2  # batches that wait to be written; sampling waits when there are more
 SHARD_BYTES = 2**28  # a shard is closed at this size, or
-SHARD_SECONDS = 60.0  # after a minute, later after a hundredth of the run's time: that is what a kill costs
-MAX_PNG_THREADS = 8  # Pillow lets go of the interpreter while it compresses
+SHARD_SECONDS = 60.0  # after a minute, or 1 % of the run's time if that is longer: what a kill costs
+MAX_PNG_THREADS = 8  # Pillow releases the interpreter lock while it compresses
 
 
 class SetWriter:
-    """Takes batches as they are made. What goes wrong with one is raised by a later `add`, or at the end of the block.
+    """Takes batches as they are made. An error in one of them is raised by a later `add`, or at the end of the block.
 
-    Leaving the block, also by an exception, writes all that was taken.
+    When the block ends, also by an exception, all batches that were taken are written.
     """
 
     def __init__(self, store: SampleStore, *, png: bool) -> None:
@@ -28,8 +28,8 @@ class SetWriter:
         cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         self.png_threads = ThreadPoolExecutor(max(1, min(MAX_PNG_THREADS, cores)))
         self.jobs: deque[Future] = deque()
-        self.png_jobs: list[Future] = []  # of the newest batch
-        self.made: list[tuple[int, np.ndarray]] = []  # in no shard yet
+        self.png_jobs: list[Future] = []  # PNGs of the newest batch that are being written
+        self.made: list[tuple[int, np.ndarray]] = []  # images that are in no shard yet
         self.started = self.closed = time.monotonic()
 
     def __enter__(self) -> "SetWriter":
@@ -45,7 +45,7 @@ class SetWriter:
                 job.result()
 
     def add(self, indices: list[int], make: Callable[[], np.ndarray]) -> None:
-        """Take a batch: `make`, called on the writer's thread, gives images `indices`, uint8 (B, H, W, 3)."""
+        """Take a batch: `make` is called on the writer's thread and returns images `indices`, uint8 (B, H, W, 3)."""
         while self.jobs and (len(self.jobs) >= AHEAD or self.jobs[0].done()):
             self.jobs.popleft().result()
         self.jobs.append(self.thread.submit(self.write, indices, make))
@@ -65,7 +65,7 @@ class SetWriter:
             self.closed = now
 
     def close_shard(self) -> None:
-        """Write what is in no shard yet as one."""
+        """Write the images that are in no shard yet as one shard."""
         if self.made:
             self.store.add(self.made)
             self.made = []

@@ -15,22 +15,29 @@ from utils.training.parallel import ParallelFlags
 
 
 @dataclass(kw_only=True)
-class GPTFlags(SizeFlags):
+class GPTSizeFlags(SizeFlags):
     """Which GPT. What is left out is taken from the checkpoint or the codes."""
 
     shapes_run: ClassVar[bool] = False
     gpt_model: str | None = flag(None, "size; None: what the checkpoint says, else GPT-B", choices=tuple(GPT_models))
-    gpt_ckpt: str | None = flag(None, "GPT checkpoint")
-    gpt_type: Literal["c2i", "t2i"] = flag("c2i", "condition: class or text", choices=("c2i", "t2i"))
-    cls_token_num: int | None = flag(None, "prefix tokens; None: 1 for c2i, 120 for t2i")
     vocab_size: int | None = flag(None, "number of codes; None: the codes' or checkpoint's, else 16384")
     num_classes: int | None = flag(None, "classes; None: the codes' or checkpoint's; training with 1: without classes")
     downsample_size: int | None = flag(None, "pixels per token side; None: the tokenizer's")
 
 
 @dataclass(kw_only=True)
+class GPTFlags(GPTSizeFlags):
+    """The GPT's checkpoint and condition."""
+
+    shapes_run: ClassVar[bool] = False
+    gpt_ckpt: str | None = flag(None, "GPT checkpoint")
+    gpt_type: Literal["c2i", "t2i"] = flag("c2i", "condition: class or text", choices=("c2i", "t2i"))
+    cls_token_num: int | None = flag(None, "prefix tokens; None: 1 for c2i, 120 for t2i")
+
+
+@dataclass(kw_only=True)
 class GuidanceFlags:
-    """For commands that sample."""
+    """Guidance."""
 
     shapes_run: ClassVar[bool] = False
     cfg_scale: float = flag(4.0, "classifier-free guidance; 1 or less: none")
@@ -48,5 +55,5 @@ class GPTTrainFlags(TrainFlags, ParallelFlags, GPTFlags, FinetuneFlags, Tokenize
     token_dropout_p: float = flag(0.1, "dropout on the embeddings")
     drop_path_rate: float = flag(0.0, "stochastic depth, rising linearly with depth to this rate")
     token_noise: float = flag(0.0, "share of input codes replaced by random ones: the model learns to go on after a "
-                                   "mistake of its own (VQGAN's pkeep, arXiv 2012.09841); for small data sets")
+                                   "wrong code of its own (VQGAN's pkeep, arXiv 2012.09841); for small data sets")
     class_dropout: float = flag(0.1, "how often the condition is dropped, for classifier-free guidance")

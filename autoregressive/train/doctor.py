@@ -1,51 +1,80 @@
 """Is my run right? Looks at a store of codes and, if there is one, at the log of a training on it.
 
-    python3 autoregressive/train/doctor.py --code-path /data/codes --vq-ckpt vq_ds16_c2i.pt --gpt-model GPT-B \\
-        --run-folder results/000-GPT-B
+    python3 autoregressive/train/doctor.py --code-path /data/codes --vq-ckpt vq_ds16_c2i.pt --gpt-model GPT-B
+    python3 autoregressive/train/doctor.py --run-folder results/000-GPT-B
 
-One line per check, with what to do. Takes the flags of the training command, so that the same words can be tried first.
-A new model of the size is built for its first loss, in one process: where memory is short, name a smaller --gpt-model.
-Pictures go to <run-folder>/doctor, without a run to <results-dir>/doctor: random codes, decoded, beside their labels;
+The first form is for before a training, the second for during and after it: codes, tokenizer and settings are those in
+the run's config.json, unless they are given. Prints one line per check, with what to do. A new model of the run's size
+is built to see its first loss, in one process: where memory is short, name a smaller --gpt-model.
+Pictures go to --output (<run-folder>/doctor, without a run results/doctor): random codes, decoded, beside their labels;
 how many images each class has; the loss with the published ones. Exit code 0: no problem, 1: a problem, 2: misuse.
 """
 import json
 import math
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from autoregressive.train.anchors import FIRST_LOSS, PUBLISHED, Finding, Run, against, check_rate, check_run, conclusion
-from autoregressive.train.config import GPTTrainFlags
+from autoregressive.train.config import GPTSizeFlags, GPTTrainFlags
+from autoregressive.train.log_checks import FIRST_LOSS, Finding, Run, against, check_rate, check_run, conclusion
+from autoregressive.train.published_losses import PUBLISHED
 from autoregressive.train.train import DEFAULT_VOCAB, build_model, open_codes
-from dataset.codes import CodeStore
-from tokenizer.build import ImageTokenizer, decode_images, fingerprint, load_tokenizer
+from dataset.build import DatasetFlags
+from dataset.codes import CodeStore, CorruptShards, StoreFlags
+from tokenizer.build import ImageTokenizer, TokenizerFlags, decode_images, fingerprint, load_tokenizer
 from utils import cli, dist, images
 from utils.cli import flag
+from utils.options import OutputFlags, RecipeFlags, SeedFlags
+from utils.training.flags import RateFlags
 from utils.training.logger import read_metrics
+from utils.training.optim import Kind
 
-SAMPLE = 2000  # images whose codes are looked at
+SAMPLE = 2000  # images whose codes are examined
 SHOWN = 24  # images in the picture
 NAMED = 40  # classes that have room for their names in the histogram
-BATCH = 4  # images whose loss an untrained model is asked for
+BATCH = 4  # images on which an untrained model's loss is computed
 SPLITS = {"train", "training", "val", "valid", "validation", "test"}
 
 
 @dataclass(kw_only=True)
-class DoctorFlags(GPTTrainFlags):
-    """The checking command."""
+class DoctorFlags(RecipeFlags, StoreFlags, DatasetFlags, TokenizerFlags, GPTSizeFlags, RateFlags, SeedFlags,
+                  OutputFlags):
+    """What is checked. Settings that are left out are those of --run-folder, without one a training's defaults."""
 
+    recipe_in_part: ClassVar[bool] = True  # a training's recipe has many flags that do not matter here
     run_folder: str | None = flag(None, "folder of a GPT training whose metrics.jsonl and config.json are to be judged")
+    code_path: str | None = None
+    corrupt_shards: CorruptShards | None = None
+    dataset: str | None = None
+    optimizer: Kind | None = None
+    lr: float | None = None
+    global_batch_size: int | None = None
+    global_seed: int | None = None
+    output: str | None = None
+
+
+def training_flags(flags: DoctorFlags, config: dict[str, Any]) -> GPTTrainFlags:
+    """What a training was or would be started with: what is typed, else what the run's config.json says."""
+    known = {field.name for field in fields(GPTTrainFlags)}
+    settings = {name: tuple(value) if isinstance(value, list) else value for name, value in config.items()}
+    if settings.get("vq_ckpt") and not Path(settings["vq_ckpt"]).exists():
+        del settings["vq_ckpt"]  # moved, or relative to another folder; only the pictures need it
+    settings |= {name: value for name, value in vars(flags).items() if value is not None}
+    if settings.get("code_path") is None:
+        raise ValueError("--code-path is missing: which store of codes? Or give --run-folder, a training on it")
+    return GPTTrainFlags(**{name: value for name, value in settings.items() if name in known})
 
 
 @dataclass
 class Sample:
-    """Random images of a store, each in a random view."""
+    """Codes of random images of a store, each in a random view."""
 
     codes: np.ndarray  # (n, L)
     labels: np.ndarray  # (n,)
@@ -65,13 +94,13 @@ class Sample:
 
 def draw_sample(store: CodeStore, *, vocab: int, seed: int) -> Sample:
     """Up to SAMPLE random images."""
-    random, count = np.random.default_rng(seed), len(store.labels)  # each image once, whatever a mixture's weights
+    random, count = np.random.default_rng(seed), len(store.labels)  # each image once, whatever --store-weights says
     rows = np.sort(random.choice(count, min(SAMPLE, count), replace=False))
     return Sample(store.read(rows, random.integers(store.views, size=len(rows))), store.labels[rows], vocab)
 
 
 def check_classes(store: CodeStore) -> Finding:
-    """The label histogram, and the trap of a folder above the classes."""
+    """The label histogram; was --data-path the folder above the classes by mistake?"""
     counts = np.bincount(store.labels, minlength=store.num_classes)
     names = store.classes or [str(label) for label in range(len(counts))]
     empty, full = np.flatnonzero(counts == 0), counts[counts > 0]
@@ -114,7 +143,7 @@ def check_tokenizer(store: CodeStore, tokenizer: ImageTokenizer, source: str) ->
 
 
 def check_codes(sample: Sample) -> Iterator[Finding]:
-    """Range, share of the codebook, entropy, and images that come again."""
+    """Range, share of the codebook, entropy, and images that occur twice."""
     counts, size = sample.counts, sample.vocab
     if len(counts) > size:
         yield Finding("vocabulary", "problem", f"the store holds code {len(counts) - 1}, the vocabulary is {size}: "
@@ -126,7 +155,7 @@ def check_codes(sample: Sample) -> Iterator[Finding]:
         yield Finding("codebook", "problem", f"{text}: it has collapsed. Train the tokenizer again with a lower --lr "
                                              "or --entropy-loss-ratio 0.1, or look for a broken extraction")
     elif used < 0.3 * possible:
-        yield Finding("codebook", "warning", f"{text}: most codes are dead, a smaller codebook would do as well")
+        yield Finding("codebook", "warning", f"{text}: most codes are never used, a smaller codebook would do as well")
     else:
         yield Finding("codebook", "ok", text)
     again = 1 - len(np.unique(sample.codes, axis=0)) / len(sample.codes)
@@ -136,11 +165,11 @@ def check_codes(sample: Sample) -> Iterator[Finding]:
     else:
         yield Finding("duplicates", "warning" if again > 0.01 else "ok",
                       text + (": copies in the data, or the tokenizer sees no difference" if again > 0.01 else ""))
-    yield Finding("reference", "ok", f"ln {size} = {math.log(size):.3f} nats is a loss that knows nothing; a trained "
-                                     f"model gets below {sample.entropy:.3f}, the entropy of single codes")
+    yield Finding("reference", "ok", f"ln {size} = {math.log(size):.3f} nats is the loss of guessing; "
+                                     f"a trained model gets below {sample.entropy:.3f}, the entropy of single codes")
 
 
-def check_untrained(flags: DoctorFlags, name: str, store: CodeStore, sample: Sample, device: torch.device) -> Finding:
+def check_untrained(flags: GPTTrainFlags, name: str, store: CodeStore, sample: Sample, device: torch.device) -> Finding:
     """Loss and gradient of a new model, on real codes."""
     torch.manual_seed(flags.global_seed)
     model = build_model(flags, name, store)
@@ -161,9 +190,9 @@ def check_untrained(flags: DoctorFlags, name: str, store: CodeStore, sample: Sam
     return Finding("first loss", "ok", f"{text}; the gradient is finite")
 
 
-def check_store(flags: DoctorFlags, name: str, store: CodeStore, sample: Sample, tokenizer: ImageTokenizer | None,
+def check_store(flags: GPTTrainFlags, name: str, store: CodeStore, sample: Sample, tokenizer: ImageTokenizer | None,
                 device: torch.device) -> list[Finding]:
-    """All that can be told before a training."""
+    """All checks that need no training."""
     size = f"{store.views} views of {store.grid[0]}x{store.grid[1]} codes"
     found = [Finding("store", "ok", f"{len(store)} images, {size}"), check_classes(store)]
     if tokenizer is None:
@@ -176,14 +205,18 @@ def check_store(flags: DoctorFlags, name: str, store: CodeStore, sample: Sample,
     return found
 
 
-def open_run(folder: Path, store: CodeStore, store_flags: DoctorFlags) -> tuple[Run, list[Finding]]:
-    """A run's log, and whether it was on these codes. Raises FileNotFoundError or ValueError when there is none."""
+def open_run(folder: Path) -> Run:
+    """A run's log and settings. Raises FileNotFoundError or ValueError when there are none."""
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"--run-folder {folder} has no config.json: expected a run, such as results/000-GPT-B")
     rows = {row["step"]: row for row in read_metrics(folder / "metrics.jsonl")}
     for row in read_metrics(folder / "speed.jsonl"):
         rows[row["step"]] = rows.get(row["step"], {}) | row
-    run = Run([rows[step] for step in sorted(rows)], json.loads((folder / "config.json").read_text()))
+    return Run([rows[step] for step in sorted(rows)], json.loads((folder / "config.json").read_text()))
+
+
+def check_data(run: Run, store: CodeStore, store_flags: GPTTrainFlags) -> Finding:
+    """Whether a run was on these codes."""
     flags = {name: (run.config.get(name), getattr(store_flags, name))
              for name in ("num_classes", "store_weights", "corrupt_shards")}
     other = [f"--{name.replace('_', '-')} (the run: {theirs})" for name, (theirs, mine) in flags.items()
@@ -193,10 +226,10 @@ def open_run(folder: Path, store: CodeStore, store_flags: DoctorFlags) -> tuple[
                                                ("list of classes", run.model.get("classes"), store.classes))
                if mine != theirs]
     if differs:
-        return run, [Finding("data", "problem", f"the run was trained on other codes, with another {', '.join(differs)}"
-                                                f": judge it with the {' and '.join(['--code-path', *other])} that it "
-                                                "was trained on")]
-    return run, [Finding("data", "ok", "the run is of these codes: images, grid and class names agree")]
+        return Finding("data", "problem", f"the run was trained on other codes, with another {', '.join(differs)}: "
+                                          f"judge it with the {' and '.join(['--code-path', *other])} that it was "
+                                          "trained on")
+    return Finding("data", "ok", "the run is of these codes: images, grid and class names agree")
 
 
 def decoded(store: CodeStore, sample: Sample, tokenizer: ImageTokenizer) -> np.ndarray:
@@ -236,18 +269,22 @@ def plot(folder: Path, store: CodeStore, sample: Sample, run: Run | None) -> Non
     figure.savefig(folder / "loss.png", dpi=110, bbox_inches="tight")
 
 
-def main(flags: DoctorFlags) -> None:
+def main(doctor_flags: DoctorFlags) -> None:
     """Check, draw, print; exit 1 when there is a problem."""
+    cli.require_package("matplotlib", purpose="the doctor, which draws plots,")
     process = dist.setup()
+    run = None if doctor_flags.run_folder is None else open_run(Path(doctor_flags.run_folder))
+    flags = training_flags(doctor_flags, run.config if run else {})
     store = open_codes(flags)
     tokenizer = None if flags.vq_ckpt is None else load_tokenizer(flags, device=process.device)[1]
-    run, found = (None, []) if flags.run_folder is None else open_run(Path(flags.run_folder), store, flags)
     sample = draw_sample(store, vocab=flags.vocab_size or store.vocab_size or DEFAULT_VOCAB, seed=flags.global_seed)
     name = flags.gpt_model or (run and run.model["gpt_model"]) or "GPT-B"
-    found = check_store(flags, name, store, sample, tokenizer, process.device) + found
-    judged = check_run(run, sample.entropy) if run else [check_rate(vars(flags), name)]
-    found += judged
-    folder = Path(flags.run_folder or flags.results_dir) / "doctor"
+    found = check_store(flags, name, store, sample, tokenizer, process.device)
+    if run:
+        found += [check_data(run, store, flags), *check_run(run, sample.entropy)]
+    else:
+        found.append(check_rate({key: getattr(flags, key) for key in ("optimizer", "lr", "global_batch_size")}, name))
+    folder = Path(doctor_flags.output or Path(doctor_flags.run_folder or "results") / "doctor")
     folder.mkdir(parents=True, exist_ok=True)
     if tokenizer is not None and sample.codes.max() < tokenizer.codebook_size:
         images.save_png(folder / "codes.png", decoded(store, sample, tokenizer))

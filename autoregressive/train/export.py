@@ -1,9 +1,9 @@
-"""Write a checkpoint's weights in a layout for others: safetensors with a config.json, or one of LlamaGen's.
+"""Write a checkpoint's weights for other programs: safetensors with a config.json, or one of LlamaGen's layouts.
 
     python3 autoregressive/train/export.py --gpt-ckpt results/000-GPT-B --output my_gpt
 
-Takes any checkpoint, a GPT's or (--vq-ckpt) a tokenizer's: averaged weights if there are, LoRA adapters merged. Every
-command here reads what is written; config.json says what it is, so no other flags are needed then.
+Takes any checkpoint, a GPT's or (--vq-ckpt) a tokenizer's: its averaged weights if it has them, LoRA adapters merged.
+Every command of this project reads the result; config.json describes the model, so that no other flags are needed.
 """
 import json
 import sys
@@ -31,7 +31,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(kw_only=True)
 class ExportFlags(GPTFlags, TokenizerFlags, OutputFlags):
-    """The export command. The flags that describe a model are for files that do not say what they are."""
+    """The export command. The flags that describe a model are for files that do not describe it themselves."""
 
     output: str = "export"
     format: Literal["safetensors", "llamagen", "consolidated"] = flag(
@@ -42,7 +42,7 @@ class ExportFlags(GPTFlags, TokenizerFlags, OutputFlags):
 
 
 def load_model(flags: ExportFlags) -> tuple[nn.Module, dict[str, Any]]:
-    """The model on the CPU as a sampler would take it, and what config.json is to say of it."""
+    """The model on the CPU, loaded as for sampling, and the content of config.json."""
     if (flags.gpt_ckpt is None) == (flags.vq_ckpt is None):
         raise ValueError("which checkpoint? Give --gpt-ckpt or --vq-ckpt, one of them")
     if flags.vq_ckpt is not None:
@@ -63,14 +63,14 @@ def load_model(flags: ExportFlags) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def convert(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The state dict with its parameters in `dtype`; buffers (which codes were used lately) stay as they are."""
+    """The state dict with its parameters in `dtype`; buffers (such as the codes that were used last) keep theirs."""
     parameters = dict(model.named_parameters())
     return {name: (value.to(dtype) if name in parameters else value).contiguous()
             for name, value in model.state_dict().items()}
 
 
 def write_safetensors(folder: Path, state: dict[str, Tensor], config: dict[str, Any]) -> Path:
-    """config.json, then model.safetensors: once the weights are there, so is what they are."""
+    """Write config.json, then model.safetensors: where there are weights, there is their description."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -94,7 +94,7 @@ def main(flags: ExportFlags) -> None:
     output = Path(flags.output)
     if flags.format == "safetensors":
         path = write_safetensors(output, state, config)
-    elif flags.format == "llamagen":  # LlamaGen looks for "model" alone; with the config, we need no flags either
+    elif flags.format == "llamagen":  # LlamaGen reads "model" only; the config saves our own commands the flags
         path = output if output.suffix == ".pt" else output.with_name(f"{output.name}.pt")
         containers.save({"model": state, "config": config}, path)
     else:

@@ -1,4 +1,4 @@
-"""Start a GPT from the weights of another: class table fitted to the codes, parts frozen, or LoRA adapters trained.
+"""Start a GPT from the weights of another: the class table fitted to the codes, parts frozen or LoRA adapters trained.
 
     bash scripts/autoregressive/train_c2i.sh --code-path my_codes --init-from c2i_B_256.pt --lora-rank 8
 """
@@ -22,7 +22,7 @@ from utils.seeding import derive_seed
 
 CLASS_TABLE = "cls_embedding.embedding_table.weight"
 ADAPTED = ("attention.wqkv", "attention.wo", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
-MOST_RANK = 1024  # more is no low rank for any of the models
+MOST_RANK = 1024  # more is not low for any of the models
 ALPHA_PER_RANK = 2  # a fixed ratio, so that --lr means the same for every rank
 
 
@@ -56,7 +56,7 @@ def check_finetune(flags: FinetuneFlags, *, gpt_ckpt: str | None, resume: str) -
 
 
 def check_same_classes(content: dict[str, Any], source: str | Path, classes: list[str] | None) -> None:
-    """Raise ValueError when a file that is to be trained on as it is has other class names than the codes."""
+    """Raise ValueError when a file whose training is to be continued has other class names than the codes."""
     known = containers.saved_config(content).get("classes")
     if known and classes and known != classes:
         apart = [f"{theirs} and {ours}" for theirs, ours in zip(known, classes, strict=False) if theirs != ours]
@@ -75,7 +75,7 @@ def without_classes(store: CodeStore) -> CodeStore:
 
 
 def freeze(model: Transformer, choice: str) -> None:
-    """Keep parts of the model as they are; `choice` as --freeze has it."""
+    """Freeze parts of the model; `choice` is the value of --freeze."""
     if choice == "none":
         return
     model.requires_grad_(False)
@@ -86,9 +86,9 @@ def freeze(model: Transformer, choice: str) -> None:
 
 
 def add_lora(model: Transformer, rank: int) -> dict[str, int]:
-    """Put adapters on every block, in place; they and the class table alone are trained → {"rank", "alpha"}.
+    """Put adapters on every block, in place; only they and the class table are trained. Returns {"rank", "alpha"}.
 
-    The model stays a Transformer. On the meta device too; the values are those of `initial_weights`.
+    The model stays a Transformer. Works on the meta device too; `initial_weights` gives the values.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
@@ -98,7 +98,7 @@ def add_lora(model: Transformer, rank: int) -> dict[str, int]:
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=list(ADAPTED),
                                        init_lora_weights=False), model)
     if model.config.model_type == "c2i":
-        model.cls_embedding.requires_grad_(True)  # a new class is a new row
+        model.cls_embedding.requires_grad_(True)  # for new classes
     return {"rank": rank, "alpha": alpha}
 
 
@@ -109,9 +109,9 @@ def initial_weights(content: dict[str, Any], source: str | Path, *, model: Trans
                     seed: int) -> tuple[dict[str, Tensor], str]:
     """A state dict for `model` (on any device, with adapters or without) from a checkpoint, and a line for the log.
 
-    All must fit in name and shape but the class table. The grid may be another: no weight depends on it. Adapters start
-    so that they change nothing: B zero, A uniform as in peft, fixed by (seed, name). Raises ValueError for a file of
-    another vocabulary, width, depth or condition.
+    All names and shapes must fit, except for the class table. The grid may differ: no weight depends on it. Adapters
+    start with B zero, so that they change nothing, and A uniform as in peft, fixed by (seed, name). Raises ValueError
+    for a file of another vocabulary, width, depth or condition.
     """
     state = containers.weights(content, source)
     own = model.state_dict()
@@ -129,7 +129,7 @@ def initial_weights(content: dict[str, Any], source: str | Path, *, model: Trans
 
 
 def check_same_kind(state: dict[str, Tensor], expected: dict[str, Tensor], source: str | Path) -> None:
-    """Raise ValueError, with both sides, if a file is no GPT or not one of the size and condition that is expected."""
+    """Raise ValueError, naming both, if a file is no GPT, or one of another size or condition than the run's."""
     if "tok_embeddings.weight" not in state:
         hint = ": it looks like a tokenizer" if "quantize.embedding.weight" in state else ""
         raise ValueError(f"--init-from {source} is no GPT checkpoint{hint}")
@@ -153,9 +153,10 @@ def fit_class_table(table: Tensor, known: list[str] | None, *, count: int,
                     names: list[str] | None) -> tuple[Tensor, str]:
     """Rows (count + 1, D) for classes `names` from the table (n + 1, D) of classes `known`, and how they were matched.
 
-    Without names on both sides rows go by number if there are equally many, else none is taken over. The last row, "no
-    class", is always taken over. A new class starts at the mean of the old ones: for a class of emoji that a GPT had
-    not seen, the first loss was 1.967; 1.968 from "no class", which only class dropout trains; 1.996 from N(0, 0.02^2).
+    Without names on both sides rows are matched by number if there are equally many, else none is taken over. The last
+    row, "no class", is always taken over. A new class starts at the mean of the old ones: for a class of emoji that a
+    GPT had not seen, the first loss was 1.967; 1.968 from "no class", which only class dropout trains; 1.996 from N(0,
+    0.02^2).
     """
     old, no_class = table[:-1], table[-1:]
     rows = old.float().mean(0).to(table.dtype).repeat(count, 1)
@@ -169,7 +170,7 @@ def fit_class_table(table: Tensor, known: list[str] | None, *, count: int,
             if apart:
                 matched += f", {len(apart)} {what}: {', '.join(apart[:5])}{' …' if len(apart) > 5 else ''}"
     elif count == len(old):
-        rows, matched = old, f"all {count} classes taken over by number, for want of names"
+        rows, matched = old, f"all {count} classes taken over by number, as there are no names"
     else:
         matched = (f"class embeddings start anew ({len(old)} classes in the file, {count} here, without names on both "
                    "sides)")

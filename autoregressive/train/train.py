@@ -45,7 +45,7 @@ DEFAULT_VOCAB = 16384
 
 
 class GPTTask:
-    """What a micro-batch of codes contributes."""
+    """The GPT's part of the training loop: loss of a micro-batch, report, preview."""
 
     def __init__(self, model: nn.Module, *, dtype: torch.dtype, classes: list[str] | None,
                  tokenizer: ImageTokenizer | None, seed: int, token_noise: float, cfg_scale: float) -> None:
@@ -70,11 +70,11 @@ class GPTTask:
         check_same_classes(facts, path, self.classes)
 
     def report(self) -> dict[str, float]:
-        """Nothing beyond what the steps return."""
+        """Nothing: the steps return all there is to log."""
         return {}
 
     def preview(self, model: Transformer) -> np.ndarray | None:
-        """Samples of evenly spread classes, always from the same random streams."""
+        """Samples of evenly spaced classes, always from the same random streams."""
         if self.tokenizer is None:
             return None
         labels = np.linspace(0, model.config.num_classes - 1, PREVIEW_IMAGES).round().astype(int)
@@ -100,14 +100,14 @@ def temporary_engines(model: Transformer) -> Iterator[None]:
 
 
 class SampleStream(ImageSet):
-    """What the model draws, as an image set: made when asked for, and gone; equally many of each class."""
+    """The model's samples as an image set, equally many of each class; made when read and not kept."""
 
     def __init__(self, task: GPTTask, model: Transformer, count: int) -> None:
         super().__init__("samples", count, tuple(side * task.tokenizer.downsample for side in model.config.grid))
         self.task, self.model = task, model
 
     def batches(self, size: int, *, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
-        """Image i is the same on any process."""
+        """Batches of samples; image i is the same on any process."""
         for start in range(rank * size, self.count, size * world_size):
             indices = np.arange(start, min(start + size, self.count))
             yield indices, self.task.sample(self.model, indices % self.model.config.num_classes, indices)
@@ -168,9 +168,9 @@ def build_model(flags: GPTTrainFlags, name: str, store: CodeStore) -> Transforme
 
 def first_weights(model: Transformer, flags: GPTTrainFlags, content: dict[str, Any], *,
                   classes: list[str] | None) -> str:
-    """Fill a model, of which this process may hold a part: from the seed, or with the weights of a file (`content`).
+    """Give a model, of which this process may hold a part, its first weights: from the seed, or a file (`content`).
 
-    Returns what to say of a file, nothing for a --gpt-ckpt that `Trainer.restore` is to read.
+    Returns a line for the log; empty from the seed, and for a --gpt-ckpt that `Trainer.restore` is to read.
     """
     model.init_weights(flags.global_seed, assign=parallel.copy_whole_into)
     if flags.init_from is not None:
@@ -239,7 +239,7 @@ def main(flags: GPTTrainFlags) -> None:
     trainer = Trainer(task, flags, process, choose_run(flags, name, identity), samples=len(store), saved_config=saved)
     if content and not started:
         trainer.restore(containers.resolve(flags.gpt_ckpt))
-    del content  # as large as the model, or with its optimizer
+    del content  # frees as much memory as the model takes, or model and optimizer
     trainer.resume()
     trainer.begin()
     if started and trainer.step == 0:
@@ -256,7 +256,7 @@ def main(flags: GPTTrainFlags) -> None:
                               seed=flags.global_seed, start_step=start, end_step=trainer.steps)
         data = CodeBatches(store, vocab_size=config.vocab_size, seed=flags.global_seed,
                            condition_dropout=flags.class_dropout)
-        workers = 0 if store.packed else flags.num_workers  # a packed batch is one gather: no process is worth it
+        workers = 0 if store.packed else flags.num_workers  # a packed batch is one gather: faster than asking a process
         return loader(data, sampler, num_workers=workers, pin_memory=process.device.type == "cuda")
 
     def evaluate(model: Transformer) -> dict[str, float]:

@@ -2,8 +2,8 @@
 
     python3 autoregressive/train/verify_codes.py --code-path /data/codes/imagenet256_codes --vq-ckpt vq_ds16_c2i.pt
 
-Hashes, counts and ranges are checked (only counts where files hold no hashes, as in LlamaGen's and ARPG's layouts);
-random rows are decoded, beside their labels, to verify.png in the store.
+Checks hashes, counts and ranges (only counts in LlamaGen's and ARPG's layouts, which have no hashes) and decodes
+random rows, beside their labels, to verify.png in the store.
 """
 import sys
 from dataclasses import dataclass

@@ -4,9 +4,9 @@
 
 A small convolutional classifier is trained on the real training pictures alone (no tokenizer, no GPT, no pretrained
 weights), checked on real held-out pictures, and then asked to name the samples. It stands in for FID and IS where a
-data set is too small for them; the accuracy on samples is the "classification accuracy score" of arXiv 1905.10887
-turned round (there: train on samples, test on real), and says nothing about diversity. For that the classifier's last
-features are left as accuracy_features.pt (TorchScript), for evaluator.py --features.
+data set is too small for them; the accuracy on samples is the reverse of arXiv 1905.10887's "classification
+accuracy score" (which trains on samples and tests on real pictures) and says nothing about diversity. To measure that,
+the classifier up to its last features is saved as accuracy_features.pt (TorchScript), for evaluator.py --features.
 
 Images are uint8 (N, H, W, 3) throughout, as in the npz sample sets.
 """
@@ -64,7 +64,8 @@ def train_classifier(
 ) -> nn.Module:
     """Train a classifier from scratch on uint8 images (N, H, W, 3) and labels (N,); return it in eval mode.
 
-    A class is drawn in proportion to the square root of its size, between equal shares for pictures and for classes.
+    A class is drawn in proportion to the square root of its size: a compromise between drawing all pictures equally
+    often and drawing all classes equally often.
     About 0.16 s a step for 64 x 64 pictures on two CPU cores.
     Raises ValueError when shapes disagree or a class has no picture.
     """
@@ -142,11 +143,11 @@ def evaluate_samples(
 ) -> dict:
     """Train on `train_set`, check on `heldout_set`, score samples uint8 (N, H, W, 3) against requested labels (N,).
 
-    The sets are (images uint8 (N, H, W, 3), labels (N,)). `features`: where the network below the last layer is kept.
+    The sets are (images uint8 (N, H, W, 3), labels (N,)). `features`: the file for the network without its last layer.
     Returns {"heldout_accuracy", "heldout_balanced_accuracy", "sample_accuracy", "sample_balanced_accuracy",
-    "per_class": {name: {"heldout", "samples", "count"}}, "confusion"}. Accuracies are shares in [0, 1], None where a
-    class has nothing to score; "count" is the number of samples of the class; row i of "confusion" says as what the
-    samples requested as class i were recognised.
+    "per_class": {name: {"heldout", "samples", "count"}}, "confusion"}. Accuracies are shares in [0, 1], None for a
+    class without pictures; "count" is the number of samples of the class; row i of "confusion" counts as which classes
+    the samples requested as class i were recognised.
     """
     labels = np.asarray(labels, dtype=np.int64)
     _check(samples, labels, len(classes), every_class=False)
@@ -221,7 +222,7 @@ class HalvingLevel(nn.Module):
 
 
 def save_features(model: SmallCNN, path: Path) -> None:
-    """Keep the network from images (B, 3, H, W) in [-1, 1] to features (B, D) as TorchScript."""
+    """Save the network from images (B, 3, H, W) in [-1, 1] to features (B, D) as TorchScript."""
     body = nn.Sequential(model.stem, nn.ReLU(), model.levels, nn.AdaptiveAvgPool2d(1), nn.Flatten())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.jit is deprecated; its files run anywhere, without our code
@@ -259,7 +260,7 @@ def split_sets(flags: AccuracyFlags) -> tuple[list[str], tuple[np.ndarray, np.nd
 
 
 def main(flags: AccuracyFlags) -> None:
-    """Score a sample set; a result that is already there for these very samples is kept."""
+    """Score a sample set, unless there is already a result for exactly these samples."""
     process = dist.setup()
     path, output = Path(flags.samples), Path(flags.output)
     if not path.is_file():
@@ -271,7 +272,7 @@ def main(flags: AccuracyFlags) -> None:
         return
     with np.load(path) as content:
         if not {"arr_0", "arr_1"} <= set(content.files):
-            raise ValueError(f"{path} has no arr_0 and arr_1: which class was each sample to be?")
+            raise ValueError(f"{path} has no arr_0 and arr_1: the images, and the class that each was sampled for")
         samples, labels = content["arr_0"], content["arr_1"]
     classes, train_set, heldout_set = split_sets(flags)
     result = evaluate_samples(samples, labels, classes, train_set, heldout_set, device=process.device,

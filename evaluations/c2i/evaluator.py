@@ -3,7 +3,7 @@
     python3 evaluations/c2i/evaluator.py VIRTUAL_imagenet256_labeled.npz samples/SETTINGS.npz --preset gfid
 
 Either set may be an npz (`arr_0`) or a folder of PNGs. Stored statistics (`mu`, `sigma`, `mu_s`, `sigma_s`) are used
-where a file has them. Writes <sample>.json with every number and how it came about, <sample>.txt with ADM's lines.
+where a file has them. Writes <sample>.json with every number and how it was computed, <sample>.txt with ADM's lines.
 """
 import json
 import platform
@@ -18,9 +18,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from evaluations.c2i.features import SPLIT, load_network, measure_with_stored
-from evaluations.c2i.image_sets import ImageSet, open_image_set
-from evaluations.c2i.protocol import (
+from evaluations.c2i.comparison_rules import (
     accept,
     check_acceptance,
     check_preset,
@@ -29,6 +27,8 @@ from evaluations.c2i.protocol import (
     known_references,
     set_warnings,
 )
+from evaluations.c2i.features import SPLIT, load_network, measure_with_stored
+from evaluations.c2i.image_sets import ImageSet, open_image_set
 from evaluations.c2i.scores import NEIGHBOURS, TITLES, MetricFlags, chosen_metrics, compute, needed, result_warnings
 from utils import cli, dist
 from utils.cli import flag
@@ -42,7 +42,7 @@ class EvaluatorFlags(MetricFlags, SeedFlags, BatchFlags, OutputFlags, DeviceFlag
 
     reference: str = flag(cli.REQUIRED, "npz or folder that samples are compared with", positional=True)
     sample: str = flag(cli.REQUIRED, "npz or folder of samples", positional=True)
-    preset: Literal["gfid", "rfid"] | None = flag(None, "refuse what the protocol does not allow. gfid: generated "
+    preset: Literal["gfid", "rfid"] | None = flag(None, "refuse a reference of the wrong kind. gfid: generated "
                                                   "images against statistics of a training set; rfid: reconstructions "
                                                   "against the same crops of the same images", choices=("gfid", "rfid"))
     acceptance: bool = flag(False, "compare with ADM's published numbers for its published sample files")
@@ -51,7 +51,7 @@ class EvaluatorFlags(MetricFlags, SeedFlags, BatchFlags, OutputFlags, DeviceFlag
 
 
 def origin_of(sample: Path, name: str) -> dict[str, Any] | None:
-    """What its maker noted about the images, in file `name` of the folder or of the folder that the npz packs."""
+    """What the sampler wrote about the images, in file `name` of the folder or of the folder that the npz packs."""
     folder = sample if sample.is_dir() else sample.with_suffix("")
     try:
         return json.loads((folder / name).read_text())
@@ -60,7 +60,7 @@ def origin_of(sample: Path, name: str) -> dict[str, Any] | None:
 
 
 def write_report(results: dict[str, float], protocol: dict[str, Any], path: Path) -> None:
-    """The numbers and how they came about as JSON, and ADM's lines beside it."""
+    """Write the numbers and how they were computed as JSON, and ADM's lines as text beside it."""
     lines = [f"{title}: {results[name]}" for name, title in TITLES.items() if name in results]
     with replacing(path) as temporary:
         temporary.write_text(json.dumps({**results, "protocol": protocol}, indent=2) + "\n")
@@ -71,7 +71,7 @@ def write_report(results: dict[str, float], protocol: dict[str, Any], path: Path
 
 
 def about(images: ImageSet, sha256: str) -> dict[str, Any]:
-    """A set in the report."""
+    """What the report says of a set."""
     return {"name": images.name, "sha256": sha256, "images": images.count, "size": images.size,
             "statistics": f"stored ({', '.join(images.stored)})" if images.stored else "of its images"}
 
@@ -111,7 +111,7 @@ def main(flags: EvaluatorFlags) -> None:
     warnings = set_warnings(reference, sample, metrics, network=network)
     tell(warnings, process)
     common = {"network": network, "process": process, "batch": flags.per_proc_batch_size}
-    with ThreadPoolExecutor(1) as hashing:  # ten gigabytes take a while: beside the features, not before
+    with ThreadPoolExecutor(1) as hashing:  # ten gigabytes take a while: at the same time as the features
         sample_hash = hashing.submit(sample.sha256 if process.is_main else str)
         of_reference = measure_with_stored(reference, wanted=needed(metrics, of=1), title=f"reference {reference.name}",
                                            remember_as=reference_hash, **common)

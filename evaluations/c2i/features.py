@@ -1,7 +1,7 @@
-"""From image sets to what metrics are made of: features, statistics, class probabilities; streamed, sharded, cached.
+"""From image sets to what metrics need: features, statistics, class probabilities; streamed, sharded, cached.
 
-A feature network is the 2015 Inception, or anything else with --features, under another name: distances in other
-features are no FID.
+The feature network is the Inception of 2015, or with --features any other; distances in other features are no FID and
+get another name.
 """
 import hashlib
 import importlib
@@ -22,15 +22,21 @@ from tqdm import tqdm
 
 from evaluations.c2i.image_sets import ImageSet
 from evaluations.c2i.inception import CLASSES, exact_fp32, resize_tf1
+from evaluations.c2i.inception_weights import (
+    InceptionFlags,
+    is_torchscript,
+    load_inception,
+    load_torchscript,
+    weights_hash,
+)
 from evaluations.c2i.metrics import FeatureStatistics, InceptionScore
-from evaluations.c2i.weights import InceptionFlags, is_torchscript, load_inception, load_torchscript, weights_hash
 from utils import dist
 from utils.cli import flag, message
 from utils.files import cache_folder, file_hash, first_line, replacing
 from utils.seeding import derive_seed
 
 SPLIT = 5000  # images per chunk of the Inception Score, in the order of the set
-CACHE_VERSION = 1  # of what is stored: another number when features change
+CACHE_VERSION = 1  # of the cache files: to be raised when features change
 
 
 @dataclass(kw_only=True)
@@ -43,7 +49,7 @@ class FeatureFlags(InceptionFlags):
 
 
 class Features(NamedTuple):
-    """Of one batch: pooled (B, D), and from Inception spatial (B, 2023) and logits (B, 1008); float32."""
+    """The features of a batch: pooled (B, D); from Inception also spatial (B, 2023) and logits (B, 1008). float32."""
 
     pooled: Tensor
     spatial: Tensor | None = None
@@ -68,7 +74,7 @@ class FeatureNetwork:
 
 
 def load_network(flags: FeatureFlags, *, device: torch.device) -> FeatureNetwork:
-    """The network of --features, else Inception. Raises ValueError or FileNotFoundError when it cannot be had."""
+    """The network of --features, else Inception. Raises ValueError or FileNotFoundError when it cannot be loaded."""
     if flags.features is None:
         return inception_network(flags.inception, device=device)
     network, described = other_network(flags.features)
@@ -78,7 +84,7 @@ def load_network(flags: FeatureFlags, *, device: torch.device) -> FeatureNetwork
         try:
             with exact_fp32():
                 pooled = network(pixels / 127.5 - 1)
-        except RuntimeError as error:  # a size that it does not take, say
+        except RuntimeError as error:  # such as a size that it does not take
             raise ValueError(f"--features {flags.features} failed on images of {pixels.shape[2]}x{pixels.shape[3]}: "
                              f"{first_line(error)[:200]}") from None
         if not isinstance(pooled, Tensor) or pooled.ndim != 2 or len(pooled) != len(pixels):
@@ -115,7 +121,7 @@ def other_network(source: str) -> tuple[torch.nn.Module, dict[str, str]]:
     try:
         network = getattr(importlib.import_module(module), function)()
     except (ImportError, AttributeError, TypeError) as error:
-        raise ValueError(f"--features {source} cannot be had: {error}") from None
+        raise ValueError(f"--features {source} cannot be loaded: {error}") from None
     finally:
         sys.path.remove(os.getcwd())
     if not isinstance(network, torch.nn.Module):
@@ -125,16 +131,16 @@ def other_network(source: str) -> tuple[torch.nn.Module, dict[str, str]]:
 
 @dataclass
 class Measured:
-    """What metrics need of one set, the same on every process."""
+    """What metrics need of one set; all processes hold the same."""
 
     count: int
     statistics: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # "pooled", "spatial": mean, covariance
     pooled: Tensor | None = None  # (N, D) float32 on the CPU, in the set's order
-    inception_scores: tuple[float, float] | None = None  # in the set's order, in a random one
+    inception_scores: tuple[float, float] | None = None  # (in the set's order, in a random order)
 
 
 class Tally:
-    """What a process collects of its share of a set; `join` is for all of them together."""
+    """What a process collects from its share of a set; `join` unites all shares."""
 
     def __init__(self, images: ImageSet, wanted: set[str], *, device: torch.device, seed: int) -> None:
         self.images, self.wanted, self.device = images, wanted, device
@@ -164,11 +170,11 @@ class Tally:
         self.count += len(indices)
 
     def join(self) -> Measured:
-        """Everybody's. Raises ValueError when nobody had an image."""
+        """The results of all processes, on each of them. Raises ValueError when no process had a readable image."""
         result = Measured(int(dist.total(torch.tensor(self.count, device=self.device))))
         if not result.count:
             raise ValueError(f"none of the {self.images.count} images of {self.images.name} can be read")
-        for dims in dist.gather_lists([self.dims]):  # this process may have had none
+        for dims in dist.gather_lists([self.dims]):  # this process may have had no image
             self.dims |= dims
         for name in sorted(self.wanted & {"pooled", "spatial"}):
             values = self.statistics.get(name) or FeatureStatistics(self.dims[name], device=self.device)
@@ -187,8 +193,8 @@ def measure(images: ImageSet, network: FeatureNetwork, process: dist.Process, *,
             title: str, seed: int = 0) -> Measured:
     """Run a set through the network. `wanted`: any of "pooled" and "spatial" (statistics), "features", "scores".
 
-    The work is shared by all processes; each image counts once. What one of them cannot read or measure, all raise, as
-    ValueError.
+    The work is shared by all processes; each image counts once. When one process cannot read or measure an image, all
+    of them raise ValueError.
     """
     tally = Tally(images, wanted, device=process.device, seed=seed)
     problems: list[str] = []
@@ -206,27 +212,27 @@ def measure(images: ImageSet, network: FeatureNetwork, process: dist.Process, *,
 
 
 def in_order(kept: list[tuple[Tensor, Tensor]], count: int, device: torch.device) -> Tensor:
-    """Rows (indices (B,), values (B, D)) of all processes → (count, D) on the CPU, on each of them."""
+    """Rows (indices (B,), values (B, D)) of all processes → (count, D) on the CPU of each of them."""
     width = max(dist.gather_lists([values.shape[1] for _, values in kept[:1]]))
     pooled = torch.zeros(count, width, device=device)
     for places, values in kept:
         pooled[places.to(device)] = values.to(device)
-    return dist.total(pooled).cpu()  # every row comes from one process, the others add zero
+    return dist.total(pooled).cpu()  # every row comes from one process, the others add zeros
 
 
 def measure_with_stored(images: ImageSet, network: FeatureNetwork, process: dist.Process, *, wanted: set[str],
                         batch: int, title: str, seed: int = 0, remember_as: str | None = None) -> Measured:
-    """`measure`, less what the set's file brings along: its statistics go before those of its images, as in ADM.
+    """`measure`, but with the statistics that the set's file holds, which come before those of its images, as in ADM.
 
-    `remember_as`: the set's hash; what is measured is kept in the user's cache folder, and read from it next time, if
-    the network too is known by the hash of a file.
+    `remember_as`: the set's hash. With it the measurement is kept in the cache folder and read from there next time, if
+    the network has a hash as well.
     """
     stored = {name: (torch.from_numpy(images.stored[mean]).double(), torch.from_numpy(images.stored[cov]).double())
               for name, mean, cov in (("pooled", "mu", "sigma"), ("spatial", "mu_s", "sigma_s"))
               if name in wanted and mean in images.stored}
     missing = wanted - stored.keys()
     result = None if missing else Measured(images.count)
-    if "file" not in network.described:  # a function may do another thing tomorrow
+    if "file" not in network.described:  # a function has no hash: it may change
         remember_as = None
     key = f"{CACHE_VERSION}-{remember_as}-{network.is_inception}-{network.described['sha256']}-{sorted(missing)}"
     path = cache_folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
@@ -241,7 +247,7 @@ def measure_with_stored(images: ImageSet, network: FeatureNetwork, process: dist
 
 
 def remember(measured: Measured, path: Path) -> None:
-    """Write a measurement to the cache; that it cannot be written is no reason to stop."""
+    """Write a measurement to the cache; when that fails, warn and go on."""
     tensors = {"count": torch.tensor(measured.count)}
     for name, (mean, covariance) in measured.statistics.items():
         tensors |= {f"{name}.mean": mean.cpu(), f"{name}.covariance": covariance.cpu()}

@@ -1,6 +1,6 @@
-"""Sets of images to be measured: ADM's npz files, folders of PNGs, data sets. Read in batches, never held whole.
+"""Sets of images to be measured: ADM's npz files, folders of PNGs, data sets. Read in batches, never as a whole.
 
-All are checked before any work: a set that cannot give 8-bit RGB images of one size is refused with what is wrong.
+Each is checked before any work: a set that does not hold 8-bit RGB images of one size is refused, saying what is wrong.
 """
 import hashlib
 import re
@@ -20,23 +20,23 @@ from dataset.loader import BROKEN_IMAGE
 from utils.files import file_hash
 
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")
-MADE_WITH = "weights_sha256"  # in references of ours: which Inception weights the statistics are of
+MADE_WITH = "weights_sha256"  # in references that we make: the Inception weights behind the statistics
 LOSSY = {".jpg", ".jpeg", ".webp"}
-UNREADABLE = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError)  # zipfile's ways to say so
+UNREADABLE = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError)  # what zipfile raises
 AHEAD = 2  # batches read while one is measured
 
 Batch = tuple[np.ndarray, np.ndarray]  # indices (B,) int64, images (B, H, W, 3) uint8
 
 
 class ImageSet:
-    """Images 0 … count - 1 of one size, and what is known about them without looking at them."""
+    """Images 0 … count - 1 of one size, and what is known about them without reading them."""
 
     def __init__(self, name: str, count: int, size: tuple[int, int] | None) -> None:
-        self.name, self.count, self.size = name, count, size  # no size: no images, statistics only
+        self.name, self.count, self.size = name, count, size  # size None: statistics only, no images
         self.stored: dict[str, np.ndarray] = {}  # ADM's statistics, as far as the file has them
-        self.made_with: str | None = None  # hash of the weights behind them
+        self.made_with: str | None = None  # hash of the weights that they were made with
         self.labels: np.ndarray | None = None
-        self.notes: list[str] = []  # what the reader of a report should know
+        self.notes: list[str] = []  # warnings for the report
 
     def batches(self, size: int, *, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
         """The batches of `size` images whose number is `rank` modulo `world_size`."""
@@ -44,7 +44,7 @@ class ImageSet:
 
 
 class FirstImages(ImageSet):
-    """The first `count` images of a set, on their own."""
+    """The first `count` images of a set, as a set."""
 
     def __init__(self, images: ImageSet, count: int) -> None:
         super().__init__(images.name, min(count, images.count), images.size)
@@ -65,7 +65,7 @@ class ImageFile(ImageSet):
     path: Path
 
     def batches(self, size: int, *, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
-        """The same batches as `read`, two ahead."""
+        """The same batches as `read`; a thread reads two of them ahead."""
         batches = self.read(size, rank=rank, world_size=world_size)
         with ThreadPoolExecutor(1) as reader:
             waiting = deque(reader.submit(next, batches, None) for _ in range(AHEAD))
@@ -115,7 +115,7 @@ class NpzImages(ImageFile):
         except UNREADABLE as error:
             if path.suffix == ".npy":
                 raise ValueError(f"{path} is an .npy: expected an .npz (numpy.savez) or a folder of PNGs") from None
-            raise ValueError(f"{path} is no whole npz file ({error}): it was cut short or damaged") from None
+            raise ValueError(f"{path} is not a complete npz file ({error}): it was cut short or damaged") from None
         check_statistics(self.stored, path)
 
     def checked_images(self, archive: zipfile.ZipFile) -> tuple[int, tuple[int, int]]:
@@ -136,7 +136,7 @@ class NpzImages(ImageFile):
         return shape[0], shape[1:3]
 
     def read(self, size: int, *, rank: int, world_size: int) -> Iterator[Batch]:
-        """Every process reads the whole member, so that its checksum is verified; no image is kept."""
+        """Batches of this process. Each process reads the whole member, so that its checksum is verified."""
         try:
             with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as member:
                 member.read(array_header(archive, "arr_0")[3])
@@ -146,9 +146,9 @@ class NpzImages(ImageFile):
                     read_into(member, memoryview(pictures).cast("B"))
                     if number % world_size == rank:
                         yield indices, pictures
-                member.read(1)  # the end of the member is where its checksum is looked at
+                member.read(1)  # reading past the end verifies the checksum
         except UNREADABLE as error:
-            raise ValueError(f"{self.path} is damaged ({error}): nothing it says can be trusted") from None
+            raise ValueError(f"{self.path} is damaged ({error}): none of it can be trusted") from None
 
 
 def read_into(member: IO[bytes], view: memoryview) -> None:
@@ -222,7 +222,7 @@ class FolderImages(ImageFile):
                       "metric, save PNGs"] if lossy else []
 
     def read(self, size: int, *, rank: int, world_size: int) -> Iterator[Batch]:
-        """Decoded by a few threads: Pillow lets go of the interpreter while it decodes."""
+        """Batches of this process, decoded by a few threads: Pillow releases the interpreter lock while it decodes."""
         with ThreadPoolExecutor(4) as pool:
             for start in range(rank * size, self.count, size * world_size):
                 files = self.files[start:start + size]
@@ -234,7 +234,7 @@ class FolderImages(ImageFile):
                 yield np.arange(start, start + len(files)), np.stack(pictures)
 
     def sha256(self) -> str:
-        """Hash over names and files."""
+        """Hash of all names and contents."""
         digest = hashlib.sha256()
         for file in self.files:
             digest.update(f"{file.name}\0{file_hash(file)}\n".encode())
@@ -247,7 +247,7 @@ def natural(name: str) -> list[tuple[int, int, str]]:
 
 
 def read_rgb(file: Path) -> np.ndarray:
-    """An image file as uint8 (H, W, 3). Raises ValueError for what is damaged or is not 8-bit and opaque."""
+    """An image file as uint8 (H, W, 3). Raises ValueError if it is damaged or not opaque 8-bit RGB."""
     try:
         with Image.open(file) as image:
             mode, clear = image.mode, "transparency" in image.info

@@ -1,7 +1,7 @@
 """The Inception network of 2015-12-05 behind FID, sFID, IS, precision and recall, as ADM's evaluator uses it.
 
-It differs from torchvision's inception_v3 in what its average pools count (not the padding), in the last block's pool
-branch (a maximum), in 1008 classes and in its input, (x - 128) / 128. Module names are torchvision's, so that the file
+It differs from torchvision's inception_v3: its average pools do not count the padding, the last block's pool branch is
+a maximum, it has 1008 classes, and its input is (x - 128) / 128. Module names are torchvision's, so that the file
 of pytorch-fid and torch-fidelity loads as it is. Equal to ADM's graph under TensorFlow to 3e-6 (tests/data).
 """
 import contextlib
@@ -117,7 +117,7 @@ def chain(x: Tensor, *layers: nn.Module) -> Tensor:
 
 
 def average_pool(x: Tensor) -> Tensor:
-    """3x3 mean of the pixels that are there: the padding does not count."""
+    """3x3 mean that does not count the padding."""
     return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
 
 

@@ -1,8 +1,8 @@
 """ADM's metrics from features: Fréchet distance, Inception Score, precision and recall.
 
-Same numbers as the evaluator of guided-diffusion (arXiv 2105.05233) gives on the same features, with less time and
-memory: statistics and score are streamed in float64, distances between all pairs are never held at once. Alone or under
-torchrun, where `merge`, `manifold_radii` and `precision_recall` are for all processes to call together.
+The same numbers as those of guided-diffusion's evaluator (arXiv 2105.05233) on the same features, in less time and
+memory: statistics and score are streamed in float64, and the distances between all pairs are never held at once. Under
+torchrun all processes must call `merge`, `manifold_radii` and `precision_recall` together.
 """
 import contextlib
 import math
@@ -16,11 +16,11 @@ from tqdm import tqdm
 from evaluations.c2i.inception import exact_fp32
 from utils import dist
 
-ADM_BLOCK = 10_000  # rows and columns of the blocks in which ADM's evaluator leaves float16 when it overflows
-BLOCK = {"cpu": 1000, "cuda": 5000}  # rows and columns computed at once, for speed alone
+ADM_BLOCK = 10_000  # side of the blocks that ADM's evaluator computes in float32 when float16 overflows
+BLOCK = {"cpu": 1000, "cuda": 5000}  # side of the blocks that are computed at once; only the speed depends on it
 PANEL = 512  # columns of a covariance computed at once
 CHUNK = 1024  # rows of features widened to float64 at once
-NOT_A_COVARIANCE = 1e-3  # relative asymmetry or negative eigenvalue, far above rounding
+NOT_A_COVARIANCE = 1e-3  # relative asymmetry or negative eigenvalue that cannot be rounding
 HUGE = 1e100  # beyond it products of covariances overflow float64
 
 PRDtype = Literal["fp16", "fp32"]
@@ -28,7 +28,7 @@ PRDtype = Literal["fp16", "fp32"]
 
 @contextlib.contextmanager
 def exact_products() -> Iterator[None]:
-    """Within the block, or the function that it decorates: CUDA multiplies fp32 as fp32, sums fp16 products in fp32."""
+    """Context manager and decorator: within it CUDA multiplies fp32 as fp32 and sums fp16 products in fp32."""
     matmul = torch.backends.cuda.matmul
     before = matmul.allow_fp16_reduced_precision_reduction
     with exact_fp32():
@@ -47,7 +47,7 @@ class FeatureStatistics:
         self.count = 0
         self._shift = torch.zeros(dim, dtype=torch.float64, device=device)  # subtracted: sums of squares stay small
         self._sum = torch.zeros_like(self._shift)
-        self._products = self._shift.new_zeros(dim, dim)  # blocks right of or on the diagonal; the rest is not used
+        self._products = self._shift.new_zeros(dim, dim)  # only the blocks on and right of the diagonal are used
 
     @torch.no_grad()
     def update(self, features: Tensor) -> None:
@@ -171,7 +171,7 @@ class InceptionScore:
             dist.total(sums)
 
     def value(self) -> float:
-        """Mean over chunks of exp(mean KL(p | q)); a last shorter chunk counts like the others.
+        """Mean over chunks of exp(mean KL(p | q)); a shorter last chunk counts like the others.
 
         Raises ValueError when images are missing or came twice.
         """
@@ -212,9 +212,9 @@ def precision_recall(reference: Tensor, sample: Tensor, *, k: int = 3,
                      pr_dtype: PRDtype = "fp32") -> tuple[float, float]:
     """Improved precision and recall (arXiv 1904.06991) of sample (N2, D) against reference (N1, D), both float32.
 
-    Precision is the share of samples within the k-neighbour radius of some reference, recall the reverse; touching
-    counts. `pr_dtype` fp16 rounds distances as ADM's evaluator does, which published numbers contain: an upward bias
-    of 0.001 to 0.003 with Inception features. On a CPU float16 products are summed in float32.
+    Precision is the share of samples within the k-neighbour radius of some reference, recall the reverse; a point
+    on the edge counts. `pr_dtype` fp16 rounds distances as ADM's evaluator does, which published numbers contain: an
+    upward bias of 0.001 to 0.003 with Inception features. On a CPU float16 products are summed in float32.
 
     Raises ValueError as `manifold_radii` does, and for differing D.
     """
@@ -236,7 +236,7 @@ def precision_recall(reference: Tensor, sample: Tensor, *, k: int = 3,
 class _Distances:
     """Squared distances between the rows of u (N1, D) and of v (N2, D), block by block: |u|² - 2 u.v + |v|².
 
-    Not clamped at 0: no order and no comparison with a radius depends on it.
+    Not clamped at 0: neither the order nor a comparison with a radius depends on that.
 
     In fp16, as ADM's evaluator: u, v, norms, products and each sum are rounded to float16; a block of ADM_BLOCK x
     ADM_BLOCK with an entry that is not finite is computed in float32 as a whole.
@@ -256,7 +256,8 @@ class _Distances:
     def block(self, rows: slice, columns: slice, *, mirrored: bool = False) -> Tensor:
         """(R, C) from u[rows] to v[columns]. `mirrored`, where u is v: v[columns] to u[rows], transposed.
 
-        The same products but for the order of rounded sums, so the block across the diagonal costs no second one.
+        The same products, so that the block on the other side of the diagonal costs no second matrix product; only the
+        order of rounded sums differs.
         """
         return self._sum(rows, columns, half=self._stays_half(rows, columns, mirrored=mirrored), mirrored=mirrored)
 
@@ -267,7 +268,7 @@ class _Distances:
         return torch.add(self._products(rows, columns, half=half), first).add_(second)
 
     def _products(self, rows: slice, columns: slice, *, half: bool) -> Tensor:
-        """-2 u.v of a block (R, C); the last ones are kept for the mirrored block."""
+        """-2 u.v of a block (R, C); the last result is kept for the mirrored block."""
         key = rows.start, columns.start, half
         if self._last[0] != key:
             u, v = self._u[rows], self._v[columns]
@@ -280,7 +281,7 @@ class _Distances:
         return self._last[1]
 
     def _stays_half(self, rows: slice, columns: slice, *, mirrored: bool) -> bool:
-        """Whether ADM keeps the block of its own size around this one in float16."""
+        """Whether ADM computes its own block, of which this one is a part, in float16."""
         if True not in self._norms:
             return False
         key = rows.start // ADM_BLOCK, columns.start // ADM_BLOCK, mirrored
@@ -294,7 +295,7 @@ class _Distances:
         largest_u, largest_v = (norms.flatten()[span].max().item() for norms, span in
                                 zip(self._norms[True], around, strict=True))
         bound = (math.sqrt(largest_u) + math.sqrt(largest_v)) ** 2
-        if bound < 60_000 or math.isinf(bound):  # surely below 65504 whatever the rounding; surely not
+        if bound < 60_000 or math.isinf(bound):  # surely below float16's 65504 after any rounding; surely above
             return bound < 60_000
         inside = [(rows, columns) for rows, columns in self.blocks
                   if rows.start // ADM_BLOCK == row and columns.start // ADM_BLOCK == column]
@@ -319,20 +320,20 @@ def _spans(count: int, device: torch.device) -> list[slice]:
 
 
 def _shared(pairs: list[tuple[slice, slice]], title: str) -> Iterable[tuple[slice, slice]]:
-    """This process's share of the work, with a bar if it takes long."""
+    """This process's share of the work, with a progress bar if it takes long."""
     rank, world_size = _place()
     return tqdm(pairs[rank::world_size], desc=title, unit="block", delay=5, mininterval=1, disable=rank > 0)
 
 
 def _place() -> tuple[int, int]:
-    """Rank and world size, of which torchrun may tell before anybody has joined a process group."""
+    """Rank and world size; from torchrun's environment while there is no process group yet."""
     world_size = dist.world_size()
     return dist.env_rank() if world_size > 1 else 0, world_size
 
 
 def _keep_smallest(nearest: Tensor, distances: Tensor) -> None:
     """Update the smallest entries of each row (R, K), in place, with those of distances (R, C)."""
-    closer = (distances.amin(1) < nearest.amax(1)).nonzero().squeeze(1)  # few rows after the first blocks
+    closer = (distances.amin(1) < nearest.amax(1)).nonzero().squeeze(1)  # after the first blocks only few rows
     count = min(nearest.shape[1], distances.shape[1])
     smallest = distances[closer].float().topk(count, largest=False).values
     nearest[closer] = torch.cat([nearest[closer], smallest], 1).topk(nearest.shape[1], largest=False).values

@@ -1,11 +1,11 @@
-"""Metrics while a model trains: what it makes now, against a reference, without a file in between."""
+"""Metrics while a model trains: its present images against a reference, without writing files."""
 import sys
 from dataclasses import dataclass
 from typing import ClassVar
 
+from evaluations.c2i.comparison_rules import check_reference
 from evaluations.c2i.features import load_network, measure, measure_with_stored
 from evaluations.c2i.image_sets import FirstImages, ImageSet, open_image_set
-from evaluations.c2i.protocol import check_reference
 from evaluations.c2i.scores import NEIGHBOURS, MetricFlags, chosen_metrics, compute, needed
 from utils import dist
 from utils.cli import flag
@@ -24,11 +24,11 @@ class MonitorFlags(MetricFlags):
 
 
 class Monitor:
-    """Holds the network and the measured reference; called by all processes with the images of the moment."""
+    """Holds the feature network and the measured reference; all processes call it with the images to evaluate."""
 
     def __init__(self, flags: MonitorFlags, process: dist.Process, *, reconstructs: tuple[int, int] | None) -> None:
         if flags.eval_reference is None:
-            raise ValueError("--eval-every needs --eval-reference: which images should the model's be compared with?")
+            raise ValueError("--eval-every needs --eval-reference: the images to compare the model's with")
         if flags.eval_images <= NEIGHBOURS:
             raise ValueError(f"--eval-images is {flags.eval_images}, expected more than {NEIGHBOURS}")
         self.metrics, self.process, self.pr_dtype = chosen_metrics(flags), process, flags.pr_dtype
@@ -38,7 +38,7 @@ class Monitor:
         sha256 = dist.broadcast_object(reference.sha256() if process.is_main else None)
         if reconstructs:
             if reference.stored or reference.size is None:
-                raise ValueError(f"--eval-reference {flags.eval_reference} brings statistics of a training set: give "
+                raise ValueError(f"--eval-reference {flags.eval_reference} holds statistics of a training set: give "
                                  "the images to reconstruct, as scripts/tokenizer/val.sh writes them")
             if reference.size != reconstructs:
                 raise ValueError(f"--eval-reference {flags.eval_reference} holds images of {reference.size[0]}x"

@@ -3,8 +3,8 @@
     python3 evaluations/c2i/reference.py --data-path my_images/train --image-size 256 --output my_reference.npz
 
 The file is like ADM's VIRTUAL_imagenet256_labeled.npz: `mu`, `sigma`, `mu_s`, `sigma_s` of the whole set for FID and
-sFID, `arr_0` for precision and recall, `arr_1` the labels. How it came about goes to my_reference.config.json. Start it
-with torchrun to use several GPUs.
+sFID, `arr_0` for precision and recall, `arr_1` the labels. How it was made is written to my_reference.config.json.
+Start it with torchrun to use several GPUs.
 """
 import sys
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ from dataset.build import DataFlags, ImageDataset, build_dataset
 from dataset.loader import CentreCrops, worker_count
 from evaluations.c2i.features import inception_network, measure
 from evaluations.c2i.image_sets import MADE_WITH, STATISTICS, Batch, ImageSet
-from evaluations.c2i.weights import InceptionFlags
+from evaluations.c2i.inception_weights import InceptionFlags
 from utils import cli, dist
 from utils.cli import flag
 from utils.images import save_npz

@@ -1,7 +1,7 @@
 """CLIP score: how well pictures fit their captions, by the cosine of CLIP's embeddings (arXiv 2103.00020, 2104.08718).
 
-As LlamaGen has it from GigaGAN's evaluation: the mean cosine itself, not times 100 or 2.5 and not cut at 0; captions go
-after "A photo depicts "; pictures lose a level here and there on the way (`through_floats`).
+As in LlamaGen, which took it from GigaGAN's evaluation: the mean cosine itself, neither scaled by 100 or 2.5 nor
+clipped at 0; "A photo depicts " is put before captions; rounding lowers some pixels by one level (`through_floats`).
 """
 import contextlib
 import functools
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import normalize, to_tensor
 
 from evaluations.c2i.inception import exact_fp32
-from evaluations.c2i.weights import is_torchscript, load_torchscript
+from evaluations.c2i.inception_weights import is_torchscript, load_torchscript
 from evaluations.t2i.sample_folder import Squares, share_of
 from utils import dist, files
 from utils.checkpoints import containers
@@ -35,7 +35,7 @@ NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size")  # in the sta
 
 @dataclass(frozen=True)
 class ClipNetwork:
-    """A CLIP model in eval mode and what goes before it."""
+    """A CLIP model in eval mode with its preprocessing."""
 
     model: nn.Module
     preprocess: Callable[[Image.Image], Tensor]  # → (3, H, W)
@@ -81,15 +81,15 @@ def load_clip(name: str, weights: str | None, *, device: torch.device) -> ClipNe
 
 
 def fetch(architecture: str, tag: str) -> Path:
-    """The weights file that open_clip keeps, or downloads now. Raises ValueError when it cannot be had."""
+    """The weights file that open_clip keeps, or downloads now. Raises ValueError when the download fails."""
     import open_clip
 
     try:
         with quiet():
             return Path(open_clip.download_pretrained(open_clip.get_pretrained_cfg(architecture, tag)))
     except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(f"the CLIP weights {architecture} {tag} could not be fetched: give a file by --clip-weights "
-                         f"({files.first_line(error)[:200]})") from None
+        raise ValueError(f"the CLIP weights {architecture} {tag} could not be downloaded: give a file by "
+                         f"--clip-weights ({files.first_line(error)[:200]})") from None
 
 
 def clip_state(path: Path) -> dict[str, Tensor]:
@@ -107,8 +107,9 @@ def clip_state(path: Path) -> dict[str, Tensor]:
 def through_floats(image: Image.Image) -> Image.Image:
     """A picture turned into floats in [-1, 1] and back, truncated: 63 of the 256 levels come back one lower.
 
-    A slip of the original, which published scores have in them; kept so that ours compare. (x + 1) * 127.5 in fp32 ends
-    just below the whole number for those levels; our own pictures are written with 127.5 x + 128, which does not.
+    A mistake of the original that is part of all published scores; kept so that ours compare with them. (x + 1) * 127.5
+    in fp32 ends just below the whole number for those levels; our own pictures are written with 127.5 x + 128, which
+    does not.
     """
     x = normalize(to_tensor(image), [0.5] * 3, [0.5] * 3)
     pixels = ((x + 1) * 127.5).clamp(0, 255).to(torch.uint8)
@@ -137,7 +138,7 @@ def clip_score(clip: ClipNetwork, files: list[Path], captions: list[str], proces
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep open_clip's log to itself: what is wrong is said once, in an error."""
+    """Silence open_clip's log: what is wrong is said once, in an error."""
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:

@@ -3,7 +3,7 @@
     python3 evaluations/t2i/evaluation.py --fake-dir samples/t2i --ref-dir val2014 --inception inception-2015-12-05.pt
 
 --fake-dir holds images/ and captions.txt, as the sampler writes them. Results go to score.txt and score.json there,
-with all that decides whether they compare with others'. Under torchrun the work is shared.
+with everything that decides whether they can be compared with others'. Under torchrun the work is shared.
 
 COCO FID is clean-fid's (arXiv 2104.11222), which is another metric than ADM's: all captioned samples against the whole
 reference folder; centre square, Lanczos to --eval-res, then Pillow's bicubic filter in floats to 299.
@@ -23,8 +23,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from evaluations.c2i.inception import POOL_DIM, FIDInception
+from evaluations.c2i.inception_weights import InceptionFlags, load_inception
 from evaluations.c2i.metrics import FeatureStatistics, frechet_distance
-from evaluations.c2i.weights import InceptionFlags, load_inception
 from evaluations.t2i.clip_score import CLIP_MODELS, CLIP_PROTOCOL, OPENAI, ClipNetwork, clip_score, load_clip
 from evaluations.t2i.sample_folder import Squares, image_files, read_samples, share_of
 from utils import cli, dist
@@ -83,7 +83,7 @@ def coco_fid(network: FIDInception, files: list[Path], reference: list[Path], pr
 
 
 def remarks(flags: T2IEvaluationFlags, *, samples: int, padding: int, reference: int | None) -> list[str]:
-    """What keeps the numbers from comparing with published ones."""
+    """Why the numbers cannot be compared with published ones."""
     found = []
     if padding:
         found.append(f"{padding} images without a line in captions.txt are padding: not counted")
@@ -116,7 +116,7 @@ def main(flags: T2IEvaluationFlags) -> None:
     if reference:
         if min(len(files), len(reference)) < 2:
             raise ValueError(f"FID needs 2 images on either side, got {len(files)} samples and {len(reference)} real")
-        clean_view(Image.new("RGB", (8, 8)))  # is clean-fid there?
+        clean_view(Image.new("RGB", (8, 8)))  # raises if clean-fid is not installed
         inception, weights_file = load_inception(flags.inception, device=process.device)
     notes = remarks(flags, samples=len(files), padding=padding, reference=len(reference) if reference else None)
     for note in notes if process.is_main else ():

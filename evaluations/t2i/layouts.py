@@ -5,8 +5,8 @@
     for job in remaining_jobs(layout, process):
         layout.write(job, picture_of(job.prompt.text, job.seed(global_seed)))
 
-Any source goes with any layout that can be written from it. Pictures are uint8 (H, W, 3). Interrupted work goes on
-where it was: what is there is not made again, and a picture does not depend on who makes it or when.
+Any prompts can be used with any layout that needs no more than they hold. Pictures are uint8 (H, W, 3). Interrupted
+work continues: existing pictures are not made again, and a picture does not depend on which process makes it.
 """
 import csv
 import json
@@ -113,7 +113,7 @@ def read_text_folder(path: Path) -> list[Prompt]:
 
 def stripped(text: Any, where: str) -> str:
     """A prompt without the space around it. Raises ValueError when nothing is left, or more than one line: captions.txt
-    has a line for each, and a quote that is not closed swallows the rows after it.
+    has a line for each, and an unclosed quote would take in the rows after it.
     """
     text = text.strip() if isinstance(text, str) else ""
     if not text:
@@ -136,7 +136,7 @@ class Layout:
 
     @property
     def settings_path(self) -> Path:
-        """Where to note how the pictures are made without the scorer stumbling over it."""
+        """The file that says how the pictures are made, where the scorer does not look."""
         return self.folder / "config.json"
 
     def begin(self) -> None:
@@ -196,8 +196,8 @@ class GenEvalLayout(Layout):
 class DPGLayout(Layout):
     """DPG-Bench (arXiv 2403.05135): <id>.png, four pictures in one: top left, top right, bottom left, bottom right.
 
-    The scorer lists every file of the folder, so nothing else is in it: tiles wait in memory, and the up to three
-    that an interruption takes with it are made again. Start the scorer with --resolution of one tile, --pic-num 4, and
+    The scorer lists every file of the folder, so nothing else is in it: finished tiles wait in memory, and up to three
+    are made again after an interruption. Start the scorer with --resolution of one tile, --pic-num 4, and
     --res-path elsewhere.
     """
 
@@ -213,7 +213,7 @@ class DPGLayout(Layout):
 
     @property
     def settings_path(self) -> Path:
-        """Beside the folder: in it, the scorer would take it for a picture."""
+        """A file beside the folder: inside, the scorer would take it for a picture."""
         return self.folder.with_name(f"{self.folder.name}.json")
 
     def begin(self) -> None:
@@ -238,9 +238,9 @@ LAYOUTS = {"flat": FlatLayout, "geneval": GenEvalLayout, "dpg": DPGLayout}
 
 
 def remaining_jobs(layout: Layout, process: dist.Process) -> list[Job]:
-    """What this process should still make, prompt by prompt. To be called by all processes together.
+    """The pictures that this process should still make, prompt by prompt. All processes must call it together.
 
-    The first one prepares the folder and looks what is there. All pictures of a prompt go to one process.
+    The first process prepares the folder and looks which pictures exist. All pictures of a prompt go to one process.
     """
     missing: dict[int, list[int]] = {}
     if process.is_main:

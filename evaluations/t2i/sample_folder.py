@@ -91,7 +91,7 @@ def share_of(squares: Squares, process: Process, *, batch_size: int, num_workers
              ) -> Iterator[tuple[Tensor, Tensor]]:
     """This process's share of the pictures, in batches: (indices (B,), views (B, …)), with a progress bar.
 
-    To be read to its end by all processes: what one of them cannot read, all raise, as ValueError.
+    All processes must read it to the end: when one of them cannot read a picture, all raise ValueError.
     """
     mine = Subset(squares, range(process.rank, len(squares), process.world_size))
     batches = DataLoader(mine, batch_size=batch_size, num_workers=worker_count(num_workers))
@@ -101,7 +101,7 @@ def share_of(squares: Squares, process: Process, *, batch_size: int, num_workers
             for indices, views in batches:
                 yield indices, views
                 bar.update(min(len(indices) * process.world_size, len(squares) - bar.n))
-        except ValueError as error:  # of the loader: the reader's own do not pass here
+        except ValueError as error:  # only the loader's errors, not those of the code that uses the batches
             problems.append(message(error))
     problems = dist.gather_lists(problems)
     if problems:

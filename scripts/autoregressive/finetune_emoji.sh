@@ -4,7 +4,7 @@
 # Takes the quickstart's tokenizer if there is one, else trains its own. Everything goes to runs/finetune_emoji. Run it
 # again to continue after an interruption.
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/../_venv.sh" lora
+source "$(dirname "${BASH_SOURCE[0]}")/../_venv.sh" lora,quickstart
 cd "$root"
 run=runs/finetune_emoji
 export VIRTUAL_ENV="$root/.venv" PATH="$root/.venv/bin:$PATH"

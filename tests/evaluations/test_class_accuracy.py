@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from evaluations import report
+from evaluations import quickstart_report
 from evaluations.c2i import class_accuracy
-from evaluations.c2i.weights import load_torchscript
+from evaluations.c2i.inception_weights import load_torchscript
 from utils import cli
 from utils.images import save_npz, save_png, to_float
 
@@ -106,7 +106,7 @@ def run_dir(tmp_path):
 
 
 def test_report_shows_what_the_run_left(run_dir, capsys):
-    cli.run(report.main, report.ReportFlags, ["--run-dir", str(run_dir)])
+    cli.run(quickstart_report.main, quickstart_report.ReportFlags, ["--run-dir", str(run_dir)])
     page = (run_dir / "report.html").read_text()
     for text in ("21.50 dB", "87.5%", "5.500 → 1.250", "ln 256 = 5.545", "12.50", "8.25", "0.750",
                  "1.5 min", "3.5 min", "OpenMoji", "red"):
@@ -120,7 +120,7 @@ def test_report_shows_what_the_run_left(run_dir, capsys):
 def test_report_of_an_unfinished_run_says_what_is_missing(run_dir, capsys):
     (run_dir / "samples" / "set.npz").unlink()
     with pytest.raises(SystemExit) as caught:
-        cli.run(report.main, report.ReportFlags, ["--run-dir", str(run_dir)])
+        cli.run(quickstart_report.main, quickstart_report.ReportFlags, ["--run-dir", str(run_dir)])
     assert caught.value.code == 2
     assert "run scripts/quickstart.sh to its end" in capsys.readouterr().err
     assert not (run_dir / "report.html").exists()

@@ -28,7 +28,7 @@ CONFIGS = {
     "autoregressive/sample/sample_ddp.py": "SampleSetFlags",
     "autoregressive/sample/sample_and_score.py": "SampleAndScoreFlags",
     "evaluations/c2i/class_accuracy.py": "AccuracyFlags",
-    "evaluations/report.py": "ReportFlags",
+    "evaluations/quickstart_report.py": "ReportFlags",
     "evaluations/c2i/evaluator.py": "EvaluatorFlags",
     "evaluations/c2i/reference.py": "ReferenceFlags",
     "evaluations/t2i/evaluation.py": "T2IEvaluationFlags",
@@ -96,12 +96,39 @@ def test_flags_in_a_walk_exist():
         assert not unknown, (target, unknown)
 
 
-def test_readme_tree_names_every_file():
-    text = (ROOT / "README.md").read_text()
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-    missing = [name for name in listed if name.endswith((".py", ".sh")) and not name.startswith("tests/")
-               and Path(name).name != "__init__.py" and Path(name).name not in text]
-    assert not missing
+def tree_of_readme() -> tuple[list[str], list[str]]:
+    """(files, folders) of the tree under "What lives where". A name is indented two spaces more than its folder's."""
+    tree, = re.findall(r"## What lives where\n\n```\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    files, folders, parents = [], [], []
+    for line in tree.splitlines():
+        depth = (len(line) - len(line.lstrip())) // 2
+        names = [word for word in re.split(r" {2,}", line.strip()) if re.fullmatch(r"[\w.]+(/|\.\w+)", word)]
+        assert names, line
+        for name in names:
+            (folders if name.endswith("/") else files).append("".join([*parents[:depth], name]))
+        parents[depth:] = names if names[0].endswith("/") else []
+    return files, folders
+
+
+def test_readme_tree_names_exactly_the_files_there_are():
+    files, folders = tree_of_readme()
+    listed = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT,
+                            capture_output=True, text=True, check=True).stdout.split()
+    wanted = {name for name in listed if name.endswith((".py", ".sh", ".cpp", ".h")) and "/" in name
+              and not name.startswith("tests/") and Path(name).name != "__init__.py" and (ROOT / name).is_file()}
+    assert sorted(files) == sorted(wanted)
+    assert not [name for name in folders if not (ROOT / name).is_dir()]
+
+
+def test_files_that_texts_name_are_there():
+    listed = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT,
+                            capture_output=True, text=True, check=True).stdout.split()
+    rooms = sorted({name.partition("/")[0] for name in listed if name.endswith(".py")} | {"scripts", "native"})
+    pattern = re.compile(rf"(?<![\w/.-])(?:{'|'.join(rooms)})/[\w/]+\.(?:py|sh|md|cpp|h|json)\b")
+    named = [(name, found) for name in listed if name.endswith((".py", ".sh", ".md", ".cpp", ".h"))
+             and (ROOT / name).is_file() for found in pattern.findall((ROOT / name).read_text())]
+    assert len(named) > 100
+    assert not [(name, found) for name, found in named if not (ROOT / found).is_file()]
 
 
 def test_the_walk_runs_as_written(tmp_path):

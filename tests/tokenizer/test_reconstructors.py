@@ -371,8 +371,8 @@ def test_weights_that_are_missing(commands, vae_folder, consistency_folder, data
             ([*common, "vae", "--local-weights", tmp_path], f"--local-weights {tmp_path} holds no config.json"),
             ([*common, "vae", "--local-weights", cut], "missing_keys quant_conv.bias"),
             ([*common, "vae", "--local-weights", consistency_folder], "does not hold sd-vae-ft-mse"),
-            ([*common, "vae", "--vae", "sdxl-vae"], "stabilityai/sdxl-vae could not be had from the Hugging Face hub"),
-            ([*common, "consistency"], "openai/consistency-decoder could not be had from the Hugging Face hub"),
+            ([*common, "vae", "--vae", "sdxl-vae"], "stabilityai/sdxl-vae could not be loaded from the Hugging Face"),
+            ([*common, "consistency"], "openai/consistency-decoder could not be loaded from the Hugging Face hub"),
             ([*commands["vae"], "--image-size", 33], "--image-size 33x33 is not divisible by 2")]:
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:

@@ -1,6 +1,6 @@
-"""A convolution with what stands before and after it in the tokenizer's layers: one call, two ways.
+"""A convolution with the operations before and after it in the tokenizer's layers, computed in one of two ways.
 
-Where nothing is trained and fp32 runs on a CPU, native/conv.cpp does all of it in one pass: Winograd's convolution
+In fp32 on a CPU, when nothing is trained, native/conv.cpp does all of it in one pass: Winograd's convolution
 (arXiv 1509.09308) with GroupNorm, SiLU, upsampling and the residual folded in, several times as fast as PyTorch's
 kernels. Its results depend neither on the batch nor on the number of threads. Everywhere else the layers themselves
 run, one after the other.
@@ -19,7 +19,7 @@ from utils.training.allocator import keep_freed_memory
 
 def convolve(layer: nn.Conv2d, x: Tensor, *, norm: nn.GroupNorm | None = None, dropout: nn.Module | None = None,
              upsample: bool = False, residual: Tensor | None = None) -> Tensor:
-    """residual + layer(dropout(silu(norm(x)))), x (B, in, h, w) → (B, out, h', w'); what is None is left out.
+    """residual + layer(dropout(silu(norm(x)))), x (B, in, h, w) → (B, out, h', w'); None: left out.
 
     `upsample` doubles h and w first (nearest neighbour). A layer of stride 2 without padding gets one zero row below
     and one zero column on the right.
@@ -82,7 +82,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def scaling(norm: nn.GroupNorm, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The factor and the summand (B, C) each that GroupNorm comes down to for each image and channel of x."""
+    """GroupNorm as a factor and a summand for each image and channel of x, (B, C) each."""
     x = pixel_rows(x)
     batch, height, width, channels = x.shape
     factor, summand = x.new_empty(2, batch, channels)
@@ -104,7 +104,7 @@ def kernels() -> ctypes.CDLL | None:
 
 @functools.cache
 def declared(library: ctypes.CDLL) -> ctypes.CDLL:
-    """The library with its functions' types; memory that is freed is kept, as each layer asks for as much again."""
+    """The library with its functions' types; freed memory stays with the process, as each layer needs as much again."""
     keep_freed_memory()
     integer, size, address = ctypes.c_int, ctypes.c_long, ctypes.c_void_p
     library.packed_size.argtypes, library.packed_size.restype = (integer, size, size, size), size

@@ -20,8 +20,8 @@ def group_norm(channels: int) -> nn.GroupNorm:
 class PointwiseConv(nn.Conv2d):
     """1x1 convolution, computed as a matrix product over channels (a view where memory is channels-last).
 
-    The CPU's own 1x1 kernel splits its sums by the number of threads, which shows in the last bit of a picture; this
-    one does not (measured, tests/test_tokenizer.py).
+    PyTorch's 1x1 kernel for CPUs splits its sums by the number of threads, which changes the last bit of an image; this
+    product does not (measured, tests/tokenizer/test_tokenizer.py).
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
@@ -169,7 +169,7 @@ class Decoder(nn.Module):
 
     @property
     def last_layer(self) -> Tensor:
-        """The weight at which the adaptive adversarial weight compares gradients."""
+        """The weight whose gradients the adaptive adversarial weight compares."""
         return self.conv_out.weight
 
     def forward(self, z: Tensor) -> Tensor:

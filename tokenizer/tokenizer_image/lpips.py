@@ -12,7 +12,7 @@ from utils.cli import flag
 
 @dataclass(kw_only=True)
 class LPIPSFlags:
-    """For commands that compare images as a network sees them."""
+    """LPIPS, the perceptual loss."""
 
     shapes_run: ClassVar[bool] = False
     lpips_backbone: str | None = flag(None, "file with torchvision's VGG-16 weights for LPIPS; None: torchvision "
@@ -23,7 +23,7 @@ def perceptual_loss(backbone: str | None, *, device: torch.device) -> nn.Module:
     """LPIPS on images in [-1, 1]: loss(a, b) → (B, 1, 1, 1). Its linear heads come with the package.
 
     backbone: a file with torchvision's VGG-16 weights; None lets torchvision find or download them. Raises ValueError
-    or OSError with what to do when they cannot be had.
+    or OSError that say what to do when they cannot be loaded.
     """
     import lpips
 

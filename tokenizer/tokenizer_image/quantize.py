@@ -32,7 +32,7 @@ class VectorQuantizer(nn.Module):
         if l2_norm:
             with torch.no_grad():
                 self.embedding.weight.copy_(F.normalize(self.embedding.weight, dim=-1))
-        self._normalised: tuple[Tensor, Tensor] | None = None  # (weights, what `codebook` made of them)
+        self._normalised: tuple[Tensor, Tensor] | None = None  # (weights, the normalised codebook made from them)
         self.register_buffer("codebook_used", torch.full((USAGE_WINDOW,), -1.0))  # oldest first; -1: none yet
 
     def codebook(self) -> Tensor:
@@ -49,7 +49,7 @@ class VectorQuantizer(nn.Module):
     def forward(self, features: Tensor) -> tuple[Tensor, CodebookLosses | None, Tensor]:
         """Features (B, C, h, w) → (quantised (B, C, h, w) with straight-through gradient, losses, codes (B*h*w,)).
 
-        Losses are None in eval mode. Distances are fp32 whatever the autocast type: codes must not depend on it.
+        Losses are None in eval mode. Distances are computed in fp32 for any autocast type: codes must not depend on it.
         """
         with torch.autocast(features.device.type, enabled=False):
             z = features.float().permute(0, 2, 3, 1)  # (B, h, w, C)
@@ -63,7 +63,7 @@ class VectorQuantizer(nn.Module):
             if self.training:
                 self._remember(codes)
                 entropy = z.new_zeros(())
-                if self.entropy_loss_ratio > 0:  # N x codebook_size with gradient: costs memory, so only on request
+                if self.entropy_loss_ratio > 0:  # N x codebook_size with gradient: much memory, only on request
                     entropy = self.entropy_loss_ratio * entropy_loss(z.flatten(0, 2), codebook)
                 losses = CodebookLosses(F.mse_loss(quantised, z.detach()),
                                         self.beta * F.mse_loss(z, quantised.detach()), entropy)

@@ -25,7 +25,7 @@ class LossFlags(LPIPSFlags):
     disc_weight: float = flag(0.5, "weight of the adversarial loss; 0 builds no discriminator")
     disc_start: int = flag(20000, "step from which the adversarial loss counts")
     disc_warmup_steps: int = flag(0, "from --disc-start on the discriminator first trains this many steps alone, then "
-                                     "its say rises to full over as many: for --finetune, where it is new")
+                                     "its weight rises to full over as many: for --finetune, where it is new")
     disc_type: Literal["patchgan", "stylegan"] = flag("patchgan", "discriminator", choices=("patchgan", "stylegan"))
     disc_loss: Literal["hinge", "vanilla", "non-saturating"] = flag(
         "hinge", "the discriminator's loss", choices=("hinge", "vanilla", "non-saturating"))
@@ -50,7 +50,7 @@ def generator_loss(kind: str, fake: Tensor) -> Tensor:
 
 
 class VQLoss:
-    """Everything but the discriminator's own loss. Not a module: nothing of it is saved."""
+    """All losses but the discriminator's own. Not a module, so that none of it is saved in checkpoints."""
 
     def __init__(self, flags: LossFlags, *, device: torch.device) -> None:
         if flags.disc_warmup_steps < 0:
@@ -65,9 +65,9 @@ class VQLoss:
     def adversarial_weight(self, step: int) -> float:
         """Weight of the adversarial loss at this step, 0 while only the discriminator trains.
 
-        A fresh discriminator knows nothing: its gradient would pull good reconstructions anywhere. Once it has learnt,
-        its full weight at once would be a jump in the loss of a settled tokenizer (a spike in its error is what users
-        of VQGAN report), so the weight rises linearly.
+        A new discriminator has learnt nothing: its gradient would spoil good reconstructions. When it has learnt, its
+        full weight at once would be a jump in the loss of a trained tokenizer (users of VQGAN report a spike in the
+        error), so the weight rises linearly.
         """
         if not self.adversarial(step):
             return 0.0

@@ -36,8 +36,8 @@ from utils.training.run_folder import choose_run, identity_of
 from utils.training.trainer import Backward, Trainer, frozen
 
 PREVIEW_IMAGES = 8
-SMALLEST_JUDGED = {"patchgan": 24, "stylegan": 8}  # below, nothing is left of the image at the last layer
-COLLAPSE_USAGE = 0.05  # below this share of the codebook in use, say so
+SMALLEST_JUDGED = {"patchgan": 24, "stylegan": 8}  # pixels; of smaller images the last layer would see nothing
+COLLAPSE_USAGE = 0.05  # warn when less than this share of the codebook is in use
 
 
 @dataclass(kw_only=True)
@@ -54,7 +54,7 @@ class VQTrainFlags(TrainFlags, DataFlags, TokenizerFlags, LossFlags, MonitorFlag
 
 
 class TokenizerTask:
-    """What a micro-batch of images contributes."""
+    """The tokenizer's part of the training loop: losses of a micro-batch, report, preview."""
 
     def __init__(self, model: nn.Module, discriminator: nn.Module | None, loss: VQLoss, *, dtype: torch.dtype,
                  samples: Tensor) -> None:
@@ -89,13 +89,13 @@ class TokenizerTask:
         """Whatever fits in its tensors can be gone on from."""
 
     def note_broken(self, names: list[str]) -> None:
-        """Say once of each unreadable image that it is passed over."""
+        """Tell of each unreadable image, once, that it is skipped."""
         for name in set(names) - self.broken:
             self.broken.add(name)
             print(f"skipping unreadable image {name} ({len(self.broken)} so far)", file=sys.stderr, flush=True)
 
     def report(self) -> dict[str, float]:
-        """Codebook usage and perplexity over the last 65,536 assignments; a warning when few codes are alive."""
+        """Codebook usage and perplexity over the last 65,536 assignments; a warning when few codes are used."""
         usage, perplexity = parallel.unwrap(self.modules["model"]).quantize.usage()
         if usage < COLLAPSE_USAGE:
             print(f"warning: only {usage:.1%} of the codebook is in use (perplexity {perplexity:.0f}): a lower --lr, a "
@@ -113,7 +113,7 @@ class TokenizerTask:
 
 
 class Reconstructions(ImageSet):
-    """A set as the tokenizer brings it back; sums up how near its images come."""
+    """An image set, reconstructed by the tokenizer when it is read; adds up PSNR and SSIM on the way."""
 
     def __init__(self, originals: ImageSet, model: nn.Module) -> None:
         super().__init__("reconstructions", originals.count, originals.size)
@@ -121,7 +121,7 @@ class Reconstructions(ImageSet):
         self.sums = torch.zeros(4, dtype=torch.float64)  # PSNR, count of images that changed; SSIM, count of all
 
     def batches(self, size: int, *, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
-        """The originals' batches, each reconstructed."""
+        """The batches of the original set, reconstructed."""
         for indices, pictures in self.originals.batches(size, rank=rank, world_size=world_size):
             made = self.reconstruct(pictures)
             pair = [torch.from_numpy(x).permute(0, 3, 1, 2) for x in (pictures, made)]
@@ -138,7 +138,7 @@ class Reconstructions(ImageSet):
         return images.to_uint8(decode_images(self.model, encode_images(self.model, pixels), grid))
 
     def similarity(self, device: torch.device) -> dict[str, float]:
-        """Means over all processes; in the PSNR an image that comes back exactly, infinitely near, does not count."""
+        """Means over all processes; the PSNR is of the images that were not reconstructed exactly."""
         decibels, changed, similarity, count = dist.total(self.sums.to(device)).tolist()
         return {"eval_ssim": similarity / count, **({"eval_psnr": decibels / changed} if changed else {})}
 

@@ -21,7 +21,7 @@ def seconds(text: str) -> float:
 
 @dataclass(kw_only=True)
 class RunFlags:
-    """Where a run lies, its checkpoints and logs."""
+    """The run's folder and its checkpoints."""
 
     shapes_run: ClassVar[bool] = False  # changing one does not make it another run
     results_dir: str = flag("results", "runs go to <results-dir>/<number>-<model>/")
@@ -51,13 +51,20 @@ class StepFlags(CompileFlags):
 
 
 @dataclass(kw_only=True)
-class TrainFlags(RunFlags, StepFlags, SeedFlags, WorkerFlags, RecipeFlags):
-    """Optimisation."""
+class RateFlags:
+    """Optimizer, learning rate and batch size."""
 
-    epochs: int = flag(300, "passes over the data")
     optimizer: Kind = flag("adamw", "muon: Muon for the blocks' matrices, AdamW for the rest; --lr means the same",
                            choices=("adamw", "muon"))
     lr: float = flag(1e-4, "peak learning rate")
+    global_batch_size: int = flag(256, "samples per optimizer step over all processes and accumulation steps")
+
+
+@dataclass(kw_only=True)
+class TrainFlags(RunFlags, RateFlags, StepFlags, SeedFlags, WorkerFlags, RecipeFlags):
+    """How it is trained."""
+
+    epochs: int = flag(300, "passes over the data")
     lr_schedule: Schedule = flag("constant", "after the warm-up", choices=("constant", "cosine"))
     min_lr: float | None = flag(None, "learning rate at the end of a cosine; None: 2 % of --lr")
     warmup_steps: int = flag(0, "steps of linear warm-up")
@@ -66,7 +73,6 @@ class TrainFlags(RunFlags, StepFlags, SeedFlags, WorkerFlags, RecipeFlags):
     beta1: float = flag(0.9, "AdamW")
     beta2: float = flag(0.95, "AdamW")
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm; 0 switches it off")
-    global_batch_size: int = flag(256, "samples per optimizer step over all processes and accumulation steps")
     dropout_p: float = flag(0.0, "dropout inside the network's blocks (GPT: off with --drop-path-rate)")
     ema: bool = flag(False, "keep an exponential moving average of the weights (used by sampling when present)")
 

@@ -214,7 +214,7 @@ def test_wrong_checkpoints_are_refused(gpt_ckpt, vq_ckpt, tmp_path, capsys):
     other = VQ_models["VQ-4-S"](codebook_size=128)
     torch.save({"model": other.state_dict(), "config": {"vq_model": "VQ-4-S", "codebook_size": 128}},
                tmp_path / "small.pt")
-    assert "speaks 256 codes, the tokenizer 128" in attempt(gpt_ckpt, tmp_path / "small.pt")
+    assert "the GPT has 256 codes, the tokenizer 128" in attempt(gpt_ckpt, tmp_path / "small.pt")
 
     content = containers.read(gpt_ckpt)
     content["config"]["gpt_model"] = "GPT-Q"

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from autoregressive.models.gpt import Transformer
-from autoregressive.train import anchors, doctor
-from autoregressive.train.anchors import IMAGENET, PUBLISHED, TOLERANCE, Run, check_run, conclusion
+from autoregressive.train import doctor, log_checks
 from autoregressive.train.doctor import Sample, check_classes, check_codes
+from autoregressive.train.log_checks import Run, check_run, conclusion
+from autoregressive.train.published_losses import IMAGENET, PUBLISHED, TOLERANCE
 from dataset.codes import open_stores
 from tests.conftest import TINY_GPT, call
 from tests.dataset.codes import fake_codes, write_packed
@@ -40,7 +41,7 @@ def store(vq_ckpt, tmp_path) -> dict:
     _, tokenizer = load_tokenizer(doctor.DoctorFlags(code_path="", vq_ckpt=str(vq_ckpt)), device=torch.device("cpu"))
     folder = write_packed(tmp_path / "codes", fake_codes(36, views=2), np.arange(36) % 3,
                           classes=["blue", "green", "red"], tokenizer=fingerprint(tokenizer))
-    return {"path": folder, "flags": ["--code-path", folder, "--gpt-model", "GPT-S", "--results-dir", tmp_path]}
+    return {"path": folder, "flags": ["--code-path", folder, "--gpt-model", "GPT-S", "--output", tmp_path / "doctor"]}
 
 
 def test_a_sound_store(store, vq_ckpt, tmp_path, capsys):
@@ -60,6 +61,13 @@ def test_a_rare_store_shown_often_holds_no_duplicates(store, tmp_path, capsys):
                        tokenizer=made)
     code, text = ask(capsys, "--code-path", f"{store['path']},{few}", "--store-weights", "1,20", *store["flags"][2:])
     assert code == 0 and "0.0% of 40 images have the codes of another one" in text
+
+
+def test_of_a_recipe_is_taken_what_the_doctor_uses(store, tmp_path, capsys):
+    recipe = tmp_path / "own.json"
+    recipe.write_text(json.dumps({"train": {"gpt-model": "GPT-S", "lr": 3e-3, "epochs": 7, "global-batch-size": 48}}))
+    code, text = ask(capsys, "--recipe", recipe, *store["flags"])
+    assert code == 0 and "lr 0.003 at batch 48" in text
 
 
 def test_more_classes_than_have_names_are_refused(store, capsys):
@@ -116,9 +124,11 @@ def test_a_head_that_does_not_start_at_zero_is_seen(store, capsys, monkeypatch, 
 def test_misuse(store, capsys, tmp_path):
     for flags, message in ((["--run-folder", tmp_path / "none"], "has no config.json"),
                            (["--num-classes", 2], "--num-classes is 2"), (["--image-size", 32], "--image-size"),
-                           (["--code-path", tmp_path / "none"], "none")):
+                           (["--code-path", tmp_path / "none"], "none"), (["--epochs", 3], "arguments: --epochs")):
         code, text = ask(capsys, *store["flags"], *flags)
         assert code == 2 and message in text
+    code, text = ask(capsys, "--gpt-model", "GPT-S")
+    assert code == 2 and "--code-path is missing" in text and "--run-folder" in text
 
 
 def grades(findings) -> dict[str, str]:
@@ -198,7 +208,7 @@ def test_conditions_decide_what_applies():
         assert text.startswith("none applies (LlamaGen at batch 1024; GPT-B") and reason in text
     for changes, reason in (({"lr": 1e-4}, "lr 0.0001, not 0.0004"), ({"warmup_steps": 100}, "a warm-up"),
                             ({"grid": [24, 24]}, "24x24 tokens, not 16x16"), ({"global_batch_size": 8}, "batch 8")):
-        assert any(reason in text for text in anchors.objections(BATCH_1024, make_run(published(), **changes)))
+        assert any(reason in text for text in log_checks.objections(BATCH_1024, make_run(published(), **changes)))
 
 
 def test_the_end_is_compared_by_epochs():
@@ -268,7 +278,7 @@ def test_what_goes_wrong_is_seen(change, topic, grade):
 
 def test_the_rule_for_the_learning_rate():
     def grade(lr: float, batch: int, model: str = "GPT-B", **more) -> str:
-        return anchors.check_rate({"lr": lr, "global_batch_size": batch, **more}, model).grade
+        return log_checks.check_rate({"lr": lr, "global_batch_size": batch, **more}, model).grade
 
     assert [grade(1e-4, 256), grade(2e-4, 512), grade(2e-4, 256), grade(4e-4, 1024)] == ["ok"] * 4
     assert [grade(1e-3, 256), grade(1e-4, 1024), grade(1e-4, 64)] == ["warning"] * 3
@@ -278,12 +288,14 @@ def test_the_rule_for_the_learning_rate():
 
 def test_a_real_run(store, vq_ckpt, tmp_path, capsys):
     code_store = store["path"]
-    call("train_gpt", "--code-path", code_store, *TINY_GPT, "--epochs", 5, "--log-every", 1, "--results-dir", tmp_path)
+    call("train_gpt", "--code-path", code_store, *TINY_GPT, "--epochs", 5, "--log-every", 1, "--results-dir", tmp_path,
+         "--vq-ckpt", vq_ckpt, "--lr", 2e-3)
     folder = tmp_path / "000-GPT-S"
     code, text = ask(capsys, "--code-path", code_store, "--vq-ckpt", vq_ckpt, "--run-folder", folder)
     assert code == 0 and "5.5452 = ln 256" in text and "of a new GPT-S" in text and "class names agree" in text
     assert "verdict: " in text and text.count("published   none applies") == 1
     assert {path.name for path in (folder / "doctor").iterdir()} == {"codes.png", "labels.png", "loss.png"}
+    assert "lr 0.002 at batch 8" in text and ask(capsys, "--run-folder", folder) == (0, text)  # all is in config.json
     config = json.loads((folder / "config.json").read_text())
     config["model"]["classes"] = ["red", "green", "blue"]
     (folder / "config.json").write_text(json.dumps(config))

@@ -82,7 +82,7 @@ def test_without_names_equally_many_classes_go_by_number(known, names):
     table = torch.arange(8.0).view(4, 2)
     rows, said = fit_class_table(table, known, count=3, names=names)
     assert torch.equal(rows, table)
-    assert said == "all 3 classes taken over by number, for want of names"
+    assert said == "all 3 classes taken over by number, as there are no names"
     rows, said = fit_class_table(table, known, count=1, names=None)  # so does unconditional training
     assert rows.tolist() == [[2, 3], [6, 7]]
     assert said == "class embeddings start anew (3 classes in the file, 1 here, without names on both sides)"

@@ -12,7 +12,7 @@ import torch
 from scipy.special import rel_entr
 from torch import nn
 
-from evaluations.c2i import evaluator, features, protocol
+from evaluations.c2i import comparison_rules, evaluator, features
 from evaluations.c2i.image_sets import NpzImages, open_image_set
 from tests.conftest import TINY_GPT, TINY_VQ, call, two_processes
 from tests.evaluations.stand_ins import (
@@ -259,16 +259,16 @@ def test_an_accepted_reference_is_known(stand_in, tmp_path, monkeypatch, capsys)
     np.savez(tmp_path / "adm.npz", arr_0=pictures(9, seed=1))
     flags = (tmp_path / "ref.npz", tmp_path / "adm.npz", "--metrics", "is,recall")
     found = evaluate(*flags)
-    monkeypatch.setattr(protocol, "TOLERANCE", {"is": 0.3, "recall": 0.003})
-    monkeypatch.setattr(protocol, "ACCEPTANCE", {"adm": {"is": found["is"] + 0.5, "recall": found["recall"]}})
+    monkeypatch.setattr(comparison_rules, "TOLERANCE", {"is": 0.3, "recall": 0.003})
+    monkeypatch.setattr(comparison_rules, "ACCEPTANCE", {"adm": {"is": found["is"] + 0.5, "recall": found["recall"]}})
     refused(capsys, "these are not ADM's numbers", *flags, "--acceptance")
     assert evaluate(*flags)["protocol"]["reference"]["kind"] == "custom"
-    monkeypatch.setattr(protocol, "ACCEPTANCE", {"adm": {"is": found["is"] + 0.2, "recall": found["recall"]}})
+    monkeypatch.setattr(comparison_rules, "ACCEPTANCE", {"adm": {"is": found["is"] + 0.2, "recall": found["recall"]}})
     capsys.readouterr()
     evaluate(*flags, "--acceptance")
     assert capsys.readouterr().out.count("  ok ") == 2
     assert "proven by adm" in evaluate(*flags)["protocol"]["reference"]["kind"]
-    refused(capsys, "brings statistics of a training set", *flags, "--preset", "rfid")
+    refused(capsys, "holds statistics of a training set", *flags, "--preset", "rfid")
 
 
 def test_reference_of_an_image_folder(stand_in, pair, tmp_path, monkeypatch, capsys):

@@ -48,8 +48,8 @@ def write(**arrays):
     (write(arr_0=np.array([{}], dtype=object)), "arr_0 is object, expected uint8"),
     (lambda path: zipfile.ZipFile(path, "w").writestr("arr_0", b"pixels"), "it holds nothing"),
     (too_few_pixels, "announces 9 images"),
-    (lambda path: path.write_bytes(b"not a zip"), "no whole npz file"),
-    (lambda path: (np.savez(path, arr_0=pictures(8, seed=0)), truncate(path, keep=0.6)), "no whole npz file"),
+    (lambda path: path.write_bytes(b"not a zip"), "not a complete npz file"),
+    (lambda path: (np.savez(path, arr_0=pictures(8, seed=0)), truncate(path, keep=0.6)), "not a complete npz file"),
     (lambda path: (np.savez(path, arr_0=pictures(80, seed=0)), corrupt_pixels(path)), "is damaged"),
     (lambda path: (path / "0.png").parent.mkdir() or np.save(path / "x.npy", np.zeros(3)), "holds no images"),
     (lambda path: None, "no image set at"),
@@ -83,8 +83,8 @@ def test_bad_samples_are_one_line(make, says, sets, capsys):
     (write(arr_0=pictures(8, seed=0)), ("--acceptance",), "expected one of ADM's sample files"),
     (write(arr_0=pictures(8, seed=0)), (*TINY, "--metrics", "fid"), "(FID, sFID and IS are Inception's)"),
     (write(mu=np.zeros(96), sigma=np.eye(96), arr_0=pictures(8, seed=0)), TINY, "--features are others"),
-    (write(arr_0=pictures(8, seed=0)), ("--features", "nowhere:net"), "cannot be had"),
-    (write(arr_0=pictures(8, seed=0)), ("--features", "torch.nn:Linear"), "cannot be had"),
+    (write(arr_0=pictures(8, seed=0)), ("--features", "nowhere:net"), "cannot be loaded"),
+    (write(arr_0=pictures(8, seed=0)), ("--features", "torch.nn:Linear"), "cannot be loaded"),
     (write(arr_0=pictures(8, seed=0)), ("--features", "nowhere.pt"), "neither a TorchScript file nor"),
 ])
 def test_bad_references_and_flags_are_one_line(make, flags, says, stand_in, sets, capsys):
@@ -118,7 +118,7 @@ def test_presets_refuse_each_others_reference(stand_in, tmp_path, capsys):
         "reference"]["kind"] == "custom"
     for reference_name, sample, preset, says in [
             ("images", "sample", "gfid", "without statistics of a training set"),
-            ("trained", "sample", "rfid", "brings statistics of a training set"),
+            ("trained", "sample", "rfid", "holds statistics of a training set"),
             ("images", "fewer", "rfid", "9 reference images and 8 reconstructions"),
             ("images", "larger", "rfid", "the samples of 20x20"),
             ("trained", "larger", "gfid", "the samples of 20x20")]:
@@ -128,7 +128,7 @@ def test_presets_refuse_each_others_reference(stand_in, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("arrays", "says"), [
-    ({"arr_0": pictures(5, seed=0), "mu": np.zeros(96), "sigma": np.eye(96)}, "brings statistics of a training set"),
+    ({"arr_0": pictures(5, seed=0), "mu": np.zeros(96), "sigma": np.eye(96)}, "holds statistics of a training set"),
     ({"arr_0": pictures(5, seed=0, size=20)}, "holds images of 20x20, expected 16x16"),
 ])
 def test_tokenizers_reconstruct_images_of_their_size(arrays, says, stand_in, image_folder, tmp_path, capsys):

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from evaluations.c2i import weights
+from evaluations.c2i import inception_weights
 from evaluations.c2i.inception import FIDInception, resize_tf1
-from evaluations.c2i.weights import BLOCKS, STEM, load_inception
+from evaluations.c2i.inception_weights import BLOCKS, STEM, load_inception
 from tests.conftest import ROOT
 
 DATA = ROOT / "tests" / "data" / "evaluation"
@@ -184,8 +184,8 @@ def test_four_kinds_of_file_are_one_network(state, tmp_path, capsys, monkeypatch
         assert not model.training and not any(p.requires_grad for p in model.parameters())
         loaded = model.state_dict()
         assert all(torch.equal(loaded[key], value) for key, value in plain.items() if key != "fc.bias"), name
-    monkeypatch.setitem(weights.KNOWN, described["sha256"], "ours")
-    monkeypatch.setenv(weights.VARIABLE, str(tmp_path / "script.dat"))
+    monkeypatch.setitem(inception_weights.KNOWN, described["sha256"], "ours")
+    monkeypatch.setenv(inception_weights.VARIABLE, str(tmp_path / "script.dat"))
     assert load_inception(None, device=CPU)[1]["known"] == "ours"
     assert not capsys.readouterr().err
 
@@ -210,6 +210,6 @@ def test_other_files_are_refused(state, tmp_path, write, says):
 
 
 def test_without_weights_it_is_said_where_they_are(monkeypatch):
-    monkeypatch.delenv(weights.VARIABLE, raising=False)
+    monkeypatch.delenv(inception_weights.VARIABLE, raising=False)
     with pytest.raises(FileNotFoundError, match=r"--inception FILE or set LLAMAGEN_INCEPTION.*pytorch-fid.*NVIDIA"):
         load_inception(None, device=CPU)

@@ -302,7 +302,7 @@ def test_refusals(samples, capsys, models, tmp_path, monkeypatch):
 
     monkeypatch.setattr(open_clip, "download_pretrained", offline)
     line = refused(capsys, "--fake-dir", fake)
-    assert "could not be fetched: give a file by --clip-weights (no route to the hub)" in line
+    assert "could not be downloaded: give a file by --clip-weights (no route to the hub)" in line
     (fake / "images" / "000002.png").write_bytes(b"no picture")
     assert "000002.png cannot be read as an image" in refused(capsys, "--fake-dir", fake, *clip_flags(models))
     (real / "9.jpg").write_bytes((real / "8.jpg").read_bytes()[:400])

@@ -1,4 +1,4 @@
-"""What may be compared with what: refusals, warnings, and the proof that this evaluator gives ADM's numbers here."""
+"""What may be compared with what: refusals, warnings, and --acceptance, the proof that we compute ADM's numbers."""
 import json
 
 import numpy as np
@@ -47,12 +47,12 @@ def check_images(images: ImageSet, metrics: list[str]) -> None:
 
 
 def check_stored(images: ImageSet, metrics: list[str], *, network: FeatureNetwork) -> None:
-    """Raise ValueError when a file's statistics are of other features, or for FID alone when sFID is asked for too."""
+    """Raise ValueError when a file has statistics of other features, or none for sFID when that is asked for."""
     if images.stored and "sfid" in metrics and "mu_s" not in images.stored:
-        raise ValueError(f"{images.name} brings statistics for FID and none for sFID (mu_s, sigma_s): leave it out "
+        raise ValueError(f"{images.name} holds statistics for FID and none for sFID (mu_s, sigma_s): leave it out "
                          "with --metrics fid,is,precision,recall")
     if images.stored and not network.is_inception:
-        raise ValueError(f"{images.name} brings statistics of Inception features, --features are others: give a "
+        raise ValueError(f"{images.name} holds statistics of Inception features, --features are others: give a "
                          "file or folder with images alone")
     for key, width in WIDTHS.items():
         if key in images.stored and len(images.stored[key]) != width:
@@ -61,10 +61,10 @@ def check_stored(images: ImageSet, metrics: list[str], *, network: FeatureNetwor
 
 
 def check_preset(preset: str, reference: ImageSet, sample: ImageSet, *, known_as: str | None) -> None:
-    """Raise ValueError when the reference is the one that the other protocol takes.
+    """Raise ValueError when the reference is of the kind that the other preset takes.
 
-    gfid's reference brings statistics of a whole training set, beside some of its images; rfid's is the images that
-    were reconstructed, as many as there are reconstructions. Mixing them up moves FID by 0.7 to 2 points.
+    gfid's reference has statistics of a whole training set and some of its images; rfid's is the images that were
+    reconstructed, as many as there are reconstructions. Mixing them up changes FID by 0.7 to 2 points.
     """
     if preset == "gfid":
         if "mu" not in reference.stored:
@@ -73,7 +73,7 @@ def check_preset(preset: str, reference: ImageSet, sample: ImageSet, *, known_as
                              "evaluations/c2i/reference.py")
     elif reference.stored or known_as:
         known = f" (known: {known_as})" if known_as else ""
-        raise ValueError(f"--preset rfid: {reference.name} brings statistics of a training set{known}, as "
+        raise ValueError(f"--preset rfid: {reference.name} holds statistics of a training set{known}, as "
                          "gfid takes them: give the crops of the reconstructed images, scripts/tokenizer/val.sh")
     elif reference.count != sample.count:
         raise ValueError(f"--preset rfid: {reference.count} reference images and {sample.count} reconstructions: each "
@@ -84,13 +84,13 @@ def check_preset(preset: str, reference: ImageSet, sample: ImageSet, *, known_as
 
 
 def set_warnings(reference: ImageSet, sample: ImageSet, metrics: list[str], *, network: FeatureNetwork) -> list[str]:
-    """What makes the numbers other than they seem, before anything is computed."""
+    """Warnings of what makes the numbers mean something else than they seem to, known before anything is computed."""
     found = [*reference.notes, *sample.notes]
     if reference.size and reference.size != sample.size:
         found.append(f"the reference is of {reference.size[0]}x{reference.size[1]} images, the samples of "
                      f"{sample.size[0]}x{sample.size[1]}")
     if sample.stored:
-        found.append(f"{sample.name} brings statistics: FID and sFID are computed from them as ADM does, not from its "
+        found.append(f"{sample.name} holds statistics: FID and sFID are computed from them as ADM does, not from its "
                      "images")
     for images in (reference, sample):
         if images.made_with not in (None, network.described.get(MADE_WITH)):
@@ -110,7 +110,7 @@ def set_warnings(reference: ImageSet, sample: ImageSet, metrics: list[str], *, n
 
 
 def known_references() -> dict[str, str]:
-    """Hash → what it is, of the references that an acceptance run on this machine has proven."""
+    """{hash: what it is} of the references that --acceptance has proven on this machine."""
     try:
         return json.loads((cache_folder() / "references.json").read_text())
     except (OSError, json.JSONDecodeError):

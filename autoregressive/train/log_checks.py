@@ -1,8 +1,6 @@
-"""Is a training where it should be? Its metrics.jsonl against published losses, and against what any sound one does.
+"""Is a training where it should be? Checks of its log: against published losses, and for what any sound training shows.
 
-LlamaGen published no logs; what its users posted stands in PUBLISHED with its conditions. Two early curves of different
-batch size and learning rate are at least 0.405 nats apart at equal steps (500 … 900): a run within half of that of one
-of them, TOLERANCE, cannot be mistaken for the other. Losses are cross-entropies per code in nats.
+Losses are cross-entropies per code in nats.
 """
 import math
 from collections.abc import Iterator
@@ -11,12 +9,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-IMAGENET = 1_281_167  # images
-TOLERANCE = 0.2
+from autoregressive.train.published_losses import IMAGENET, PUBLISHED, TOLERANCE, Curve
+
 FIRST_LOSS = 1e-3  # the head starts at zero, so the first loss is ln V up to rounding
 ENOUGH_STEPS = 5000  # an epoch of ImageNet at batch 256: by then a loss is below the entropy of single codes
 RULE = 1e-4 / 256  # learning rate per image of the batch (LlamaGen's authors, GitHub thread 14)
-RECITING = 0.25  # a loss below this share of the entropy of single codes: the training set by heart, perhaps
+RECITING = 0.25  # below this share of the entropy of single codes the model may know the training set by heart
 SPIKE = 0.3  # nats above the median of the ten rows before
 MANY_SKIPPED = 0.01  # of all steps
 
@@ -32,42 +30,13 @@ class Finding:
     text: str
 
 
-@dataclass(frozen=True)
-class Curve:
-    """A posted training loss. What is None was not posted and is not asked for."""
-
-    name: str
-    source: str
-    points: dict[int, float]
-    unit: Literal["step", "epoch"] = "step"
-    model: str | None = None
-    side: int = 16  # tokens per side
-    batch: int | None = None
-    lr: float | None = None
-
-
-PUBLISHED = (
-    Curve("LlamaGen at batch 1024", "a log in RandAR's GitHub thread 12; size of the model not said, batch inferred",
-          {100: 9.579, 200: 9.361, 300: 9.192, 400: 9.038, 500: 8.877, 600: 8.728, 700: 8.599, 800: 8.514, 900: 8.445},
-          batch=1024, lr=4e-4),
-    Curve("GPT-B at lr 1e-4", "a log in PyTorch's GitHub thread 113180, perhaps of a compiled run that was the "
-          "worse of two; batch inferred",
-          {500: 9.282, 600: 9.210, 700: 9.134, 800: 9.066, 900: 8.998, 1000: 8.928, 1100: 8.868, 1200: 8.810},
-          model="GPT-B", batch=256, lr=1e-4),
-    Curve("GPT-L after 50 epochs", "LlamaGen's GitHub thread 46", {50: 7.86}, unit="epoch", model="GPT-L"),
-    Curve("GPT-1B after 50 epochs", "LlamaGen's GitHub thread 46", {50: 7.33}, unit="epoch", model="GPT-1B"),
-    Curve("GPT-XL at 384 pixels after 300 epochs", "LlamaGen's GitHub thread 56", {300: 6.9}, unit="epoch",
-          model="GPT-XL", side=24),
-)
-
-
 class Run:
     """A training's log and settings."""
 
     def __init__(self, rows: list[dict[str, Any]], config: dict[str, Any]) -> None:
         if "vocab_size" not in config.get("model", {}):
             raise ValueError("the run's config.json describes no GPT: which run of autoregressive/train/train.py?")
-        self.rows = [row for row in rows if "loss" in row]  # others hold evaluations
+        self.rows = [row for row in rows if "loss" in row]  # other rows hold evaluations
         if not self.rows:
             raise ValueError("the run's metrics.jsonl has no loss yet: wait for the first row")
         self.config, self.model = config, config["model"]
@@ -77,7 +46,7 @@ class Run:
 
     @property
     def epochs(self) -> float:
-        """Passes over the data so far."""
+        """Passes over the data at the last row."""
         return float(self.steps[-1] * self.batch / self.images)
 
     @property
@@ -92,13 +61,13 @@ class Run:
 
     def loss_at(self, step: float) -> float | None:
         """The loss around a step, between rows; None where there are none."""
-        windows = np.diff(self.steps, prepend=0)  # rows are means since the row before, published ones over 100 steps
+        windows = np.diff(self.steps, prepend=0)  # rows are means since the last, published ones over 100 steps
         centres = self.steps - np.maximum(windows - 100, 0) / 2
         return float(np.interp(step, centres, self.losses)) if centres[0] <= step <= 1.01 * centres[-1] else None
 
 
 def objections(curve: Curve, run: Run) -> list[str]:
-    """Why a published curve says nothing about a run; empty when it does."""
+    """Why a published curve does not apply to a run; empty when it does."""
     config, model, side = run.config, run.model, curve.side
     wanted = [(model["vocab_size"] == 16384, f"{model['vocab_size']} codes, not 16384"),
               (model["num_classes"] == 1000, f"{model['num_classes']} classes, not 1000"),
@@ -181,7 +150,7 @@ def check_level(run: Run, unigram: float | None) -> Finding:
                                            "may recite them. Compare samples with the images; try fewer epochs, "
                                            "dropout, --token-noise")
     if loss < unigram:
-        return Finding("level", "ok", f"{text}: it has learned how codes follow each other")
+        return Finding("level", "ok", f"{text}: it has learned which codes follow which")
     if step >= ENOUGH_STEPS:
         return Finding("level", "problem", f"{text}: it knows no more than how frequent each code is. Look at the "
                                            "decoded codes and at --lr")
@@ -238,7 +207,7 @@ def check_skipped(run: Run) -> Finding:
 
 
 def check_speed(run: Run) -> Finding:
-    """Images per second now, against the better part of the run."""
+    """Images per second now, against the faster quarter of the run."""
     speeds = run.series("images_per_second")
     if len(speeds) < 8:
         return Finding("speed", "ok", f"{speeds[-1]:.1f} images/s" if len(speeds) else "not in the log")
@@ -261,7 +230,7 @@ def check_rate(config: dict[str, Any], gpt_model: str) -> Finding:
 
 
 def check_run(run: Run, unigram: float | None) -> list[Finding]:
-    """All that a log can tell. `unigram`: the entropy of single codes in nats."""
+    """All checks of a log. `unigram`: the entropy of single codes in nats."""
     finite = check_skipped(run)
     if not np.isfinite(run.losses).all():
         return [check_start(run), finite]

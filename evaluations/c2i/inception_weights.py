@@ -1,7 +1,7 @@
-"""The four published files of the 2015 Inception weights, told apart by content and read into one network, strictly.
+"""Reads any of the four published files of the 2015 Inception weights; which one it is, its content decides.
 
-pytorch-fid's and torch-fidelity's state dict, NVIDIA's TorchScript, and the GraphDef of ADM's evaluator, which needs no
-TensorFlow: the tensorboard package carries its message format. Nothing is ever downloaded.
+pytorch-fid's and torch-fidelity's state dict, NVIDIA's TorchScript, and the GraphDef of ADM's evaluator, which is read
+without TensorFlow: the tensorboard package brings its message format. Nothing is ever downloaded.
 """
 import hashlib
 import os
@@ -38,7 +38,7 @@ KNOWN = {  # sha256 (md5 of the GraphDef, whose sha256 was never published): who
     "e6bb154e85f5d4331c22abcddb5dcf31": "ADM",
 }
 
-# TensorFlow's scopes → torchvision's modules. Inside a block: which convolutions the branches of the graph are.
+# TensorFlow's scopes → torchvision's modules; inside a block its convolutions.
 STEM = {"conv": "Conv2d_1a_3x3", "conv_1": "Conv2d_2a_3x3", "conv_2": "Conv2d_2b_3x3", "conv_3": "Conv2d_3b_1x1",
         "conv_4": "Conv2d_4a_3x3"}
 BLOCK_A = {"conv": "branch1x1", "tower/conv": "branch5x5_1", "tower/conv_1": "branch5x5_2",
@@ -64,7 +64,7 @@ BLOCKS = {"mixed": ("Mixed_5b", BLOCK_A), "mixed_1": ("Mixed_5c", BLOCK_A), "mix
 
 @dataclass(kw_only=True)
 class InceptionFlags:
-    """For commands that need the Inception network."""
+    """The Inception network."""
 
     shapes_run: ClassVar[bool] = False
     inception: str | None = flag(None, f"file with the Inception weights of 2015-12-05; None: ${VARIABLE}")
@@ -73,7 +73,7 @@ class InceptionFlags:
 def load_inception(path: str | Path | None, *, device: torch.device) -> tuple[FIDInception, dict[str, str]]:
     """The network in eval mode, and {"file", "format", "sha256", "known", "weights_sha256"} of its weights file.
 
-    The last is of the values: the same for every format of the same weights.
+    The last is a hash of the values, the same for every format of the same weights.
 
     Raises FileNotFoundError with where to get the weights, ValueError for a file that does not hold them.
     """
@@ -96,7 +96,7 @@ def load_inception(path: str | Path | None, *, device: torch.device) -> tuple[FI
     described["known"] = KNOWN.get(digest, "no")
     if digest not in KNOWN and env_rank() == 0:
         print(f"warning: {path} (sha256 {described['sha256'][:12]}…) is none of the published Inception files: the "
-              "numbers compare with each other, but with nobody else's", file=sys.stderr)
+              "numbers compare with each other, but not with published ones", file=sys.stderr)
     described["weights_sha256"] = weights_hash(network)
     network = network.eval().requires_grad_(False).to(device)
     return network.to(memory_format=torch.channels_last), described
@@ -165,7 +165,7 @@ def graph_constants(path: Path) -> Iterator[tuple[str, Tensor]]:
     try:
         graph.ParseFromString(path.read_bytes())
     except DecodeError:
-        raise ValueError(f"{path} is damaged: it starts like a GraphDef, but does not end as one") from None
+        raise ValueError(f"{path} is damaged: it starts like a GraphDef, but cannot be read to its end") from None
     for node in graph.node:
         tensor = node.attr["value"].tensor if node.op == "Const" else None
         if tensor is None or tensor.dtype != 1:  # DT_FLOAT
@@ -174,7 +174,7 @@ def graph_constants(path: Path) -> Iterator[tuple[str, Tensor]]:
         values = np.frombuffer(tensor.tensor_content, "<f4") if tensor.tensor_content else \
             np.asarray(tensor.float_val, "<f4")
         count = int(np.prod(shape))
-        if len(values) not in (1, count):  # one value stands for all
+        if len(values) not in (1, count):  # a single value stands for all
             raise ValueError(f"{path} is damaged: {node.name} has {len(values)} values, expected {count}")
         value = torch.from_numpy(np.broadcast_to(values, count).reshape(shape).copy())
         yield node.name, value.permute(3, 2, 0, 1).contiguous() if value.ndim == 4 else value

@@ -1,6 +1,6 @@
-"""One page about a run from pixels to pictures: what went in, what came out, how well, how long it took.
+"""The page that the quickstart ends with: the data, samples, numbers, loss curves, and how long each stage took.
 
-    python3 evaluations/report.py --run-dir runs/quickstart
+    python3 evaluations/quickstart_report.py --run-dir runs/quickstart
 
 Reads what scripts/quickstart.sh leaves in --run-dir and writes report.html there: self-contained, no network.
 """
@@ -13,10 +13,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image
 
@@ -71,7 +67,12 @@ def table(rows: list[tuple[str, ...]], header: tuple[str, ...]) -> str:
 
 def curves(tokenizer: list[dict], gpt: list[dict], *, vocab_size: int) -> np.ndarray:
     """Loss against step of both trainings, uint8 (H, W, 3)."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4), dpi=110)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3.4), dpi=110)
+    canvas = FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
     left.plot([row["step"] for row in tokenizer], [row["reconstruction"] for row in tokenizer])
     left.set(title="tokenizer: reconstruction loss", xlabel="step", yscale="log")
     right.plot([row["step"] for row in gpt], [row["loss"] for row in gpt])
@@ -79,10 +80,8 @@ def curves(tokenizer: list[dict], gpt: list[dict], *, vocab_size: int) -> np.nda
     right.set(title="GPT: cross-entropy per code", xlabel="step", ylim=(0, None))
     right.legend()
     figure.tight_layout()
-    figure.canvas.draw()
-    picture = np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
-    plt.close(figure)
-    return picture
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
 def class_rows(pictures: np.ndarray, labels: np.ndarray, classes: list[str]) -> str:
@@ -115,6 +114,7 @@ def stage_times(path: Path) -> dict[str, float]:
 
 def main(flags: ReportFlags) -> None:
     """Write report.html, and samples.png for those who only want the pictures."""
+    cli.require_package("matplotlib", purpose="the report, which draws plots,")
     root = Path(flags.run_dir)
     tokenizer_run, gpt_run = only(root / "tokenizer", "*-*"), only(root / "gpt", "*-*")
     tokenizer_rows, gpt_rows = (read_metrics(run / "metrics.jsonl") for run in (tokenizer_run, gpt_run))
