@@ -104,6 +104,8 @@ def test_readme_tree_names_every_file():
     assert not missing
 
 
+@pytest.mark.processes
+@pytest.mark.slow
 def test_the_walk_runs_as_written(tmp_path):
     """Your own images, from folder to class accuracy, smaller and with shorter trainings."""
     rng = np.random.default_rng(0)
