@@ -1,12 +1,14 @@
-"""Gradients reach the optimizer as torch.nn.utils.clip_grad_norm_ leaves them.
+"""One step of the training loop: its random numbers, and its gradients as they reach the optimizer.
 
-AdamW's steps hardly depend on the size of the gradients, so losses and weights do not show how they were clipped: the
-gradients themselves are compared, where AdamW receives them.
+AdamW's steps hardly depend on the size of the gradients, so losses and weights do not show how they were clipped or
+scaled: the gradients themselves are compared, where AdamW receives them.
 """
 import pytest
 import torch
 
+from autoregressive.train.train import GPTTask
 from tests.conftest import TINY_GPT, TINY_VQ, call
+from utils.seeding import derive_seed
 
 ONE_STEP = ["--global-batch-size", 36, "--epochs", 1, "--mixed-precision", "none"]
 
@@ -40,3 +42,18 @@ def test_each_optimizers_gradients_are_clipped_as_torch_does(name, optimizers, i
             torch.nn.utils.clip_grad_norm_(parameters, limit)
             for parameter, gradient in zip(parameters, found, strict=True):
                 torch.testing.assert_close(gradient, parameter.grad, rtol=1e-5, atol=0)
+
+
+def test_each_step_has_random_numbers_of_its_own(code_store, tmp_path, monkeypatch):
+    """Else dropout would draw the same masks at each step."""
+    seeds, micro_step = [], GPTTask.micro_step
+
+    def recording(self, *args, **options):
+        seeds.append(torch.initial_seed())
+        return micro_step(self, *args, **options)
+
+    monkeypatch.setattr(GPTTask, "micro_step", recording)
+    call("train_gpt", "--code-path", code_store, *TINY_GPT, "--global-batch-size", 12, "--epochs", 2, "--global-seed",
+         7, "--results-dir", tmp_path)
+    assert seeds == [derive_seed(7, step, 0) for step in range(6)]
+    assert len(set(seeds)) == 6
