@@ -94,7 +94,7 @@ def cached_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Te
 
     mask (B or 1, 1, T, S) bool, True where attended; None attends everywhere (right for T = 1). On a CPU written as two
     matrix products because the fused kernel splits its sum by the number of rows, so that an image would depend, in the
-    last bit, on the batch it was drawn in; these do not (measured, tests/test_sampling.py).
+    last bit, on the batch it was drawn in; these do not (tests/autoregressive/models/test_jacobi.py).
     """
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])

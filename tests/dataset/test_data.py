@@ -329,6 +329,8 @@ def test_uint8_rule_and_round_trip():
     picture = np.array(noise(5, 6))[None]
     assert abs(to_uint8(to_float(picture)).astype(int) - picture).max() <= 1
     assert to_float(picture).shape == (1, 3, 5, 6)
+    ends = np.array([0, 255, 51], np.uint8).reshape(1, 1, 1, 3)
+    torch.testing.assert_close(to_float(ends).flatten(), torch.tensor([-1, 1, -0.6]), atol=1e-7, rtol=0)
 
 
 def test_pictures_on_disk_are_what_was_given(tmp_path):
@@ -346,6 +348,15 @@ def test_pictures_on_disk_are_what_was_given(tmp_path):
     assert sheet.shape == (2 * 8 + 2, 2 * 10 + 2, 3)
     np.testing.assert_array_equal(sheet[2:8, 2:10], pictures[0])
     np.testing.assert_array_equal(sheet[10:16, 2:10], pictures[2])
+
+
+def test_a_label_stands_below_its_picture():
+    pictures = np.full((2, 40, 40, 3), 200, np.uint8)
+    sheet = grid(pictures, columns=1, labels=["I", ""], gap=2)
+    cell = (len(sheet) - 2) // 2
+    for top in (2, 2 + cell):
+        np.testing.assert_array_equal(sheet[top:top + 40, 2:42], pictures[0])
+    assert sheet[42:2 + cell].min() < 100 and sheet[42 + cell:].min() == 255  # text, and none
 
 
 UNFINISHED = """

@@ -21,7 +21,7 @@ class PointwiseConv(nn.Conv2d):
     """1x1 convolution, computed as a matrix product over channels (a view where memory is channels-last).
 
     The CPU's own 1x1 kernel splits its sums by the number of threads, which shows in the last bit of a picture; this
-    one does not (measured, tests/test_tokenizer.py).
+    one does not (tests/tokenizer/test_tokenizer.py).
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
