@@ -173,6 +173,7 @@ def test_entropy_term_is_its_formula_and_evens_usage():
     own = -(p * p.log()).sum(-1).mean()
     together = -(p.mean(0) * (p.mean(0) + 1e-5).log()).sum()
     torch.testing.assert_close(entropy_loss(z, book, temperature=0.5).double(), own - together, atol=1e-5, rtol=0)
+    assert entropy_loss(z, book) == entropy_loss(z, book, temperature=0.01) != entropy_loss(z, book, temperature=0.02)
 
     book.requires_grad_(True)
     optimizer = torch.optim.Adam([book], lr=0.02)
