@@ -219,6 +219,12 @@ def test_blur_keeps_constants_and_halves_rounding_up(size):
     assert block(x).shape == (1, 5, -(-size[0] // 2), -(-size[1] // 2))
 
 
+def test_a_down_block_adds_its_two_ways_and_keeps_their_variance():
+    block, x = DownBlock(3, 5), torch.randn(1, 3, 8, 8)
+    way = F.leaky_relu(block.conv2(block.blur(F.leaky_relu(block.conv1(x), 0.2))), 0.2)
+    torch.testing.assert_close(block(x), (way + block.skip(block.blur(x)[..., ::2, ::2])) / 2**0.5)
+
+
 def test_patchgan_is_the_documented_network():
     critic = PatchGAN()
     convolutions = [m for m in critic.modules() if isinstance(m, nn.Conv2d)]

@@ -9,9 +9,8 @@ def test_a_file_takes_its_place_when_it_is_whole(tmp_path):
     with replacing(path) as temporary:
         temporary.write_text("one")
         assert not path.exists()
-    with pytest.raises(ZeroDivisionError), replacing(path) as temporary:
-        temporary.write_text("two")
-        raise ZeroDivisionError
+    with pytest.raises(TypeError), replacing(path) as temporary:
+        temporary.write_text(2)
     assert path.read_text() == "one"
     assert [file.name for file in path.parent.iterdir()] == ["notes.txt"]
     assert path.stat().st_mode & 0o777 == 0o644  # temporary files are for their owner alone
