@@ -244,6 +244,10 @@ def test_foreign_checkpoints_load_with_flags_and_wrong_ones_are_refused(model, t
     for options in ({"vq_model": "VQ-8"}, {"vq_model": "VQ-4-S", "codebook_size": 512}):
         with pytest.raises(ValueError, match="does not fit"):
             load_tokenizer(tiny_flags(tmp_path / "vq.pt", **options), device=CPU)
+    torch.save({"model": model.state_dict(), "config": {"vq_model": "VQ-4-S"}}, tmp_path / "own.pt")
+    assert load_tokenizer(tiny_flags(tmp_path / "own.pt"), device=CPU)[0] == "VQ-4-S"
+    with pytest.raises(ValueError, match="does not fit"):  # what is typed wins
+        load_tokenizer(tiny_flags(tmp_path / "own.pt", vq_model="VQ-8"), device=CPU)
     torch.save({"model": {"tok_embeddings.weight": torch.zeros(2, 2)}}, tmp_path / "gpt.pt")
     with pytest.raises(ValueError, match="looks like a GPT"):
         load_tokenizer(tiny_flags(tmp_path / "gpt.pt"), device=CPU)

@@ -9,6 +9,7 @@ import torch.utils.checkpoint
 from torch import nn
 
 from autoregressive.models import lean
+from autoregressive.models.conditions import CaptionMLP
 from autoregressive.models.generate import generate, take_engine
 from autoregressive.models.gpt import GPT_models, ModelArgs, Transformer
 from autoregressive.models.rope import apply_rope, rope_table
@@ -226,6 +227,14 @@ def test_caption_dropout_replaces_whole_prefixes_by_the_saved_unconditional_feat
     assert dropped.any(-1).float().mean().item() == pytest.approx(0.25, abs=0.05)
     assert GPT_models["GPT-S"](model_type="t2i", cls_token_num=120).cls_embedding.uncond_embedding.var().item() \
         == pytest.approx(1 / 2048, rel=0.05)
+
+
+def test_captions_go_through_gelu_in_its_tanh_form():
+    torch.manual_seed(0)
+    layers, x = CaptionMLP(6, 8), 3 * torch.randn(20, 6)
+    h = layers.fc1(x)
+    gelu = 0.5 * h * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))
+    torch.testing.assert_close(layers(x), layers.fc2(gelu), atol=1e-6, rtol=0)
 
 
 def test_the_unconditional_features_are_not_trained():
