@@ -95,6 +95,16 @@ def test_the_oracle_s_mask_is_causal_with_hidden_padding_and_its_diagonal():
                 assert bool(mask[b, 0, i, j]) == (i == j or (j < i and (j >= 3 or bool(valid[b, j]))))
 
 
+def test_what_is_not_said_is_as_in_llamagen():
+    found = ModelArgs()
+    assert (found.norm_eps, found.rope_base, found.multiple_of, found.initializer_range) == (1e-5, 10000.0, 256, 0.02)
+    assert (found.token_dropout_p, found.resid_dropout_p, found.ffn_dropout_p, found.class_dropout_prob) == (0.1,) * 4
+    assert (found.attn_dropout_p, found.drop_path_rate) == (0.0, 0.0)
+    assert (found.vocab_size, found.grid, found.num_classes, found.caption_dim) == (16384, (16, 16), 1000, 2048)
+    weights = tiny(initializer_range=0.02, dim=192).layers[0].feed_forward.w1.weight
+    assert weights.std().item() == pytest.approx(0.02, rel=0.05)
+
+
 def test_first_loss_is_the_log_of_the_vocabulary():
     for vocab in (V, 16384):
         model = GPT_models["GPT-S"](vocab_size=vocab, num_classes=3, block_size=16)
