@@ -1,4 +1,5 @@
-"""Shared fixtures: a small image folder and what the commands make of it, made once a session by the real parsers."""
+"""Shared fixtures: a small image folder and what the commands make of it, made once a session by the real parsers.
+Also how the suite is run: threads of each worker, the order of files, and who may start processes."""
 import importlib
 import json
 import os
@@ -28,6 +29,37 @@ TINY = ["--image-size", "16", "--num-workers", "0"]
 TINY_VQ = [*TINY, "--vq-model", "VQ-4-S", "--perceptual-weight", "0", "--disc-weight", "0", "--lr", "1e-3",
            "--global-batch-size", "8"]
 TINY_GPT = ["--gpt-model", "GPT-S", "--num-workers", "0", "--lr", "1e-3", "--global-batch-size", "8"]
+
+
+def pytest_configure(config) -> None:
+    """Workers of pytest-xdist share the cores: each computes, and lets its processes compute, on its own part."""
+    if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+        threads = max(1, (os.cpu_count() or 1) // int(workers))
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        torch.set_num_threads(threads)
+
+
+def pytest_collection_modifyitems(items) -> None:
+    """Files that start processes come first, so that no worker is left alone with a long one at the end."""
+    long = {item.path for item in items if item.get_closest_marker("processes")}
+    items.sort(key=lambda item: item.path not in long)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """Fail a test that starts Python or a shell, itself or by its fixtures, without the marker `processes`."""
+    start = subprocess.Popen.__init__
+
+    def watched(self, args, *rest, **options):
+        program = os.fsdecode(args if isinstance(args, str | bytes | os.PathLike) else args[0])
+        if options.get("shell") or Path(program).name.startswith(("python", "bash", "sh")):
+            pytest.fail(f"{item.nodeid} starts {Path(program).name}: mark it with pytest.mark.processes")
+        start(self, args, *rest, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if item.get_closest_marker("processes") is None:
+            patch.setattr(subprocess.Popen, "__init__", watched)
+        return (yield)
 
 
 def entry(name: str):

@@ -94,7 +94,7 @@ def cached_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Te
 
     mask (B or 1, 1, T, S) bool, True where attended; None attends everywhere (right for T = 1). On a CPU it is
     two matrix products: the fused kernel splits its sum by the number of rows, so that the last bits of an image would
-    depend on the batch it was drawn in; with the products they do not (measured, tests/autoregressive/models).
+    depend on the batch it was drawn in; with the products they do not (tests/autoregressive/models/test_jacobi.py).
     """
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])

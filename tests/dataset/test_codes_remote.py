@@ -162,6 +162,7 @@ def test_several_processes_may_fetch_at_once(local, monkeypatch):
         np.testing.assert_array_equal(codes, fake_codes())
 
 
+@pytest.mark.processes
 def test_two_processes_share_the_work_and_skip_alike(local, tmp_path):
     """Each fetches and hashes every second file; both leave out what either found."""
     flip_byte(local / "shard-00001.npy")

@@ -208,6 +208,7 @@ def test_codes_beyond_the_vocabulary(tmp_path, capsys):
 # ---- processes
 
 
+@pytest.mark.processes
 def test_one_line_and_exit_code_2_from_two_processes(tmp_path, code_store):
     process = subprocess.run(
         ["bash", ROOT / "scripts" / "autoregressive" / "train_c2i.sh",

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from tests.conftest import TINY_VQ, call
-from tests.tokenizer.test_tokenizer import losses_of
+from tests.tokenizer.test_losses import losses_of
 from tokenizer.tokenizer_image.vq_loss import LossFlags, VQLoss
 from utils.checkpoints import containers
 from utils.training.logger import read_metrics

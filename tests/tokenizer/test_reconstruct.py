@@ -92,6 +92,7 @@ def test_numbers_are_those_of_an_independent_computation(image_folder, vq_ckpt, 
     assert f"36 images: PSNR {psnr:.2f} dB" in capsys.readouterr().out
 
 
+@pytest.mark.processes
 def test_two_processes_agree_with_one_and_broken_images_are_counted(broken_folder, vq_ckpt, tmp_path, monkeypatch):
     monkeypatch.setattr(reconstruct, "USAGE_WINDOW", 100)  # 6.25 images' codes
     common = ["--data-path", broken_folder, "--image-size-eval", 24]

@@ -54,6 +54,7 @@ def compiled() -> Transformer:
     return gpt(dropout=0.1, compiled=True)
 
 
+@pytest.mark.slow
 def test_without_dropout_the_losses_are_the_same():
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -63,6 +64,7 @@ def test_without_dropout_the_losses_are_the_same():
     torch.testing.assert_close(other, eager, atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_with_dropout_training_ends_at_the_same_loss(compiled):
     """Masks differ by design, so ends are compared: the mean of the last 50 losses, over seeds. Eager's spread from
     seed to seed was 0.005 (2 layers, 6 seeds), that of the compiled 0.006, the means differed by 0.0015. Three standard
@@ -74,6 +76,7 @@ def test_with_dropout_training_ends_at_the_same_loss(compiled):
     assert (ends[0].mean() - ends[1].mean()).abs().item() < 3 * spread * (2 / SEEDS) ** 0.5, ends
 
 
+@pytest.mark.slow
 def test_compiled_dropout_has_its_rate_and_one_mask_for_both_directions(compiled):
     block, layer = compiled.layers[0], compiled.layers[0].feed_forward
     x = torch.randn(BATCH, L, 64, requires_grad=True)

@@ -9,6 +9,7 @@ import torch.utils.checkpoint
 from torch import nn
 
 from autoregressive.models import lean
+from autoregressive.models.conditions import CaptionMLP
 from autoregressive.models.generate import generate, take_engine
 from autoregressive.models.gpt import GPT_models, ModelArgs, Transformer
 from autoregressive.models.rope import apply_rope, rope_table
@@ -92,6 +93,16 @@ def test_the_oracle_s_mask_is_causal_with_hidden_padding_and_its_diagonal():
         for i in range(5):
             for j in range(5):
                 assert bool(mask[b, 0, i, j]) == (i == j or (j < i and (j >= 3 or bool(valid[b, j]))))
+
+
+def test_what_is_not_said_is_as_in_llamagen():
+    found = ModelArgs()
+    assert (found.norm_eps, found.rope_base, found.multiple_of, found.initializer_range) == (1e-5, 10000.0, 256, 0.02)
+    assert (found.token_dropout_p, found.resid_dropout_p, found.ffn_dropout_p, found.class_dropout_prob) == (0.1,) * 4
+    assert (found.attn_dropout_p, found.drop_path_rate) == (0.0, 0.0)
+    assert (found.vocab_size, found.grid, found.num_classes, found.caption_dim) == (16384, (16, 16), 1000, 2048)
+    weights = tiny(initializer_range=0.02, dim=192).layers[0].feed_forward.w1.weight
+    assert weights.std().item() == pytest.approx(0.02, rel=0.05)
 
 
 def test_first_loss_is_the_log_of_the_vocabulary():
@@ -226,6 +237,14 @@ def test_caption_dropout_replaces_whole_prefixes_by_the_saved_unconditional_feat
     assert dropped.any(-1).float().mean().item() == pytest.approx(0.25, abs=0.05)
     assert GPT_models["GPT-S"](model_type="t2i", cls_token_num=120).cls_embedding.uncond_embedding.var().item() \
         == pytest.approx(1 / 2048, rel=0.05)
+
+
+def test_captions_go_through_gelu_in_its_tanh_form():
+    torch.manual_seed(0)
+    layers, x = CaptionMLP(6, 8), 3 * torch.randn(20, 6)
+    h = layers.fc1(x)
+    gelu = 0.5 * h * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))
+    torch.testing.assert_close(layers(x), layers.fc2(gelu), atol=1e-6, rtol=0)
 
 
 def test_the_unconditional_features_are_not_trained():

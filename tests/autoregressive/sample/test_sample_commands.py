@@ -120,6 +120,7 @@ def test_labels_are_fixed_by_seed_and_index():
 # ---- the set
 
 
+@pytest.mark.processes
 def test_sets_are_the_same_for_any_batch_and_number_of_processes(models, tmp_path):
     flags = [*models, "--num-fid-samples", "10", "--label-mode", "balanced", "--cfg-scale", "2.0"]
     environment = {**os.environ, "nproc_per_node": "2", "OMP_NUM_THREADS": "1", "VIRTUAL_ENV": sys.prefix,

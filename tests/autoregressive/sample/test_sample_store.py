@@ -133,6 +133,7 @@ def test_pngs_without_a_shard_are_taken_over(models, whole, drawn, tmp_path, mon
     assert {i for i in range(6) if (folder / f"{i:06d}.png").stat().st_mtime_ns == times[i]} == {0, 3, 4, 5}
 
 
+@pytest.mark.processes
 @pytest.mark.usefixtures("shard_per_batch")
 def test_two_processes_finish_what_one_began(models, whole, tmp_path, monkeypatch):
     kill(monkeypatch, tmp_path, *models, "--per-proc-batch-size", 2, "--no-png", after=1)

@@ -342,6 +342,8 @@ def test_frozen_parts_stay(choice, code_store, gpt_ckpt, tmp_path):
     assert moved == {finetune.CLASS_TABLE, *more}
 
 
+@pytest.mark.processes
+@pytest.mark.slow
 def test_a_lora_run_on_two_processes_is_the_run_on_one(other_store, gpt_ckpt, tmp_path):
     command = ["--code-path", other_store, *QUICK, "--init-from", gpt_ckpt, "--lora-rank", 2, "--epochs", 1,
                "--dropout-p", 0, "--token-dropout-p", 0, "--class-dropout", 0, "--results-dir"]

@@ -175,6 +175,7 @@ def test_stored_statistics_go_before_images(stand_in, sets, tmp_path):
     assert reports[0]["fid"] == pytest.approx(wanted, rel=1e-6)
 
 
+@pytest.mark.processes
 def test_two_processes_give_the_same_numbers(pair):
     one = evaluate(pair / "ref.npz", pair / "sample.npz", *TINY, "--per-proc-batch-size", 6)
     for name in ("two", "idle"):  # in the second run rank 1 has no images at all
@@ -271,6 +272,7 @@ def test_an_accepted_reference_is_known(stand_in, tmp_path, monkeypatch, capsys)
     refused(capsys, "holds statistics of a training set", *flags, "--preset", "rfid")
 
 
+@pytest.mark.processes
 def test_reference_of_an_image_folder(stand_in, pair, tmp_path, monkeypatch, capsys):
     flags = reference_flags(pair)
     call("reference", *flags, "--output", tmp_path / "whole.npz")
@@ -331,6 +333,7 @@ def test_lossy_folders_are_noted(sets, tmp_path, capsys):
     assert os.path.exists(tmp_path / "jpegs.json")
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("name", TRAININGS)
 def test_evaluation_while_training(name, inputs, pair, tmp_path):
     """It logs, on two processes as on one, leaves no file and does not change the training."""

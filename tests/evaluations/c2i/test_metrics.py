@@ -300,6 +300,7 @@ def test_inception_score_refuses_what_it_cannot_count():
         InceptionScore(0, 24)
 
 
+@pytest.mark.processes
 def test_two_processes_are_one(tmp_path, one_thread, monkeypatch):
     """Rows in uneven shares, or all on one process; pairs of blocks in turns; the same on both ranks afterwards."""
     script = tmp_path / "share.py"
@@ -350,6 +351,7 @@ dist.shutdown()
             assert shares == precision_recall(reference, sample, pr_dtype=dtype)
 
 
+@pytest.mark.processes
 def test_the_benchmark_runs_and_its_sides_agree(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench_metrics, "RESULTS", tmp_path / "results" / "metrics.md")
     flags = ["--sample-count", "90", "--reference-count", "70", "--feature-dim", "32", "--runs", "1", "--threads", "1"]

@@ -232,6 +232,8 @@ def test_padding_does_not_count(models, samples, capsys):
     assert "warning: 2 images without a line" in capsys.readouterr().err
 
 
+@pytest.mark.processes
+@pytest.mark.slow
 def test_two_processes_find_the_same(models, samples, tmp_path):
     fake, real = samples
     argv = ["--fake-dir", fake, "--ref-dir", real, *clip_flags(models), "--num-workers", 0, "--eval-res", 64]

@@ -26,6 +26,7 @@ print(sum(faults() for _ in range(5)))
 """
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc only")
 def test_pages_are_touched_once():
     root = ROOT

@@ -90,6 +90,8 @@ def killed(where: str, argv: list, *, by: str = "SIGKILL") -> subprocess.Complet
                           env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.processes
+@pytest.mark.slow
 def test_a_run_killed_again_and_again_is_the_uninterrupted_run(command, whole, tmp_path):
     command = [*command, tmp_path]
     found = []
@@ -101,6 +103,7 @@ def test_a_run_killed_again_and_again_is_the_uninterrupted_run(command, whole, t
     assert_same_run(tmp_path / RUN, whole)
 
 
+@pytest.mark.processes
 def test_sigterm_saves_and_ends_well(command, whole, tmp_path):
     """In the middle of a step; the checkpoint lies between the scheduled ones and is no row of the log."""
     done = killed("step", [*command, tmp_path], by="SIGTERM")
@@ -111,6 +114,8 @@ def test_sigterm_saves_and_ends_well(command, whole, tmp_path):
     assert_same_run(tmp_path / RUN, whole)
 
 
+@pytest.mark.processes
+@pytest.mark.slow
 def test_sigterm_in_an_evaluation_saves_though_no_checkpoint_was_due(command, whole, tmp_path):
     done = killed("evaluating", [*command, tmp_path], by="SIGTERM")
     assert done.returncode == 0, done.stderr
@@ -120,6 +125,8 @@ def test_sigterm_in_an_evaluation_saves_though_no_checkpoint_was_due(command, wh
     assert same(last(tmp_path / RUN), last(whole))
 
 
+@pytest.mark.processes
+@pytest.mark.slow
 def test_two_processes_stop_together_on_sigterm(command, tmp_path):
     environment = {**os.environ, "nproc_per_node": "2", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     argv = [*command[1:], str(tmp_path), "--epochs", "100000", "--ckpt-every", "50000"]
@@ -140,6 +147,8 @@ def test_two_processes_stop_together_on_sigterm(command, tmp_path):
     assert sharded.read_facts(newest)["steps"] == int(newest.name)
 
 
+@pytest.mark.processes
+@pytest.mark.slow
 def test_two_processes_leave_an_evaluation_together(command, tmp_path):
     """One has done its share and waits for the other; no checkpoint was due at this step."""
     environment = {**os.environ, "nproc_per_node": "2", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -176,6 +185,8 @@ cli.run(train.main, train.GPTTrainFlags)
     assert sharded.candidates(tmp_path / RUN / "checkpoints")[0].name == "0000006"
 
 
+@pytest.mark.processes
+@pytest.mark.slow
 def test_a_process_that_dies_ends_the_others(command, tmp_path):
     environment = {**os.environ, "nproc_per_node": "2", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     script = tmp_path / "dies.py"

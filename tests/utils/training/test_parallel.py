@@ -63,6 +63,8 @@ def two(code_store, vq_ckpt, tmp_path_factory):
     return folder
 
 
+@pytest.mark.processes
+@pytest.mark.slow
 @pytest.mark.parametrize("how", HOW)
 def test_two_processes_train_as_one(two, how):
     assert_equal_runs(two / "one", two / how, tolerance=1e-5)
@@ -71,6 +73,8 @@ def test_two_processes_train_as_one(two, how):
         assert previews[0].read_bytes() == previews[1].read_bytes()
 
 
+@pytest.mark.processes
+@pytest.mark.slow
 def test_sharded_bf16_keeps_fp32_masters(two):
     ours, theirs = (read_metrics(run_of(two / side) / "metrics.jsonl") for side in ("one", "bf16"))
     for a, b in zip(ours, theirs, strict=True):
@@ -82,6 +86,8 @@ def test_sharded_bf16_keeps_fp32_masters(two):
     assert (run_of(two / "bf16") / "previews" / "0000006.png").is_file()
 
 
+@pytest.mark.processes
+@pytest.mark.slow
 def test_world_size_and_parallelism_may_change(two, code_store, tmp_path):
     """Two processes sharded, then one, then two with DDP, are one process all along."""
     command = ["--code-path", code_store, *QUIET, "--results-dir"]

@@ -92,6 +92,8 @@ def test_the_count_survives_a_resume(command, tmp_path, monkeypatch):
     assert (tmp_path / RUN / "bad-batch-0000005-rank0.pt").is_file()
 
 
+@pytest.mark.processes
+@pytest.mark.slow
 def test_one_bad_process_makes_the_step_bad_for_all(command, tmp_path):
     setup = """import math
 from autoregressive.train.train import GPTTask

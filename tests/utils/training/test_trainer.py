@@ -24,7 +24,8 @@ ADVERSARIAL = ["--image-size", 24, "--num-workers", 0, "--vq-model", "VQ-4-S", "
                2, "--dropout-p", 0.1, "--disc-adaptive-weight"]
 
 
-@pytest.mark.parametrize(("name", "model"), [("train_vq", "VQ-4-S"), ("train_gpt", "GPT-S")])
+@pytest.mark.parametrize(("name", "model"), [pytest.param("train_vq", "VQ-4-S", marks=pytest.mark.slow),
+                                             ("train_gpt", "GPT-S")])
 def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(name, model, image_folder, code_store, vq_ckpt, tmp_path,
                                                             monkeypatch, capsys):
     own = ["--data-path", image_folder, *ADVERSARIAL] if name == "train_vq" else \
@@ -62,6 +63,7 @@ def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(name, model, image_f
     assert same(last(tmp_path / "file" / f"000-{model}"), last(whole))
 
 
+@pytest.mark.processes
 def test_two_processes_and_accumulation_are_one_batch(image_folder, code_store, vq_ckpt, tmp_path):
     vq, gpt = ["--data-path", image_folder, *QUICK_VQ], ["--code-path", code_store, *QUICK_GPT]
     extract = ["--data-path", image_folder, "--vq-ckpt", vq_ckpt, *TINY, "--code-path"]
