@@ -6,9 +6,10 @@
 
 A part, PART_ROWS images, is what a kill or a full disk may cost: it is written whole or not at all, its note last,
 below `parts/`. `join` puts parts behind one another in files of up to SHARD_BYTES and SHARD_ROWS and removes them, so
-that little more disk is needed than for the codes. Larger files are fewer to list, copy and open (ImageNet in ten views:
-25, 50 million images in one: 96); but one that is damaged must be fetched again or left out as a whole, and processes
-share the work of fetching and checking file by file. What is written does not depend on who wrote it, nor on kills.
+that little more disk is needed than for the codes. Larger files are fewer to list, copy and open (ImageNet in ten
+views: 25, 50 million images in one: 96); but one that is damaged must be fetched again or left out as a whole, and
+processes share the work of fetching and checking file by file. What is written does not depend on who wrote it, nor on
+kills.
 """
 import hashlib
 import io
@@ -255,10 +256,11 @@ def finish(folder: Path, parts: int) -> Manifest:
         files.setdefault(piece.column, []).append(json.loads(piece_note(piece).read_text()))
     manifest = {**recipe, "count": count, "labels_sha256": save_array(folder / "labels.npy", np.concatenate(labels)),
                 "skipped": skipped, "shards": files[""]}
-    if columns:
-        manifest["columns"] = [{**column, "offsets": {
-            "file": f"{column['name']}-offsets.npy", "sha256": save_array(folder / f"{column['name']}-offsets.npy", np.cumsum(
-                np.concatenate(lengths[column["name"]])))}, "files": files[column["name"]]} for column in columns]
+    for column in columns:
+        path = folder / f"{column['name']}-offsets.npy"
+        sha256 = save_array(path, np.cumsum(np.concatenate(lengths[column["name"]])))
+        entry = {**column, "offsets": {"file": path.name, "sha256": sha256}, "files": files[column["name"]]}
+        manifest.setdefault("columns", []).append(entry)
     with replacing(folder / "manifest.json") as temporary:
         temporary.write_text(json.dumps(manifest, indent=1))
     remove_parts(folder)
