@@ -48,7 +48,9 @@ def map_array(path: Path, shape: tuple[int | None, ...], dtype: np.dtype) -> np.
     if not fits or kind != dtype:
         expected = tuple("any" if side is None else side for side in shape)
         raise ValueError(f"{path} has {kind} of shape {found}, expected {dtype} of {expected}")
-    return np.frombuffer(buffer, dtype=kind, offset=start, count=math.prod(found)).reshape(found)
+    array = np.frombuffer(buffer, dtype=kind, offset=start, count=math.prod(found)).reshape(found)
+    array.flags.writeable = False  # to write would end the process
+    return array
 
 
 def _map(descriptor: int, size: int) -> Any:
