@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.bench_metrics import cpu_name
 from dataset import code_writer
-from dataset.code_layouts import FORMAT
+from dataset.code_manifest import FORMAT
 from dataset.codes import CodeBatches, open_store
 from dataset.loader import StepSampler, loader
 from utils import cli

@@ -4,14 +4,17 @@ The contents are read at about 1 GB/s a core (SHA-256; ImageNet at 256 pixels in
 the processes of a machine, and a store found sound is remembered in the user's cache until a file of it changes.
 """
 import hashlib
+import math
 import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from dataset.code_layouts import map_shard, read_manifest
+from dataset.code_layouts import INT64
+from dataset.code_manifest import Manifest, file_hashes, read_manifest
+from dataset.mapped import map_array
 from utils import dist
 from utils.files import cache_folder, file_hash, replacing
 
@@ -23,45 +26,75 @@ def verify(folder: Path) -> list[str]:
     return list(find_damage(folder, read_manifest(folder), contents=True, remembered=False).values())
 
 
-def find_damage(folder: Path, manifest: dict[str, Any], *, contents: bool, remembered: bool = True) -> dict[str, str]:
+def find_damage(folder: Path, manifest: Manifest, *, contents: bool, remembered: bool = True) -> dict[str, str]:
     """{file: what is wrong with it}. Without `contents` only sizes and shapes are looked at.
 
     With `contents` all processes call this together, share the work and get the same; `remembered`: what was found
     sound once is not read again.
     """
+    expected = expected_arrays(folder, manifest)
     if not contents:
-        return shard_problems(folder, manifest, manifest["shards"], contents=False)
+        return problems(folder, expected, contents=False)
     stamp = stamp_of(folder, manifest) if remembered else None
     sound = all(dist.gather_lists([stamp is not None and stamp.is_file()]))
     rank, workers = local_place()
-    found = shard_problems(folder, manifest, manifest["shards"][rank::workers], contents=not sound)
-    labels = folder / "labels.npy"
-    if labels.is_file() and file_hash(labels) != manifest["labels_sha256"]:
-        found[labels.name] = f"{labels} has changed since it was written"
+    found = problems(folder, dict(list(expected.items())[rank::workers]), contents=not sound)
     found = dict(sorted(pair for part in dist.gather_lists([found]) for pair in part.items()))
     if stamp is not None and not found:
         remember_sound(stamp)
     return found
 
 
-def shard_problems(folder: Path, manifest: dict[str, Any], shards: list[dict[str, Any]], *,
-                   contents: bool) -> dict[str, str]:
-    """{file: what is wrong with it} of some shards."""
-    bar = tqdm(shards, desc="checking codes", unit="shard", mininterval=1.0, delay=1.0, disable=dist.env_rank() > 0)
-    found = {shard["file"]: shard_problem(folder / shard["file"], shard, manifest, contents=contents) for shard in bar}
-    return {name: problem for name, problem in found.items() if problem is not None}
+@dataclass(frozen=True)
+class Expected:
+    """What a file should hold."""
+
+    sha256: str
+    shape: tuple[int | None, ...]  # None: a length that cannot be told
+    dtype: np.dtype
+    below: int | None = None  # codes: the size of the codebook
+    rising: bool = False  # offsets
 
 
-def shard_problem(path: Path, shard: dict[str, Any], manifest: dict[str, Any], *, contents: bool) -> str | None:
-    """What is wrong with one shard, None if nothing."""
+def expected_arrays(folder: Path, manifest: Manifest) -> dict[str, Expected]:
+    """What each file should hold, the shards first."""
+    count, size = manifest["count"], manifest["tokenizer"]["codebook_size"]
+    shape, dtype = (manifest["views"], math.prod(manifest["grid"])), np.dtype(manifest["dtype"])
+    found = {shard["file"]: Expected(shard["sha256"], (shard["rows"], *shape), dtype, below=size)
+             for shard in manifest["shards"]}
+    found["labels.npy"] = Expected(manifest["labels_sha256"], (count,), INT64)
+    for column in manifest.get("columns", []):
+        name = column["offsets"]["file"]
+        found[name] = Expected(column["offsets"]["sha256"], (count + 1,), INT64, rising=True)
+        rows = np.cumsum([0, *(file["rows"] for file in column["files"])])
+        try:
+            lengths = np.diff(map_array(folder / name, (count + 1,), INT64)[rows]).tolist()
+        except ValueError:  # which will be told
+            lengths = [None] * len(column["files"])
+        for file, length in zip(column["files"], lengths, strict=True):
+            found[file["file"]] = Expected(file["sha256"], (length, *column["shape"]), np.dtype(column["dtype"]))
+    return found
+
+
+def problems(folder: Path, expected: dict[str, Expected], *, contents: bool) -> dict[str, str]:
+    """{file: what is wrong with it} of some files."""
+    bar = tqdm(expected, desc="checking codes", unit="file", mininterval=1.0, delay=1.0, disable=dist.env_rank() > 0)
+    found = {name: problem(folder / name, expected[name], contents=contents) for name in bar}
+    return {name: said for name, said in found.items() if said is not None}
+
+
+def problem(path: Path, expected: Expected, *, contents: bool) -> str | None:
+    """What is wrong with one file, None if nothing."""
     try:
-        codes = map_shard(path, (shard["rows"], manifest["views"], int(np.prod(manifest["grid"]))))
+        array = map_array(path, expected.shape, expected.dtype)
     except ValueError as error:
         return str(error)
-    if contents and file_hash(path) != shard["sha256"]:
+    if contents and file_hash(path) != expected.sha256:
         return f"{path} has changed since it was written"
-    if contents and int(codes.max(initial=0)) >= manifest["tokenizer"]["codebook_size"]:
+    if contents and expected.below is not None and int(array.max(initial=0)) >= expected.below:
         return f"{path} holds codes beyond the codebook"
+    if contents and expected.rising and (array[0] or (np.diff(array) < 0).any()):
+        return f"{path} holds offsets that do not rise from 0"
     return None
 
 
@@ -77,10 +110,10 @@ def codes_cache() -> Path:
     return cache_folder() / "codes"
 
 
-def stamp_of(folder: Path, manifest: dict[str, Any]) -> Path | None:
+def stamp_of(folder: Path, manifest: Manifest) -> Path | None:
     """The note that says that the store, as it lies there now, is sound; None for one too small to be noted."""
     states = {}
-    for name in ["manifest.json", "labels.npy", *(shard["file"] for shard in manifest["shards"])]:
+    for name in ["manifest.json", *file_hashes(manifest)]:
         found = (folder / name).stat() if (folder / name).is_file() else None
         states[name] = found and (found.st_size, found.st_mtime_ns)
     if sum(state[0] for state in states.values() if state) < REMEMBERED_FROM:

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 
 from dataset.code_layouts import CodeStore
-from dataset.loader import EndlessOrder
+from dataset.code_manifest import Column
+from dataset.order import BLOCK_ROWS, WINDOW_ROWS, EndlessOrder
 from utils.seeding import hash_choice
 
 
@@ -23,7 +24,8 @@ class OtherViews(CodeStore):
                                  f"against {len(first)}, or other names, labels or classes; different images are mixed "
                                  "by --store-weights")
         self.stores, self.offsets = stores, np.cumsum([0, *(store.views for store in stores)])
-        super().__init__(labels=first.labels, views=int(self.offsets[-1]), classes=first.classes, **common(stores))
+        super().__init__(labels=first.labels, views=int(self.offsets[-1]), classes=first.classes,
+                         columns=agreed_columns(paths, stores), **common(stores))
         self.leave_out(np.unique(np.concatenate([store.damaged for store in stores])))
 
     def read_files(self, rows: np.ndarray, views: np.ndarray) -> np.ndarray:
@@ -33,12 +35,19 @@ class OtherViews(CodeStore):
             out[mine] = self.stores[home].read(rows[mine], views[mine] - self.offsets[home])
         return out
 
+    def column_files(self, name: str, rows: np.ndarray) -> list[str] | list[np.ndarray]:
+        """From the first store that has it."""
+        return next(store for store in self.stores if name in store.columns).column(name, rows)
+
 
 class Mixture(CodeStore):
     """Different images. Each epoch takes round(weight * n), at least one, of a store's n images.
 
     A store is an endless stream of passes over all its images, each pass in its own order, and an epoch takes the next
     ones: after any number of epochs every image of a store has come equally often, give or take one.
+
+    Where an epoch is more than a window of the order, neighbouring indices are samples far apart, so that every window
+    has its share of each store.
     """
 
     def __init__(self, paths: list[str], stores: list[CodeStore], weights: tuple[float, ...]) -> None:
@@ -53,8 +62,11 @@ class Mixture(CodeStore):
         self.offsets = np.cumsum([0, *self.samples])
         self.row_offsets = np.cumsum([0, *map(len, stores)])
         self.orders: dict[int, list[EndlessOrder]] = {}
+        self.stride = coprime_stride(int(self.offsets[-1]))
+        shared = {name: column for name, column in stores[0].columns.items()
+                  if all(store.columns.get(name) == column for store in stores)}
         super().__init__(labels=np.concatenate([store.labels for store in stores]), classes=classes,
-                         views=max(store.views for store in stores), **common(stores))
+                         views=max(store.views for store in stores), columns=shared, **common(stores))
 
     def __len__(self) -> int:
         return int(self.offsets[-1])
@@ -67,23 +79,56 @@ class Mixture(CodeStore):
             out[mine] = store.read(rows[mine] - self.row_offsets[home], views[mine] % store.views)
         return out
 
-    def draw(self, epochs: np.ndarray, indices: np.ndarray, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    def column_files(self, name: str, rows: np.ndarray) -> list[str] | list[np.ndarray]:
+        """Rows counted through the stores."""
+        found: list[Any] = [None] * len(rows)
+        for home, mine in by_home(self.row_offsets, rows):
+            values = self.stores[home].column(name, rows[mine] - self.row_offsets[home])
+            for place, value in zip(mine.tolist(), values, strict=True):
+                found[place] = value
+        return found
+
+    def choose(self, epochs: np.ndarray, indices: np.ndarray, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """Index i of an epoch is the i-th of what the epoch takes from the first store, then from the second, ….
 
-        Orders have (seed, pass, store, 1) as their key, which is nobody else's.
+        (In strides where the epoch is large.) Orders have (seed, pass, store, 1) as their key, which is nobody else's.
         """
         if seed not in self.orders:
-            self.orders[seed] = [EndlessOrder(len(store), seed, k, 1, kept=math.ceil(weight) + 2)
+            self.orders[seed] = [EndlessOrder(len(store), seed, k, 1, kept=math.ceil(weight) + 2, windows=False)
                                  for k, (store, weight) in enumerate(zip(self.stores, self.weights, strict=True))]
-        codes = np.empty((len(indices), math.prod(self.grid)), dtype=np.int64)
-        labels = np.empty(len(indices), dtype=np.int64)
-        for home, mine in by_home(self.offsets, indices):
-            store = self.stores[home]
-            positions = epochs[mine] * self.samples[home] + indices[mine] - self.offsets[home]
-            _, rows = self.orders[seed][home].visit(positions)
-            codes[mine] = store.read(rows, hash_choice(seed, epochs[mine], indices[mine], options=store.views))
-            labels[mine] = self.labels[self.row_offsets[home] + rows]
-        return codes, labels
+        rows, views = np.empty_like(indices), np.empty_like(indices)
+        numbers = indices * self.stride % len(self)
+        for home, mine in by_home(self.offsets, numbers):
+            positions = epochs[mine] * self.samples[home] + numbers[mine] - self.offsets[home]
+            rows[mine] = self.orders[seed][home].visit(positions)[1] + self.row_offsets[home]
+            views[mine] = hash_choice(seed, epochs[mine], indices[mine], options=self.stores[home].views)
+        return rows, views
+
+
+def coprime_stride(count: int) -> int:
+    """1 where all is one window, else a number without a common divisor with `count`, about count / BLOCK_ROWS.
+
+    Multiples of it, modulo `count`, are all numbers below `count`, and those of a block are spread over all of them.
+    """
+    stride = 1 if count <= WINDOW_ROWS else count // BLOCK_ROWS
+    while math.gcd(stride, count) > 1:
+        stride += 1
+    return stride
+
+
+def agreed_columns(paths: list[str], stores: list[CodeStore]) -> dict[str, Column]:
+    """The columns that any of several stores of the same images has. Raises ValueError where two say something else."""
+    found: dict[str, tuple[str, Column, dict[str, Any]]] = {}
+    for path, store in zip(paths, stores, strict=True):
+        for stored in store.manifest.get("columns", []):
+            name = stored["name"]
+            first, column, other = found.setdefault(name, (path, store.columns[name], stored))
+            rows, hashes = ([[file[key] for file in part["files"]] for part in (stored, other)]
+                            for key in ("rows", "sha256"))
+            if (store.columns[name] != column or stored["offsets"]["sha256"] != other["offsets"]["sha256"]
+                    or (rows[0] == rows[1] and hashes[0] != hashes[1])):
+                raise ValueError(f"{path} has another column {name!r} of the same images than {first}")
+    return {name: column for name, (_, column, _) in found.items()}
 
 
 def by_home(offsets: np.ndarray, values: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:

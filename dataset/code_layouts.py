@@ -1,8 +1,6 @@
-"""What a store of codes is, and the layouts it is read from.
+"""What a store of codes is; the packed one; which layout a folder has.
 
-Packed (ours): `manifest.json`, `labels.npy`, `shard-00000.npy` … of (n, views, L) uint16 (uint32 beyond 65,536 codes),
-memory-mapped. Also LlamaGen's `<name>_codes/{i}.npy` + `<name>_labels/{i}.npy`, and ARPG's and RandAR's
-`<class int>/<i>.npy`.
+The packed format is described in `code_manifest.py`; the layouts of one file per image are in `code_files.py`.
 """
 import hashlib
 import json
@@ -13,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
+from dataset.code_manifest import Column, Manifest, columns_of, files_of_some
+from dataset.mapped import MappedFiles, map_array
 from utils.seeding import hash_choice
 
-FORMAT = "llamagen-codes-1"
-NO_GAPS = "codes and labels are numbered 0 … N-1 without gaps"
+INT64 = np.dtype(np.int64)
 
 
 @dataclass(kw_only=True)
@@ -30,9 +28,10 @@ class CodeStore:
     grid: tuple[int, int]
     classes: list[str] | None = None
     vocab_size: int | None = None  # None: the layout does not say
-    manifest: dict[str, Any] = field(default_factory=dict)
+    manifest: Manifest = field(default_factory=dict)
     folder: Path | None = None  # where it lies on this machine
     packed: bool = False  # memory-mapped: no process is worth it to read a batch; files have hashes
+    columns: dict[str, Column] = field(default_factory=dict)  # what rows have beside codes and label
     damaged: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))  # rows that cannot be read
     kept: np.ndarray | None = None  # rows of the files that are left when some are left out
 
@@ -58,76 +57,87 @@ class CodeStore:
         """`read` before any row was left out."""
         raise NotImplementedError
 
+    def column(self, name: str, rows: np.ndarray) -> list[str] | list[np.ndarray]:
+        """A column at the rows (B,): strings, or arrays (n_i, *shape). Raises ValueError if there is none of the name.
+        """
+        if name not in self.columns:
+            there = ", ".join(self.columns) or "none at all"
+            raise ValueError(f"the store has no column {name!r}: there is {there}")
+        return self.column_files(name, rows if self.kept is None else self.kept[rows])
+
+    def column_files(self, name: str, rows: np.ndarray) -> list[str] | list[np.ndarray]:
+        """`column` before any row was left out."""
+        raise NotImplementedError
+
     def leave_out(self, rows: np.ndarray) -> None:
-        """Go on without some rows; the others close ranks."""
+        """Go on without some rows; those that follow move up."""
         if len(rows):
             self.kept = np.delete(np.arange(len(self.labels)), rows)
             self.labels = self.labels[self.kept]
 
-    def draw(self, epochs: np.ndarray, indices: np.ndarray, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """Samples `indices` (B,) of `epochs` (B,) → codes (B, L), labels (B,), each fixed by (seed, epoch, index)."""
-        return self.read(indices, hash_choice(seed, epochs, indices, options=self.views)), self.labels[indices]
+    def choose(self, epochs: np.ndarray, indices: np.ndarray, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """Samples `indices` (B,) of `epochs` (B,) → rows (B,), views (B,), each fixed by (seed, epoch, index)."""
+        return indices, hash_choice(seed, epochs, indices, options=self.views)
 
 
 class PackedStore(CodeStore):
-    """Ours. Shards in `skipped` are not opened: their rows are `damaged`."""
+    """Ours. Files in `skipped` are not opened: their rows are `damaged`."""
 
-    def __init__(self, folder: Path, manifest: dict[str, Any], skipped: set[str]) -> None:
-        shape = (manifest["views"], math.prod(manifest["grid"]))
-        counts = [shard["rows"] for shard in manifest["shards"]]
-        labels = load_array(folder / "labels.npy")
-        if not len(labels) == sum(counts) == manifest["count"]:
-            raise ValueError(f"{folder} holds {len(labels)} labels and {sum(counts)} codes, its manifest says "
-                             f"{manifest['count']}")
-        bad = [shard["file"] in skipped for shard in manifest["shards"]]
-        super().__init__(labels=labels, views=shape[0], grid=tuple(manifest["grid"]), classes=manifest["classes"],
+    def __init__(self, folder: Path, manifest: Manifest, skipped: set[str]) -> None:
+        labels = map_array(folder / "labels.npy", (manifest["count"],), INT64)
+        classes = manifest["classes"]
+        if labels.min() < 0 or (classes and labels.max() >= len(classes)):
+            raise ValueError(f"{folder / 'labels.npy'} holds labels from {labels.min()} to {labels.max()}, its "
+                             f"manifest names {len(classes or [])} classes")
+        bad = [np.arange(*rows.indices(len(labels))) for rows, file in files_of_some(manifest)
+               if file["file"] in skipped]
+        super().__init__(labels=labels, views=manifest["views"], grid=tuple(manifest["grid"]), classes=classes,
                          vocab_size=manifest["tokenizer"]["codebook_size"], manifest=manifest, folder=folder,
-                         packed=True, damaged=np.flatnonzero(np.repeat(bad, counts)))
-        self.starts = np.cumsum([0, *counts])
-        self.shards = [None if shard["file"] in skipped else
-                       map_shard(folder / shard["file"], (shard["rows"], *shape)).reshape(-1, shape[1])  # (n*V, L)
-                       for shard in manifest["shards"]]
+                         packed=True, columns=columns_of(manifest),
+                         **({"damaged": np.unique(np.concatenate(bad))} if bad else {}))
+        self.shards = code_shards(folder, manifest)
+        self.column_values = {column["name"]: ColumnValues(folder, column, len(labels))
+                              for column in manifest.get("columns", [])}
 
     def read_files(self, rows: np.ndarray, views: np.ndarray) -> np.ndarray:
         """One copy per row: with as many shards as rows in a batch, faster than a gather per shard."""
-        homes = np.searchsorted(self.starts, rows, side="right") - 1
-        places = (rows - self.starts[homes]) * self.views + views
-        out = np.empty((len(rows), math.prod(self.grid)), dtype=self.manifest["dtype"])
-        for i, (home, place) in enumerate(zip(homes.tolist(), places.tolist(), strict=True)):
-            out[i] = self.shards[home][place]
+        homes = self.shards.home(rows)
+        out = np.empty((len(rows), math.prod(self.grid)), dtype=self.shards.dtype)
+        places = (rows - self.shards.starts[homes]).tolist()
+        for i, (home, place, view) in enumerate(zip(homes.tolist(), places, views.tolist(), strict=True)):
+            out[i] = self.shards[home][place, view]
         return out.astype(np.int64)
 
+    def column_files(self, name: str, rows: np.ndarray) -> list[str] | list[np.ndarray]:
+        """Copies."""
+        return self.column_values[name].read(rows)
 
-class FileStore(CodeStore):
-    """One file of (views, L) codes per image, (1, views, L) as well."""
 
-    def __init__(self, folder: Path, files: list[Path], labels: np.ndarray, grid: tuple[int, int] | None) -> None:
-        if not files:
-            raise ValueError("the code store holds no .npy files")
-        views, length = self.load(files[0]).shape
-        side = math.isqrt(length)
-        if grid is None and side * side != length:
-            raise ValueError(f"{files[0]} has {length} tokens, no square: give --image-size and --downsample-size")
-        grid = (side, side) if grid is None else grid
-        if math.prod(grid) != length:
-            raise ValueError(f"{files[0]} has {length} tokens, which a grid of {grid[0]}x{grid[1]} does not hold")
-        super().__init__(labels=labels, views=views, grid=grid, folder=folder)
-        self.files = files
+class ColumnValues:
+    """A column of a packed store."""
 
-    @staticmethod
-    def load(path: Path) -> np.ndarray:
-        """The codes of one image, (views, L)."""
-        codes = load_array(path)
-        return codes.reshape(-1, codes.shape[-1])
+    def __init__(self, folder: Path, column: dict[str, Any], count: int) -> None:
+        self.kind = column["kind"]
+        self.offsets = map_array(folder / column["offsets"]["file"], (count + 1,), INT64)
+        self.first_rows = np.cumsum([0, *(file["rows"] for file in column["files"])])
+        self.values = MappedFiles([folder / file["file"] for file in column["files"]], self.offsets[self.first_rows],
+                                  tuple(column["shape"]), np.dtype(column["dtype"]))
 
-    def read_files(self, rows: np.ndarray, views: np.ndarray) -> np.ndarray:
-        """One file per row. Raises ValueError for one of another shape."""
-        found = [self.load(self.files[row]) for row in rows]
-        shape = (self.views, math.prod(self.grid))
-        for row, codes in zip(rows, found, strict=True):
-            if codes.shape != shape:
-                raise ValueError(f"{self.files[row]} holds codes of shape {codes.shape}, the first file {shape}")
-        return np.stack([codes[view] for codes, view in zip(found, views, strict=True)]).astype(np.int64)
+    def read(self, rows: np.ndarray) -> list[str] | list[np.ndarray]:
+        """The strings, or arrays (n_i, *shape), of rows (B,)."""
+        homes = np.searchsorted(self.first_rows, rows, side="right") - 1
+        bases = self.values.starts[homes]
+        starts, ends = (self.offsets[rows] - bases).tolist(), (self.offsets[rows + 1] - bases).tolist()
+        found = [np.array(self.values[home][start:end])
+                 for home, start, end in zip(homes.tolist(), starts, ends, strict=True)]
+        return [value.tobytes().decode() for value in found] if self.kind == "text" else found
+
+
+def code_shards(folder: Path, manifest: Manifest) -> MappedFiles:
+    """The codes of a packed store, (N, views, L)."""
+    rows = [shard["rows"] for shard in manifest["shards"]]
+    return MappedFiles([folder / shard["file"] for shard in manifest["shards"]], np.cumsum([0, *rows]),
+                       (manifest["views"], math.prod(manifest["grid"])), np.dtype(manifest["dtype"]))
 
 
 def find_store(root: Path, *, subfolder: str | None) -> Path | None:
@@ -151,73 +161,13 @@ def is_packed(folder: Path) -> bool:
     return (folder / "manifest.json").is_file()
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a packed store. Raises ValueError when it is damaged or of another format."""
-    return parse_manifest((folder / "manifest.json").read_text(), folder / "manifest.json")
-
-
-def parse_manifest(text: str, source: str | Path) -> dict[str, Any]:
-    """A manifest's content. Raises ValueError when it is damaged or of another format."""
-    try:
-        manifest = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{source} is damaged ({error}): extract the codes again") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise ValueError(f"{source} is of another format, expected {FORMAT!r}")
-    outside = [shard["file"] for shard in manifest["shards"] if Path(shard["file"]).name != shard["file"]]
-    if outside:  # it may come from a stranger's server
-        raise ValueError(f"{source} names the shard {outside[0]}, expected a file beside it")
-    return manifest
-
-
-def map_shard(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    """A shard (rows, views, L), memory-mapped. Raises ValueError for a file that is not that."""
-    try:
-        shard = np.asarray(np.load(path, mmap_mode="r"))  # a plain array: np.memmap is slow to index
-    except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"{path} is missing or cut short ({error})") from None
-    if shard.shape != shape:
-        raise ValueError(f"{path} has shape {shard.shape}, its manifest says {shape}")
-    return shard
-
-
 def labels_of(codes: Path) -> Path:
     """Where LlamaGen keeps the labels of a `<name>_codes` folder."""
     codes = codes.absolute()
     return codes.parent / f"{codes.name.removesuffix('_codes')}_labels"
 
 
-def open_pairs(codes: Path, grid: tuple[int, int] | None) -> FileStore:
-    """LlamaGen's layout. Raises FileNotFoundError for a gap in the numbers."""
-    names = {entry.name for entry in os.scandir(codes) if entry.name.endswith(".npy")}
-    count = len(names)
-    gap = next((i for i in range(count) if f"{i}.npy" not in names), None)
-    if gap is not None:
-        raise FileNotFoundError(f"{codes / str(gap)}.npy is missing: {NO_GAPS}")
-    labels = labels_of(codes)
-    codes = codes.absolute()
-    numbers = tqdm(range(count), desc="reading labels", unit="file", mininterval=1.0, disable=count < 10_000)
-    return FileStore(codes.parent, [codes / f"{i}.npy" for i in range(count)],
-                     np.array([int(load_array(labels / f"{i}.npy").reshape(-1)[0]) for i in numbers], np.int64), grid)
-
-
-def class_folders(root: Path) -> list[int]:
-    """The classes of ARPG's layout: folders named by a number."""
-    return sorted(int(entry.name) for entry in os.scandir(root) if entry.is_dir() and entry.name.isdigit())
-
-
-def open_class_folders(root: Path, grid: tuple[int, int] | None) -> FileStore:
-    """ARPG's and RandAR's layout; 10.npy comes after 9.npy."""
-    files = [(file, label) for label in class_folders(root)
-             for file in sorted((root / str(label)).glob("*.npy"), key=lambda file: (len(file.stem), file.stem))]
-    return FileStore(root, [file for file, _ in files], np.array([label for _, label in files], np.int64), grid)
-
-
-def load_array(path: Path) -> np.ndarray:
-    """The array in a .npy file. Raises FileNotFoundError or ValueError that names it."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing{'' if path.name == 'labels.npy' else f': {NO_GAPS}'}")
-    try:
-        return np.load(path)
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"{path} is no array of numbers, or cut short ({error})") from None
+def class_folders(root: Path) -> list[str]:
+    """The class folders of ARPG's layout, named by a number, in numerical order."""
+    names = [entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name.isdecimal()]
+    return sorted(names, key=lambda name: (int(name), name))

@@ -1,19 +1,38 @@
-"""Writing a packed store of codes: shards, labels, manifest.
+"""Writing a packed store of codes (`code_manifest.py` says what it is): parts, joined to files of some size.
 
-A shard and then its `.json` note are written whole or not at all, so extraction continues where it was cut. `finish`
-turns the notes into the manifest, which makes the store readable.
+    begin(folder, recipe)                        # claims the folder
+    write_part(folder, i, codes, labels, …)      # in any order, by any number of processes
+    finish(folder, parts)                        # joins the parts; the manifest makes the store readable
+
+A part, PART_ROWS images, is what a kill or a full disk may cost: it is written whole or not at all, its note last,
+below `parts/`. `join` puts parts behind one another in files of up to SHARD_BYTES and SHARD_ROWS and removes them, so
+that little more disk is needed than for the codes. Larger files are fewer to list, copy and open (ImageNet in ten
+views: 25, 50 million images in one: 96); but one that is damaged must be fetched again or left out as a whole, and
+processes share the work of fetching and checking file by file. What is written does not depend on who wrote it, nor on
+kills.
 """
 import hashlib
+import io
+import itertools
 import json
-from collections.abc import Iterable
+import math
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
-from utils.files import file_hash, replacing
+from dataset.code_manifest import Column, Manifest, columns_of, read_manifest
+from utils.files import file_hash, replacing, sweep
 
-SHARD_ROWS = 1024  # images per shard: the unit of resuming
+PART_ROWS = 2**10  # images
+SHARD_BYTES = 2**28
+SHARD_ROWS = 2**20  # images: a bound for narrow columns
+
+Values = Sequence[str] | Sequence[np.ndarray]
 
 
 def code_dtype(codebook_size: int) -> np.dtype:
@@ -21,68 +40,242 @@ def code_dtype(codebook_size: int) -> np.dtype:
     return np.dtype(np.uint16 if codebook_size <= 2**16 else np.uint32)
 
 
-def shard_name(shard: int) -> str:
-    """Stem of a shard's files."""
-    return f"shard-{shard:05d}"
-
-
 def names_hash(names: Iterable[str]) -> str:
     """SHA-256 of names and their order."""
-    return hashlib.sha256("\n".join(names).encode(errors="surrogateescape")).hexdigest()
+    digest = hashlib.sha256()
+    for i, name in enumerate(names):
+        digest.update(("\n" * (i > 0) + name).encode(errors="surrogateescape"))
+    return digest.hexdigest()
 
 
 def begin(folder: Path, recipe: dict[str, Any]) -> None:
     """Claim `folder` for a store made by `recipe`. Raises ValueError if it holds codes of another one.
 
-    What an older recipe does not say is taken to be as it is now.
+    The recipe is what the manifest says before the codes are known; "columns" [{name, kind, dtype, shape}] if there are
+    any. What an older recipe does not say is taken to be as it is now.
     """
-    path = folder / "recipe.json"
-    made = folder / "manifest.json"
-    existing = json.loads((made if made.is_file() else path).read_text()) if made.is_file() or path.is_file() else None
-    if existing is not None:
-        differs = [key for key, value in recipe.items() if existing.get(key, value) != value]
-        if differs:
-            raise ValueError(f"{folder} already holds codes made with another {', '.join(differs)}: give another "
-                             "--code-path or remove it")
+    made = (folder / "manifest.json").is_file()
+    if not made and not (folder / "recipe.json").is_file():
+        with replacing(folder / "recipe.json") as temporary:
+            temporary.write_text(json.dumps({**recipe, "layout": layout({})}, indent=1))
         return
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(recipe, indent=1))
+    existing = read_manifest(folder) if made else extraction_recipe(folder)
+    differs = [key for key, value in recipe.items() if key != "columns" and existing.get(key, value) != value]
+    declared, columns = (columns_of(content) for content in (existing, recipe))
+    if differs or declared != columns:
+        raise ValueError(f"{folder} already holds codes made with another {', '.join(differs or ['columns'])}: give "
+                         "another --code-path or remove it")
+    if made:
+        remove_parts(folder)
+    else:
+        adopt_shards(folder)
 
 
-def is_done(folder: Path, shard: int) -> bool:
-    """Whether a shard is whole."""
-    return (folder / f"{shard_name(shard)}.json").is_file()
+def extraction_recipe(folder: Path) -> dict[str, Any]:
+    """What `begin` wrote. Raises ValueError when it is damaged."""
+    try:
+        return dict(json.loads((folder / "recipe.json").read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{folder / 'recipe.json'} is damaged ({error}): remove {folder}, extract again") from None
 
 
-def write_shard(folder: Path, shard: int, codes: np.ndarray, labels: list[int], skipped: list[str]) -> None:
-    """Write codes (n, views, L), then the note that makes them count."""
-    path = folder / f"{shard_name(shard)}.npy"
-    with replacing(path) as temporary, open(temporary, "wb") as file:
-        np.save(file, codes)
-    note = {"file": path.name, "rows": len(codes), "sha256": file_hash(path), "labels": labels, "skipped": skipped}
+def layout(recipe: dict[str, Any]) -> dict[str, int]:
+    """How the store is cut: part_rows, shard_bytes, shard_rows. As it was when the recipe was written."""
+    return recipe.get("layout", {"part_rows": PART_ROWS, "shard_bytes": SHARD_BYTES, "shard_rows": SHARD_ROWS})
+
+
+def adopt_shards(folder: Path) -> None:
+    """Take the shards of 1,024 images that an earlier version left in an unfinished store for parts."""
+    for old in folder.glob("shard-?????.json"):
+        content, codes = json.loads(old.read_text()), old.with_suffix(".npy")
+        path = part_path(folder, int(old.stem.removeprefix("shard-")))
+        if codes.is_file():
+            path.parent.mkdir(exist_ok=True)
+            codes.rename(path)
+            write_note(path, {**content, "sha256": {path.name: content["sha256"]}, "lengths": {}})
+        old.unlink()
+
+
+def part_path(folder: Path, part: int, column: str = "") -> Path:
+    """The file of a part's codes, or of its values of a column."""
+    return folder / "parts" / f"{part:06d}{column and '-' + column}.npy"
+
+
+def write_note(path: Path, content: dict[str, Any]) -> None:
+    """Say that a file is whole, by another beside it."""
     with replacing(path.with_suffix(".json")) as temporary:
-        temporary.write_text(json.dumps(note))
+        temporary.write_text(json.dumps(content))
 
 
-def finish(folder: Path, shards: int) -> dict[str, Any]:
-    """Turn the shards' notes into `labels.npy` and `manifest.json`, which make the store readable → the manifest."""
-    notes = [json.loads((folder / f"{shard_name(i)}.json").read_text()) for i in range(shards)]
-    labels = np.array([label for note in notes for label in note["labels"]], dtype=np.int64)
-    if not len(labels):
-        for path in [folder / "recipe.json", *folder.glob("shard-*")]:
-            path.unlink()
+def is_done(folder: Path, part: int) -> bool:
+    """Whether a part is whole."""
+    return part_path(folder, part).with_suffix(".json").is_file()
+
+
+def write_part(folder: Path, part: int, codes: np.ndarray, labels: Sequence[int], skipped: Sequence[str] = (), *,
+               columns: dict[str, Values] | None = None) -> None:
+    """Write a part: codes (n, views, L), labels (n), names of images that could not be read, columns of n each.
+
+    A column has n strings, or n arrays (n_i, *shape) of its dtype.
+    """
+    values = columns or {}
+    declared = columns_of(extraction_recipe(folder))
+    assert declared.keys() == values.keys(), (list(declared), list(values))
+    assert len({len(codes), len(labels), *map(len, values.values())}) == 1, "as many labels and values as codes"
+    arrays = {"": (np.ascontiguousarray(codes), []),
+              **{name: joined_values(declared[name], values[name]) for name in values}}
+    hashes = {part_path(folder, part, name).name: save_array(part_path(folder, part, name), array)
+              for name, (array, _) in arrays.items()}
+    write_note(part_path(folder, part), {
+        "rows": len(codes), "labels": [int(label) for label in labels], "skipped": list(skipped), "sha256": hashes,
+        "lengths": {name: lengths for name, (_, lengths) in arrays.items() if name}})
+
+
+def joined_values(column: Column, values: Values) -> tuple[np.ndarray, list[int]]:
+    """(the values of some images behind one another, how many each has)."""
+    arrays = [np.frombuffer(value.encode(), np.uint8) if column.kind == "text" else value for value in values]
+    for array in arrays:
+        assert array.dtype == column.dtype and array.shape[1:] == column.shape, (column, array.dtype, array.shape)
+    empty = np.empty((0, *column.shape), column.dtype)
+    return np.concatenate([empty, *arrays]), [len(array) for array in arrays]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A file of the finished store, and the parts that it is made of."""
+
+    path: Path
+    column: str  # "": codes
+    parts: range
+    rows: int
+    dtype: np.dtype
+    shape: tuple[int, ...]  # of the array in it
+
+
+def plan(folder: Path, parts: int) -> list[Piece]:
+    """Which parts become which files, as the parts' notes and the recipe say."""
+    recipe = extraction_recipe(folder)
+    columns = columns_of(recipe)
+    kinds = {"": (np.dtype(recipe["dtype"]), (recipe["views"], math.prod(recipe["grid"]))),
+             **{name: (np.dtype(column.dtype), column.shape) for name, column in columns.items()}}
+    rows: list[int] = []
+    lengths: dict[str, list[int]] = {name: [] for name in kinds}
+    for note in notes(folder, parts):
+        rows.append(note["rows"])
+        for name, found in lengths.items():
+            found.append(sum(note["lengths"][name]) if name else note["rows"])
+    pieces = []
+    for name, (dtype, shape) in kinds.items():
+        sizes = [length * dtype.itemsize * math.prod(shape) for length in lengths[name]]
+        for i, mine in enumerate(groups(rows, sizes, layout(recipe))):
+            pieces.append(Piece(folder / f"{name or 'shard'}-{i:05d}.npy", name, mine, sum(rows[part] for part in mine),
+                                dtype, (sum(lengths[name][part] for part in mine), *shape)))
+    return pieces
+
+
+def notes(folder: Path, parts: int) -> Iterator[dict[str, Any]]:
+    """The notes of the parts."""
+    return (json.loads(part_path(folder, part).with_suffix(".json").read_text()) for part in range(parts))
+
+
+def groups(rows: list[int], sizes: list[int], limits: dict[str, int]) -> Iterator[range]:
+    """Neighbouring parts that together keep within the limits, at least one with images."""
+    first = total = size = 0
+    for part in range(len(rows)):
+        if total and (total + rows[part] > limits["shard_rows"] or size + sizes[part] > limits["shard_bytes"]):
+            yield range(first, part)
+            first, total, size = part, 0, 0
+        total, size = total + rows[part], size + sizes[part]
+    yield range(first, len(rows))
+
+
+def join(folder: Path, parts: int, *, rank: int = 0, workers: int = 1) -> None:
+    """Join parts, which are all done, to the files of the store; this process's share of them.
+
+    Raises ValueError for a part that was damaged after it was written; the extraction then makes it anew.
+    """
+    pieces = plan(folder, parts)[rank::workers]
+    for piece in tqdm(pieces, desc="joining", unit="file", mininterval=1.0, delay=1.0, disable=rank > 0):
+        if not piece_note(piece).is_file():
+            write_note(piece_note(piece), {"file": piece.path.name, "rows": piece.rows, "sha256": join_piece(piece)})
+        for part in piece.parts:
+            part_path(folder, part, piece.column).unlink(missing_ok=True)
+
+
+def piece_note(piece: Piece) -> Path:
+    """What says that a joined file is whole."""
+    return piece.path.parent / "parts" / f"{piece.path.stem}.json"
+
+
+def join_piece(piece: Piece) -> str:
+    """Write one file of the store → its SHA-256."""
+    digest = hashlib.sha256()
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": np.lib.format.dtype_to_descr(piece.dtype),
+                                                  "fortran_order": False, "shape": piece.shape})
+    with replacing(piece.path) as temporary, open(temporary, "wb") as target:
+        for block in itertools.chain([header.getvalue()], (part_bytes(piece, part) for part in piece.parts)):
+            digest.update(block)
+            target.write(block)
+    return digest.hexdigest()
+
+
+def part_bytes(piece: Piece, part: int) -> bytes:
+    """The numbers of one part. Raises ValueError, and has the part made anew, if its hash is not what its note says."""
+    path = part_path(piece.path.parent, part, piece.column)
+    note = part_path(piece.path.parent, part).with_suffix(".json")
+    content = path.read_bytes() if path.is_file() else b""
+    if hashlib.sha256(content).hexdigest() != json.loads(note.read_text())["sha256"][path.name]:
+        note.unlink()
+        raise ValueError(f"{path} was damaged after it was written: run the extraction again, which makes it anew")
+    return np.load(io.BytesIO(content)).tobytes()
+
+
+def finish(folder: Path, parts: int) -> Manifest:
+    """Join what is not joined yet, then write labels, offsets and the manifest, which make the store readable."""
+    join(folder, parts)
+    recipe = {key: value for key, value in extraction_recipe(folder).items() if key != "layout"}
+    columns = recipe.pop("columns", [])
+    labels: list[np.ndarray] = []
+    lengths: dict[str, list[np.ndarray]] = {column["name"]: [np.zeros(1, np.int64)] for column in columns}
+    skipped: list[str] = []
+    for note in notes(folder, parts):
+        labels.append(np.array(note["labels"], np.int64))
+        skipped += note["skipped"]
+        for name, found in lengths.items():
+            found.append(np.array(note["lengths"][name], np.int64))
+    count = sum(map(len, labels))
+    if not count:
+        for piece in plan(folder, parts):
+            piece.path.unlink()
+        remove_parts(folder)
         folder.rmdir()
-        raise ValueError(f"none of the {sum(len(note['skipped']) for note in notes)} images could be read, among them "
-                         f"{notes[0]['skipped'][0]}")
-    with replacing(folder / "labels.npy") as temporary, open(temporary, "wb") as file:
-        np.save(file, labels)
-    manifest = {**json.loads((folder / "recipe.json").read_text()), "count": len(labels),
-                "labels_sha256": file_hash(folder / "labels.npy"),
-                "skipped": [name for note in notes for name in note["skipped"]],
-                "shards": [{key: note[key] for key in ("file", "rows", "sha256")} for note in notes]}
+        raise ValueError(f"none of the {len(skipped)} images could be read, among them {skipped[0]}")
+    files: dict[str, list[dict[str, Any]]] = {}
+    for piece in plan(folder, parts):
+        files.setdefault(piece.column, []).append(json.loads(piece_note(piece).read_text()))
+    manifest = {**recipe, "count": count, "labels_sha256": save_array(folder / "labels.npy", np.concatenate(labels)),
+                "skipped": skipped, "shards": files[""]}
+    for column in columns:
+        path = folder / f"{column['name']}-offsets.npy"
+        sha256 = save_array(path, np.cumsum(np.concatenate(lengths[column["name"]])))
+        entry = {**column, "offsets": {"file": path.name, "sha256": sha256}, "files": files[column["name"]]}
+        manifest.setdefault("columns", []).append(entry)
     with replacing(folder / "manifest.json") as temporary:
         temporary.write_text(json.dumps(manifest, indent=1))
-    for i in range(shards):
-        (folder / f"{shard_name(i)}.json").unlink()
-    (folder / "recipe.json").unlink()
+    remove_parts(folder)
     return manifest
+
+
+def save_array(path: Path, array: np.ndarray) -> str:
+    """Write an array → the file's SHA-256."""
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        np.save(file, array)
+    return file_hash(path)
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove what a finished store does not need."""
+    shutil.rmtree(folder / "parts", ignore_errors=True)
+    (folder / "recipe.json").unlink(missing_ok=True)
+    sweep(folder)

@@ -3,10 +3,11 @@
     stores = open_stores("/data/codes_110,s3://bucket/codes_105")                # other crops of the same images
     stores = open_stores("/data/imagenet,/data/mine", weights=(1.0, 20.0))       # other images
 """
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -14,17 +15,10 @@ from torch.utils.data import Dataset
 
 from dataset import remote
 from dataset.code_check import find_damage
+from dataset.code_files import open_class_folders, open_pairs
 from dataset.code_joins import Mixture, OtherViews
-from dataset.code_layouts import (
-    CodeStore,
-    PackedStore,
-    class_folders,
-    find_store,
-    is_packed,
-    open_class_folders,
-    open_pairs,
-    read_manifest,
-)
+from dataset.code_layouts import CodeStore, PackedStore, class_folders, find_store, is_packed
+from dataset.code_manifest import files_of_some, read_manifest
 from utils import dist
 from utils.cli import REQUIRED, flag
 from utils.seeding import derive_seed, hash_choice
@@ -65,27 +59,30 @@ class StoreFlags(CodePathFlags):
 
 
 class CodeBatches(Dataset):
-    """Training batches of codes; what is drawn is fixed by (seed, epoch, index), whatever the number of processes."""
+    """Training batches of codes and of some `columns`; what is drawn is fixed by (seed, epoch, index)."""
 
-    def __init__(self, store: CodeStore, *, vocab_size: int, seed: int, condition_dropout: float = 0.0) -> None:
+    def __init__(self, store: CodeStore, *, vocab_size: int, seed: int, condition_dropout: float = 0.0,
+                 columns: tuple[str, ...] = ()) -> None:
         """`condition_dropout`: share of the samples whose condition is left out, for classifier-free guidance."""
-        self.store, self.vocab_size, self.seed = store, vocab_size, seed
+        self.store, self.vocab_size, self.seed, self.columns = store, vocab_size, seed, columns
         self.condition_dropout = condition_dropout
 
-    def __getitems__(self, keys: np.ndarray) -> dict[str, torch.Tensor]:
-        """{"codes" (B, L) int64, "labels" (B,) int64, "dropped" (B,) bool} for keys (B, 2), an epoch and an index each.
+    def __getitems__(self, keys: np.ndarray) -> dict[str, Any]:
+        """{"codes" (B, L) int64, "labels" (B,) int64, "dropped" (B,) bool, and of each column a list (B)}.
 
-        Raises ValueError for a code >= vocab_size.
+        Keys (B, 2) are an epoch and an index each. Raises ValueError for a code >= vocab_size.
         """
         epochs, indices = np.asarray(keys).T
-        codes, labels = self.store.draw(epochs, indices, seed=self.seed)
+        rows, views = self.store.choose(epochs, indices, seed=self.seed)
+        codes, labels = self.store.read(rows, views), self.store.labels[rows]
         if codes.min() < 0 or codes.max() >= self.vocab_size:
             wrong = min(codes.min(), 0) or codes.max()
             raise ValueError(f"the store holds code {wrong}, but the model's vocabulary is {self.vocab_size}: "
                              "give the tokenizer's size by --vocab-size")
         chance = hash_choice(derive_seed(self.seed, CONDITION_DROPOUT), epochs, indices, options=2**24) / 2**24
         return {"codes": torch.from_numpy(codes), "labels": torch.from_numpy(labels),
-                "dropped": torch.from_numpy(chance < self.condition_dropout)}
+                "dropped": torch.from_numpy(chance < self.condition_dropout),
+                **{name: self.store.column(name, rows) for name in self.columns}}
 
 
 def open_stores(paths: str, *, subfolder: str | None = None, grid: tuple[int, int] | None = None,
@@ -101,12 +98,29 @@ def open_stores(paths: str, *, subfolder: str | None = None, grid: tuple[int, in
     names = paths.split(",")
     stores = [open_store(name, subfolder=subfolder, grid=grid, corrupt=corrupt, remembered=remembered)
               for name in names]
+    if weights is None and dist.env_rank() == 0:
+        for name, sibling in other_crops(names, subfolder):
+            print(f"note: {sibling} lies beside {name}: LlamaGen draws from both, here only what is named is read; "
+                  f"--code-path {paths},{sibling} takes both", file=sys.stderr)
     if weights is not None:
         return Mixture(names, stores, weights)
     if len(stores) > 1:
         return OtherViews(names, stores)
     stores[0].leave_out(stores[0].damaged)
     return stores[0]
+
+
+def other_crops(names: list[str], subfolder: str | None) -> list[tuple[str, Path]]:
+    """(path, sibling) of those in a folder …ten_crop beside which …ten_crop_105 has as much and is not named too."""
+    given = {Path(name).absolute() for name in names if not remote.is_url(name)}
+    found = []
+    for name in names:
+        place = os.path.join("" if remote.is_url(name) else Path(name).absolute(), "")
+        sibling = Path(place.replace("ten_crop/", "ten_crop_105/"))  # as LlamaGen looks for it
+        wanted = sibling / subfolder if subfolder and (Path(name) / subfolder).is_dir() else sibling
+        if sibling != Path(place) and sibling not in given and wanted.is_dir():
+            found.append((name, sibling))
+    return found
 
 
 def open_store(path: str | Path, *, subfolder: str | None = None, grid: tuple[int, int] | None = None,
@@ -145,10 +159,13 @@ def open_packed(path: str, folder: Path, damage: dict[str, str], *, corrupt: Cor
     if damage:
         more = f" and {len(damage) - 4} more" if len(damage) > 4 else ""
         named = f"{path} is damaged: {'; '.join(list(damage.values())[:4])}{more}"
-        spared = damage.keys() < {shard["file"] for shard in manifest["shards"]}  # the labels are sound, and a shard
+        partial = {file["file"]: rows for rows, file in files_of_some(manifest)}
+        left = np.ones(manifest["count"], dtype=bool)
+        for name in damage.keys() & partial.keys():
+            left[partial[name]] = False
+        spared = damage.keys() <= partial.keys() and left.any()  # what all rows need is sound, and some rows
         if corrupt != "skip" or not spared:
             raise ValueError(f"{named}: {remedy}{', or go on without by --corrupt-shards skip' if spared else ''}")
         if dist.env_rank() == 0:
-            rows = sum(shard["rows"] for shard in manifest["shards"] if shard["file"] in damage)
-            print(f"warning: {named}: {rows} of {manifest['count']} images are left out", file=sys.stderr)
+            print(f"warning: {named}: {(~left).sum()} of {len(left)} images are left out", file=sys.stderr)
     return PackedStore(folder, manifest, set(damage))

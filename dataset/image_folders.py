@@ -1,10 +1,15 @@
 """Image folders as data sets: trees with a folder per class, flat folders, JSON lists of paths."""
 import json
 import os
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
+
+from dataset.path_list import PathList
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
 SPLIT_NAMES = {"train", "val", "valid", "validation", "test"}
@@ -13,9 +18,15 @@ SPLIT_NAMES = {"train", "val", "valid", "validation", "test"}
 class ImageFiles:
     """Files with labels. `classes` is None for images without classes (all labels 0)."""
 
-    def __init__(self, files: list[Path], labels: list[int] | None = None, classes: list[str] | None = None) -> None:
+    def __init__(self, files: PathList, labels: np.ndarray | None = None, classes: list[str] | None = None) -> None:
         self.files, self.classes = files, classes
-        self.labels = np.asarray(labels if labels is not None else np.zeros(len(files)), dtype=np.int64)
+        labels = np.zeros(len(files), np.int64) if labels is None else labels
+        self._labels = torch.from_numpy(labels)  # a tensor is shared with loading processes, an array is copied
+
+    @property
+    def labels(self) -> np.ndarray:
+        """(N,) int64."""
+        return self._labels.numpy()
 
     def __len__(self) -> int:
         return len(self.files)
@@ -27,7 +38,7 @@ class ImageFiles:
 
     def name(self, index: int) -> str:
         """The path, for reports."""
-        return str(self.files[index])
+        return self.files.name(index)
 
 
 def class_tree(root: str | Path) -> ImageFiles:
@@ -40,23 +51,27 @@ def class_tree(root: str | Path) -> ImageFiles:
     if {name.lower() for name in classes} <= SPLIT_NAMES:
         raise ValueError(f"{root} holds the splits {', '.join(classes)}, not classes: point --data-path at one, "
                          f"such as {root / classes[0]}")
-    files: list[Path] = []
-    labels: list[int] = []
-    for label, name in enumerate(classes):
-        found = scan(root / name)
-        if not found:
-            raise ValueError(f"class folder {root / name} holds no images: remove it, or the labels would be off")
-        files += found
-        labels += [label] * len(found)
-    return ImageFiles(files, labels, classes)
+    counts: list[int] = []
+
+    def names() -> Iterator[list[str]]:
+        for name in classes:
+            found = scan_names(root / name)
+            if not found:
+                raise ValueError(f"class folder {root / name} holds no images: remove it, or the labels would be off")
+            counts.append(len(found))
+            yield [os.path.join(name, image) for image in found]
+
+    files = PathList.of(above(root), names())
+    return ImageFiles(files, np.repeat(np.arange(len(classes)), counts), classes)
 
 
 def flat_folder(root: str | Path) -> ImageFiles:
     """All images below a folder, without classes."""
-    files = scan(existing_folder(root))
-    if not files:
+    root = existing_folder(root)
+    names = scan_names(root)
+    if not names:
         raise ValueError(f"no images below {root}")
-    return ImageFiles(files)
+    return ImageFiles(PathList.of(above(root), [names]))
 
 
 def listed(path: str | Path, root: str | Path) -> ImageFiles:
@@ -70,12 +85,19 @@ def listed(path: str | Path, root: str | Path) -> ImageFiles:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{path} should be a JSON list of relative image paths")
-    return ImageFiles([root / name for name in names])
+    return ImageFiles(PathList.of("", chunks(str(root / name) for name in names)))
 
 
 def concatenate(parts: list[ImageFiles]) -> ImageFiles:
     """Several unlabelled data sets as one."""
-    return ImageFiles([file for part in parts for file in part.files])
+    return ImageFiles(PathList.of("", chunks(part.name(i) for part in parts for i in range(len(part)))))
+
+
+def chunks(names: Iterable[str], size: int = 4096) -> Iterator[list[str]]:
+    """Names, some at a time."""
+    names = iter(names)
+    while group := list(islice(names, size)):
+        yield group
 
 
 def existing_folder(root: str | Path) -> Path:
@@ -88,7 +110,21 @@ def existing_folder(root: str | Path) -> Path:
     return root
 
 
+def above(root: Path) -> str:
+    """What comes before a name in the path of a file below `root`."""
+    return os.path.join(root, "") if str(root) != "." else ""
+
+
 def scan(folder: Path) -> list[Path]:
     """Every image below a folder, sorted."""
-    return sorted(Path(where) / name for where, _, names in os.walk(folder, followlinks=True) for name in names
-                  if os.path.splitext(name)[1].lower() in EXTENSIONS)
+    return [folder / name for name in scan_names(folder)]
+
+
+def scan_names(folder: Path) -> list[str]:
+    """Every image below a folder by its relative path, sorted as Path objects are."""
+    found = []
+    for where, _, names in os.walk(folder, followlinks=True):
+        below = os.path.relpath(where, folder)
+        images = [name for name in names if os.path.splitext(name)[1].lower() in EXTENSIONS]
+        found += images if below == "." else [os.path.join(below, name) for name in images]
+    return sorted(found, key=lambda name: name.split(os.sep))

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dataset.augmentation import center_crop, train_view
 from dataset.build import ImageDataset
+from dataset.order import EndlessOrder
 from utils.images import to_float
 from utils.seeding import derive_seed
 
@@ -24,33 +25,6 @@ class Batched(Protocol):
     """A data set that makes a whole batch (a dict) from its keys (B, 2) int64: an epoch and an index each."""
 
     def __getitems__(self, keys: np.ndarray) -> dict[str, Any]: ...
-
-
-class EndlessOrder:
-    """Samples 0 … count-1 pass after pass, each pass in its own order: a permutation fixed by (seed, pass, *key)."""
-
-    def __init__(self, count: int, seed: int, *key: int, kept: int = 2) -> None:
-        self.count, self.seed, self.key = count, seed, key
-        self.kept = kept  # orders in memory: as many passes as are visited in turns
-        self.orders: dict[int, np.ndarray] = {}
-
-    def visit(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Positions (B,) in the endless stream → (passes, samples), both (B,) int64."""
-        passes, places = np.divmod(positions, self.count)
-        samples = np.empty_like(places)
-        for number in np.unique(passes).tolist():
-            mine = passes == number
-            samples[mine] = self.order(number)[places[mine]]
-        return passes, samples
-
-    def order(self, number: int) -> np.ndarray:
-        """The order of one pass, (count,)."""
-        if number not in self.orders:
-            if len(self.orders) >= self.kept:
-                del self.orders[min(self.orders)]
-            rng = np.random.default_rng(derive_seed(self.seed, number, *self.key))
-            self.orders[number] = rng.permutation(self.count)
-        return self.orders[number]
 
 
 class StepSampler(Sampler[np.ndarray]):

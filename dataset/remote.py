@@ -1,8 +1,8 @@
 """Packed stores that lie elsewhere: any URL that fsspec understands (s3://, gs://, hf://, https://, …).
 
-A store is copied to the user's cache before training, then memory-mapped like any other. Not shard by shard when first
-touched: batches are drawn from all over the store, so with 1,251 shards (ImageNet) the first ten batches of 256 touch
-87% of them; training would stand still for them one at a time, without a bar. What a cut connection leaves is kept.
+A store is copied to the user's cache before training, then memory-mapped like any other. Not file by file when first
+touched: batches are drawn from all over the store, so the first of them touch every file; training would stand still
+for them one at a time, without a bar. What a cut connection leaves is kept, file by file.
 
 The cache's folder is named by the hash of the manifest, and a file gets there whole and with the hash that the manifest
 states, so what another version of the store left is never taken for this one, and processes may fetch at once.
@@ -16,7 +16,7 @@ from typing import Any
 from tqdm import tqdm
 
 from dataset.code_check import codes_cache, local_place
-from dataset.code_layouts import parse_manifest
+from dataset.code_manifest import file_hashes, parse_manifest
 from utils import dist
 from utils.files import file_hash, first_line, replacing
 
@@ -43,8 +43,7 @@ def fetch_store(url: str, *, subfolder: str | None = None) -> tuple[Path, dict[s
     root, text = find_manifest(files, root, url=url, subfolder=subfolder)
     manifest = parse_manifest(text, f"{url}: manifest.json")
     folder = codes_cache() / hashlib.sha256(text.encode()).hexdigest()[:32]
-    hashes = {"labels.npy": manifest["labels_sha256"],
-              **{shard["file"]: shard["sha256"] for shard in manifest["shards"]}}
+    hashes = file_hashes(manifest)
     rank, workers = local_place()
     wanted = [name for name in list(hashes)[rank::workers] if not (folder / name).is_file()]
     damaged: dict[str, str | None] = {}

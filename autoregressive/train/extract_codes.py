@@ -6,8 +6,9 @@
 The store is <code-path>/<dataset><size>_codes. Run again to continue after an interruption. Labels and class names come
 from the data set; unreadable images are left out, counted and named in the manifest.
 """
+import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -22,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from dataset import code_writer
 from dataset.augmentation import code_views
 from dataset.build import DataFlags, ImageDataset, build_dataset
-from dataset.code_layouts import FORMAT
+from dataset.code_manifest import FORMAT
 from dataset.codes import CodePathFlags
 from dataset.loader import BROKEN_IMAGE, worker_count
 from dataset.remote import is_url
@@ -50,14 +51,10 @@ class ExtractFlags(CodePathFlags, DataFlags, TokenizerFlags, BatchFlags, SeedFla
 class Views(Dataset):
     """Image i → (i, its views (V, H, W, 3) uint8, or None if it cannot be read)."""
 
-    def __init__(self, data: ImageDataset, indices: range, flags: ExtractFlags, crop_range: float) -> None:
-        self.data, self.indices, self.flags, self.crop_range = data, indices, flags, crop_range
+    def __init__(self, data: ImageDataset, flags: ExtractFlags, crop_range: float) -> None:
+        self.data, self.flags, self.crop_range = data, flags, crop_range
 
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, place: int) -> tuple[int, np.ndarray | None]:
-        index = self.indices[place]
+    def __getitem__(self, index: int) -> tuple[int, np.ndarray | None]:
         try:
             image = self.data.image(index)
         except BROKEN_IMAGE:
@@ -66,9 +63,22 @@ class Views(Dataset):
                                  mirror=self.flags.mirror)
 
 
+Batch = list[tuple[int, np.ndarray | None]]
+
+
+def part_batches(data: Views, parts: list[range]) -> Iterator[Iterator[Batch]]:
+    """The batches of each part, all loaded by the same workers, which go on with the next part meanwhile."""
+    size = data.flags.per_proc_batch_size
+    batches = (part[start:start + size] for part in parts for start in range(0, len(part), size))
+    loaded = iter(()) if not parts else iter(DataLoader(
+        data, batch_sampler=batches, num_workers=worker_count(data.flags.num_workers), collate_fn=list))
+    for part in parts:
+        yield itertools.islice(loaded, -(-len(part) // size))
+
+
 @torch.inference_mode()
-def encode_shard(tokenizer: VQModel, batches: Iterator[list[tuple[int, np.ndarray | None]]], *, device: torch.device,
-                 bar: tqdm) -> tuple[np.ndarray, list[int], list[int]]:
+def encode_part(tokenizer: VQModel, batches: Iterable[Batch], *, device: torch.device,
+                bar: tqdm) -> tuple[np.ndarray, list[int], list[int]]:
     """Encode the views of some images → (codes (n, V, L), indices that were read, indices that could not be)."""
     parts, read, broken = [], [], []
     for batch in batches:
@@ -90,7 +100,7 @@ def image_names(data: ImageDataset, count: int, *, root: str | None) -> str:
 
 
 def main(flags: ExtractFlags) -> None:
-    """Extract the shards that are not there yet, then write the manifest."""
+    """Extract the parts that are not there yet, join them, write the manifest."""
     process = dist.setup()
     crop_range = flags.crop_range if flags.crop_range is not None else (1.1 if flags.ten_crop else 1.0)
     if crop_range < 1:
@@ -123,21 +133,21 @@ def main(flags: ExtractFlags) -> None:
             print(f"{folder} is complete: nothing to do")
         return
 
-    rows = code_writer.SHARD_ROWS
-    shards = [range(first, min(first + rows, count)) for first in range(0, count, rows)]
-    mine = [i for i in range(process.rank, len(shards), process.world_size) if not code_writer.is_done(folder, i)]
-    with tqdm(total=sum(len(shards[i]) for i in mine), desc=f"{name} codes", unit="image", mininterval=1.0,
+    rows = code_writer.layout(code_writer.extraction_recipe(folder))["part_rows"]
+    parts = [range(first, min(first + rows, count)) for first in range(0, count, rows)]
+    mine = [i for i in range(process.rank, len(parts), process.world_size) if not code_writer.is_done(folder, i)]
+    with tqdm(total=sum(len(parts[i]) for i in mine), desc=f"{name} codes", unit="image", mininterval=1.0,
               disable=not process.is_main) as bar:
-        for i in mine:
-            batches = DataLoader(Views(data, shards[i], flags, crop_range), batch_size=flags.per_proc_batch_size,
-                                 num_workers=worker_count(flags.num_workers), collate_fn=list)
-            codes, read, broken = encode_shard(tokenizer, batches, device=process.device, bar=bar)
+        loaded = part_batches(Views(data, flags, crop_range), [parts[i] for i in mine])
+        for i, batches in zip(mine, loaded, strict=True):
+            codes, read, broken = encode_part(tokenizer, batches, device=process.device, bar=bar)
             codes = codes.astype(recipe["dtype"]).reshape(len(read), views, grid[0] * grid[1])
-            code_writer.write_shard(folder, i, codes, [int(data.labels[index]) for index in read],
-                                    [data.name(index) for index in broken])
+            code_writer.write_part(folder, i, codes, data.labels[read].tolist(), [data.name(index) for index in broken])
+    dist.barrier()
+    code_writer.join(folder, len(parts), rank=process.rank, workers=process.world_size)
     dist.barrier()
     if process.is_main:
-        manifest = code_writer.finish(folder, len(shards))
+        manifest = code_writer.finish(folder, len(parts))
         skipped = manifest["skipped"]
         more = f"; {len(skipped)} unreadable images left out, such as {skipped[0]}" if skipped else ""
         print(f"{manifest['count']} images x {views} views of {grid[0]}x{grid[1]} codes in {folder}{more}")

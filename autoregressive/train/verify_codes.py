@@ -2,8 +2,9 @@
 
     python3 autoregressive/train/verify_codes.py --code-path /data/codes/imagenet256_codes --vq-ckpt vq_ds16_c2i.pt
 
-Checks hashes, counts and ranges (only counts in LlamaGen's and ARPG's layouts, which have no hashes) and decodes
-random rows, beside their labels, to verify.png in the store.
+Hashes, counts and ranges are checked (only counts where files hold no hashes, as in LlamaGen's and ARPG's layouts), and
+what random rows have in the columns is read and shown; with a tokenizer such rows are decoded, beside their labels, to
+verify.png in the store.
 """
 import sys
 from dataclasses import dataclass
@@ -14,12 +15,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from dataset.code_manifest import Column
 from dataset.codes import StoreFlags, open_stores
 from tokenizer.build import TokenizerFlags, decode_images, fingerprint, load_tokenizer
 from utils import cli, dist, images
 from utils.options import SeedFlags
 
 ROWS = 24
+SHOWN = 100  # characters of a text
 
 
 @dataclass(kw_only=True)
@@ -38,15 +41,25 @@ def main(flags: VerifyFlags) -> None:
     verdict = "sound" if flags.corrupt_shards == "refuse" else "sound where not left out"
     print(f"{len(store.labels)} images, {store.views} views of {store.grid[0]}x{store.grid[1]} codes, "
           f"{store.num_classes} classes: {verdict if store.packed else 'labels and counts fit, no hashes to check'}")
-    if tokenizer is None:
-        return
     rng = np.random.default_rng(flags.global_seed)
     rows = np.sort(rng.choice(len(store.labels), min(ROWS, len(store.labels)), replace=False))
+    for name, column in store.columns.items():
+        print(f"column {name}, {describe(column, store.column(name, rows))}")
+    if tokenizer is None:
+        return
     codes = torch.from_numpy(store.read(rows, rng.integers(store.views, size=len(rows)))).to(process.device)
     names = [store.classes[label] if store.classes else str(label) for label in store.labels[rows]]
     picture = images.grid(images.to_uint8(decode_images(tokenizer, codes, store.grid)), columns=8, labels=names)
     images.save_png(store.folder / "verify.png", picture)
     print(f"decoded rows: {store.folder / 'verify.png'}")
+
+
+def describe(column: Column, values: list[str] | list[np.ndarray]) -> str:
+    """What a column is, and what some rows have in it."""
+    if column.kind == "text":
+        return f"text, such as {next((value for value in values if value), '')[:SHOWN]!r}"
+    lengths, shape = [len(value) for value in values], "x".join(["n", *map(str, column.shape)])
+    return f"{column.dtype} arrays {shape}, n from {min(lengths)} to {max(lengths)} in {len(values)} rows"
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ the classifier up to its last features is saved as accuracy_features.pt (TorchSc
 Images are uint8 (N, H, W, 3) throughout, as in the npz sample sets.
 """
 
+import hashlib
 import itertools
 import json
 import math
@@ -260,26 +261,49 @@ def split_sets(flags: AccuracyFlags) -> tuple[list[str], tuple[np.ndarray, np.nd
 
 
 def main(flags: AccuracyFlags) -> None:
-    """Score a sample set, unless there is already a result for exactly these samples."""
+    """Score a sample set; a result that is already there for these very samples and pictures is kept."""
     process = dist.setup()
     path, output = Path(flags.samples), Path(flags.output)
     if not path.is_file():
         raise FileNotFoundError(f"no sample set at {path}")
-    made_of = {"samples_sha256": file_hash(path), "dataset": flags.dataset, "seed": flags.global_seed}
+    classes, train_set, heldout_set = split_sets(flags)
+    made_of = {"samples_sha256": file_hash(path), "dataset": flags.dataset, "image_size": list(flags.image_size),
+               "pictures_sha256": pictures_hash(classes, train_set, heldout_set), "seed": flags.global_seed,
+               "code_sha256": file_hash(__file__), "torch": torch.__version__}
     features = output.with_name(f"{output.stem}_features.pt")
-    if output.is_file() and features.is_file() and made_of.items() <= json.loads(output.read_text()).items():
+    if is_up_to_date(output, features, made_of):
         print(f"{output} is up to date: nothing to do")
         return
     with np.load(path) as content:
         if not {"arr_0", "arr_1"} <= set(content.files):
             raise ValueError(f"{path} has no arr_0 and arr_1: the images, and the class that each was sampled for")
         samples, labels = content["arr_0"], content["arr_1"]
-    classes, train_set, heldout_set = split_sets(flags)
     result = evaluate_samples(samples, labels, classes, train_set, heldout_set, device=process.device,
                               seed=flags.global_seed, features=features)
     with replacing(output) as temporary:
-        temporary.write_text(json.dumps({**made_of, **result}, indent=2) + "\n")
+        temporary.write_text(json.dumps({**made_of, "features_sha256": file_hash(features), **result}, indent=2) + "\n")
     print(format_table(result))
+
+
+def pictures_hash(classes: list[str], *sets: tuple[np.ndarray, np.ndarray]) -> str:
+    """SHA-256 of all that a classifier is trained and checked on: names, pictures with their size, labels."""
+    digest = hashlib.sha256(json.dumps(classes).encode())
+    for array in itertools.chain.from_iterable(sets):
+        digest.update(f"{array.dtype} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()
+
+
+def is_up_to_date(output: Path, features: Path, made_of: dict) -> bool:
+    """Whether `output` is the result of just that, and `features` are those of its classifier."""
+    if not output.is_file() or not features.is_file():
+        return False
+    try:
+        found = json.loads(output.read_text())
+    except ValueError:
+        return False
+    wanted = {**made_of, "features_sha256": file_hash(features)}
+    return isinstance(found, dict) and all(found.get(key) == value for key, value in wanted.items())
 
 
 def augment(images: Tensor, *, generator: torch.Generator) -> Tensor:

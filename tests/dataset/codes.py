@@ -2,9 +2,11 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from dataset import code_writer
-from dataset.code_layouts import FORMAT, CodeStore
+from dataset.code_layouts import CodeStore
+from dataset.code_manifest import FORMAT, Column
 
 STORE = "imagenet16_codes"
 
@@ -18,6 +20,12 @@ def every_code(store: CodeStore) -> np.ndarray:
     """All codes, (N, V, L)."""
     rows = np.arange(len(store.labels))
     return np.stack([store.read(rows, np.full(len(rows), view)) for view in range(store.views)], axis=1)
+
+
+def draw(store: CodeStore, epochs: np.ndarray, indices: np.ndarray, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Samples → codes (B, L), labels (B,)."""
+    rows, views = store.choose(epochs, indices, seed=seed)
+    return store.read(rows, views), store.labels[rows]
 
 
 def fake_codes(count: int = 14, views: int = 10, tokens: int = 16, seed: int = 0) -> np.ndarray:
@@ -34,17 +42,25 @@ def write_llamagen(root: Path, codes: np.ndarray, labels, *, name: str = "imagen
 
 
 def write_packed(folder: Path, codes: np.ndarray, labels, *, rows: int = 4, classes: list[str] | None = None,
-                 tokenizer: str = "0" * 64) -> Path:
-    """A packed store of codes (N, V, h*h) in shards of `rows` images."""
+                 tokenizer: str = "0" * 64, columns: dict[Column, list] | None = None) -> Path:
+    """A packed store of codes (N, V, h*h) in shards of `rows` images, and of columns {declaration: values}."""
     side = round(codes.shape[-1] ** 0.5)
-    code_writer.begin(folder, {
+    columns = columns or {}
+    recipe = {
         "format": FORMAT, "images": len(codes), "image_size": [4 * side] * 2, "grid": [side, side],
         "views": codes.shape[1], "dtype": "uint16", "classes": classes,
-        "tokenizer": {"name": "VQ-4-S", "downsample": 4, "codebook_size": 256, "weights_sha256": tokenizer}})
-    for shard, first in enumerate(range(0, len(codes), rows)):
-        code_writer.write_shard(folder, shard, codes[first:first + rows].astype(np.uint16),
-                                [int(label) for label in labels[first:first + rows]], [])
-    code_writer.finish(folder, -(-len(codes) // rows))
+        "tokenizer": {"name": "VQ-4-S", "downsample": 4, "codebook_size": 256, "weights_sha256": tokenizer}}
+    if columns:
+        recipe["columns"] = [{**vars(column), "shape": list(column.shape)} for column in columns]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(code_writer, "SHARD_ROWS", rows)
+        code_writer.begin(folder, recipe)
+    starts = range(0, len(codes), rows if rows % 2 else rows // 2)
+    for part, start in enumerate(starts):
+        mine = slice(start, start + starts.step)
+        code_writer.write_part(folder, part, codes[mine].astype(np.uint16), labels[mine],
+                               columns={column.name: values[mine] for column, values in columns.items()})
+    code_writer.finish(folder, len(starts))
     return folder
 
 

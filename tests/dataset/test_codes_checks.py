@@ -35,7 +35,7 @@ DAMAGE = {
         (folder / "shard-00000.npy").read_bytes()[:-100]),
     "shard-00000.npy is missing or cut short  ": lambda folder: (folder / "shard-00000.npy").write_bytes(b""),
     "labels.npy is missing": lambda folder: (folder / "labels.npy").unlink(),
-    "labels.npy has changed ": lambda folder: (folder / "labels.npy").write_bytes(b""),
+    "labels.npy is missing or cut short": lambda folder: (folder / "labels.npy").write_bytes(b""),
     "manifest.json is damaged": lambda folder: (folder / "manifest.json").write_text("{"),
 }
 

@@ -10,7 +10,7 @@ from dataset.code_joins import Mixture
 from dataset.codes import CodeBatches, open_store, open_stores, store_weights
 from dataset.loader import StepSampler, loader
 from tests.conftest import TINY_GPT, call
-from tests.dataset.codes import every_code, fake_codes, flip_byte, write_llamagen, write_packed
+from tests.dataset.codes import draw, every_code, fake_codes, flip_byte, write_llamagen, write_packed
 
 LABELS = np.arange(14) % 3
 
@@ -79,7 +79,7 @@ def drawn(store: Mixture, epochs: int, *, seed: int = 0) -> list[list[tuple[str,
     """Per epoch: (store, row, view) of each sample, in the order of their indices."""
     found = []
     for epoch in range(epochs):
-        codes, _ = store.draw(np.full(len(store), epoch), np.arange(len(store)), seed=seed)
+        codes, _ = draw(store, np.full(len(store), epoch), np.arange(len(store)), seed=seed)
         found.append([("b", (c - 200) // 10, c % 10) if c >= 200 else ("a", c // 10, c % 10)
                       for c in codes[:, 0].tolist()])
     return found
@@ -112,7 +112,7 @@ def test_what_is_drawn_depends_on_seed_epoch_and_index_only(mixture):
     assert whole[0] != whole[1]
     keys = np.random.default_rng(0).permutation([(epoch, i) for epoch in range(4) for i in range(len(store))])
     for part in np.array_split(keys, 9):  # in any company and order
-        codes, labels = store.draw(*part.T, seed=0)
+        codes, labels = draw(store, *part.T, seed=0)
         for (epoch, index), code, label in zip(part, codes[:, 0], labels, strict=True):
             home, row, view = whole[epoch][index]
             assert code == 10 * row + view + (200 if home == "b" else 0)
@@ -121,7 +121,7 @@ def test_what_is_drawn_depends_on_seed_epoch_and_index_only(mixture):
 
 def test_a_mixture_of_known_numbers(mixture):
     """Runs go on from where they were: what was drawn once is drawn for ever."""
-    codes, _ = mixture((1.0, 0.5)).draw(np.full(16, 3), np.arange(16), seed=7)
+    codes, _ = draw(mixture((1.0, 0.5)), np.full(16, 3), np.arange(16), seed=7)
     assert codes[:, 0].tolist() == [21, 50, 30, 121, 70, 62, 90, 11, 131, 102, 82, 110, 40, 2, 231, 221]
 
 
@@ -160,10 +160,10 @@ def test_classes_are_joined_by_name(mixture, classes, union, labels):
     assert store.classes == union
     assert store.num_classes == (len(union) if union else 3)
     np.testing.assert_array_equal(store.labels, [*LABELS, *labels])
-    _, found = store.draw(np.zeros(19, int), np.arange(19), seed=0)
+    _, found = draw(store, np.zeros(19, int), np.arange(19), seed=0)
     assert Counter(found.tolist()) == Counter(store.labels.tolist())
     store.labels = np.zeros_like(store.labels)  # as for a model without classes
-    assert not store.draw(np.zeros(19, int), np.arange(19), seed=0)[1].any()
+    assert not draw(store, np.zeros(19, int), np.arange(19), seed=0)[1].any()
 
 
 @pytest.mark.parametrize(("weights", "options", "said"), [

@@ -182,12 +182,13 @@ said.append(store.labels.tolist())
 open({str(tmp_path)!r} + f"/rank{{process.rank}}", "w").write(json.dumps(said))
 """)
     left = LABELS[[*range(4), 12, 13]].tolist()
-    for rank, mine, fetched in ((0, (0, 2), ["labels", 1, 3]), (1, (1, 3), [0, 2])):
-        hashed = [*(f"hashed shard-0000{i}" for i in mine), "hashed labels"]
+    for rank, hashed, fetched in ((0, [0, 2, "labels"], ["labels", 1, 3]), (1, [1, 3], [0, 2])):
         said = json.loads((tmp_path / f"rank{rank}").read_text())
-        assert said[:4] == [*hashed, left]
-        names = [f"fetched {name if name == 'labels' else f'shard-0000{name}'}" for name in fetched]
-        assert sorted(said[4:4 + len(names)]) == sorted(names)
+        stems = ([name if name == "labels" else f"shard-0000{name}" for name in part] for part in (hashed, fetched))
+        hashed, fetched = ([f"{verb} {stem}" for stem in part]
+                           for verb, part in zip(("hashed", "fetched"), stems, strict=True))
+        assert said[:len(hashed) + 1] == [*hashed, left]
+        assert sorted(said[len(hashed) + 1:][:len(fetched)]) == sorted(fetched)
         assert said[-1] == left
 
 
@@ -208,7 +209,7 @@ def test_a_manifest_cannot_name_files_elsewhere(bucket, local, tmp_path):
     manifest["shards"][1]["file"] = "../../shard.npy"
     (local / "manifest.json").write_text(json.dumps(manifest))
     bucket(local)
-    with pytest.raises(ValueError, match=r"names the shard \.\./\.\./shard\.npy, expected a file beside it"):
+    with pytest.raises(ValueError, match=r"names the file '\.\./\.\./shard\.npy', expected one beside it"):
         open_stores(URL)
 
 

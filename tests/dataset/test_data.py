@@ -1,5 +1,4 @@
-"""Images in: folders, crops, the order of samples, batches that depend on (seed, epoch, index) alone."""
-import hashlib
+"""Images in: folders, crops, batches that depend on (seed, epoch, index) alone."""
 import json
 import re
 import subprocess
@@ -157,89 +156,6 @@ def test_train_views_are_mirrored_half_of_the_time():
     rng = np.random.default_rng(0)
     views = [train_view(ramp, (16, 16), rng)[0, :, 0].astype(int) for _ in range(1000)]
     assert abs(sum(view[0] > view[-1] for view in views) - 500) < 52  # 1 in 1000
-
-
-# ---- order
-
-
-def stream(count: int, steps: int, *, batch: int, ranks: int, accumulation: int, seed: int = 0, start: int = 0):
-    """What each step visits, whatever rank and micro-batch does it."""
-    samplers = [list(StepSampler(count, global_batch=batch, accumulation=accumulation, rank=rank, world_size=ranks,
-                                 seed=seed, start_step=start, end_step=steps)) for rank in range(ranks)]
-    assert {len(batches) for batches in samplers} == {(steps - start) * accumulation}
-    return [sorted((epoch, index) for batches in samplers for micro in batches[s * accumulation:(s + 1) * accumulation]
-                   for epoch, index in micro.tolist()) for s in range(steps - start)]
-
-
-@pytest.mark.parametrize("count", [25, 24, 5], ids=["divides not", "divides", "less than a batch"])
-@pytest.mark.parametrize(("ranks", "accumulation"), [(1, 1), (2, 1), (1, 2), (4, 3), (12, 1), (3, 4)])
-def test_every_sample_once_per_epoch_for_any_number_of_ranks(ranks, accumulation, count):
-    batch, length = 12, 25  # with 25 samples, epochs meet in the middle of a step
-    steps = stream(count, length, batch=batch, ranks=ranks, accumulation=accumulation)
-    assert steps == stream(count, length, batch=batch, ranks=1, accumulation=1)
-    visited = [key for step in steps for key in step]
-    assert len(set(visited)) == len(visited) == 300
-    for epoch in range(300 // count):
-        assert sorted(index for e, index in visited if e == epoch) == list(range(count))
-
-
-@pytest.mark.parametrize("start", [1, 2, 7, 24])
-@pytest.mark.parametrize(("ranks", "accumulation"), [(1, 1), (2, 3), (6, 2)])
-def test_a_run_goes_on_in_the_middle_of_an_epoch(ranks, accumulation, start):
-    """On any number of ranks, whatever it was before; `start` is what a checkpoint knows."""
-    whole = stream(25, 25, batch=12, ranks=4, accumulation=1)
-    assert stream(25, 25, batch=12, ranks=ranks, accumulation=accumulation, start=start) == whole[start:]
-
-
-def test_orders_are_those_they_always_were():
-    """Runs go on from old checkpoints: the order of a seed is fixed for ever."""
-    sampler = StepSampler(25, global_batch=12, accumulation=3, rank=1, world_size=2, seed=5, start_step=3, end_step=9)
-    keys = list(sampler)
-    assert keys[0].tolist() == [[1, 23], [1, 7]]
-    assert keys[0].dtype == np.int64
-    assert hashlib.sha256(np.concatenate(keys).tobytes()).hexdigest().startswith("56917f429d07c125")
-
-
-def test_a_start_deep_in_a_run_costs_nothing(monkeypatch):
-    """Nothing of what came before is gone through; each epoch's order is made once."""
-    made = []
-    real = loader.EndlessOrder.order
-    monkeypatch.setattr(loader.EndlessOrder, "order", lambda self, number: (
-        number in self.orders or made.append(number), real(self, number))[1])
-    sampler = StepSampler(1000, global_batch=64, accumulation=1, rank=0, world_size=1, seed=0, start_step=10**12,
-                          end_step=10**12 + 40)
-    assert len(list(sampler)) == 40
-    first = 64 * 10**12 // 1000
-    assert made == [first, first + 1, first + 2]
-
-
-def test_an_endless_order_keeps_what_it_was_asked_to():
-    order = loader.EndlessOrder(10, 3, 8, kept=2)
-    passes, samples = order.visit(np.arange(35))
-    assert passes.tolist() == [i // 10 for i in range(35)]
-    for number in range(3):
-        assert sorted(samples[10 * number:10 * number + 10].tolist()) == list(range(10))
-    assert sorted(order.orders) == [2, 3]
-    shuffled = np.random.default_rng(0).permutation(35)
-    np.testing.assert_array_equal(order.visit(shuffled)[1], samples[shuffled])
-    assert not np.array_equal(loader.EndlessOrder(10, 3).visit(np.arange(35))[1], samples)
-
-
-def test_epochs_and_seeds_have_their_own_order():
-    def order(seed, epoch):
-        sampler = StepSampler(50, global_batch=50, accumulation=1, rank=0, world_size=1, seed=seed, start_step=epoch,
-                              end_step=epoch + 1)
-        return next(iter(sampler))[:, 1].tolist()
-
-    orders = [order(seed, epoch) for seed in (0, 1) for epoch in (0, 1, 2)]
-    assert len(set(map(tuple, orders))) == 6
-    assert order(1, 2) == orders[-1]
-
-
-def test_a_batch_larger_than_the_data_set_goes_round():
-    step, = stream(3, 1, batch=8, ranks=2, accumulation=2)
-    assert step == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2), *step[6:]]
-    assert len(set(step)) == 8
 
 
 # ---- batches

@@ -1,5 +1,6 @@
 """Class accuracy tells right samples from wrong ones; the report shows what a run left."""
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -62,19 +63,65 @@ def test_bad_samples_are_refused(tmp_path, image_folder, capsys):
     assert not (tmp_path / "out.json").exists()
 
 
-def test_scoring_is_not_repeated_for_the_same_samples(tmp_path, image_folder, capsys, monkeypatch):
+@pytest.fixture
+def score(tmp_path, image_folder, monkeypatch, capsys):
+    """score(data path, *flags) → (whether it was computed anew, the result), with a classifier of two steps."""
     samples, labels = squares(6, seed=0)
     save_npz(tmp_path / "set.npz", samples, count=6, shape=(16, 16), labels=labels)
-    monkeypatch.setattr(class_accuracy, "STEPS", 2)
-    command = ["--samples", str(tmp_path / "set.npz"), "--data-path", str(image_folder), "--image-size", "16",
-               "--output", str(tmp_path / "out.json")]
-    monkeypatch.setattr(class_accuracy, "train_classifier",
-                        lambda *a, train=class_accuracy.train_classifier, **k: train(*a, **{**k, "steps": 2}))
-    cli.run(class_accuracy.main, class_accuracy.AccuracyFlags, command)
-    first = (tmp_path / "out.json").read_text()
-    cli.run(class_accuracy.main, class_accuracy.AccuracyFlags, command)
-    assert "nothing to do" in capsys.readouterr().out
-    assert (tmp_path / "out.json").read_text() == first
+    train = class_accuracy.train_classifier
+    monkeypatch.setattr(class_accuracy, "train_classifier", lambda *a, **k: train(*a, **{**k, "steps": 2}))
+
+    def run(data=image_folder, *flags, size=16):
+        cli.run(class_accuracy.main, class_accuracy.AccuracyFlags, [
+            "--samples", str(tmp_path / "set.npz"), "--data-path", str(data), "--image-size", str(size),
+            "--output", str(tmp_path / "out.json"), *flags])
+        return "nothing to do" not in capsys.readouterr().out, json.loads((tmp_path / "out.json").read_text())
+
+    return run
+
+
+def test_scoring_is_not_repeated_for_the_same_samples(score, image_folder, tmp_path):
+    new, first = score()
+    assert new
+    assert score() == (False, first)
+    assert score(shutil.copytree(image_folder, tmp_path / "moved")) == (False, first)  # the same pictures elsewhere
+
+
+def test_another_data_set_is_scored_anew(score, image_folder, tmp_path):
+    """Its result was that of the first one: the key held neither the data nor the size."""
+    _, first = score()
+    other = shutil.copytree(image_folder, tmp_path / "other")
+    (other / "red" / "00.jpg").write_bytes((other / "green" / "00.jpg").read_bytes())
+    new, second = score(other)
+    assert new
+    assert second["pictures_sha256"] != first["pictures_sha256"]
+    for name in ("red", "green", "blue"):
+        (other / name).rename(other / f"{name}ish")
+    new, third = score(other)
+    assert new
+    assert set(third["per_class"]) == {"redish", "greenish", "blueish"}
+    assert score(other, "--global-seed", "3")[0]
+
+
+def test_another_size_is_not_taken_for_done(score, capsys):
+    score()
+    with pytest.raises(SystemExit):
+        score(size=24)
+    assert "see --image-size" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda output, features: output.write_text("{"), lambda output, features: output.write_text("[]"),
+    lambda output, features: features.unlink(), lambda output, features: features.write_bytes(b"of another run"),
+    lambda output, features: output.write_text(output.read_text().replace('"code_sha256": "', '"code_sha256": "0')),
+], ids=["damaged", "another thing", "no features", "other features", "another version"])
+def test_what_is_not_the_whole_result_is_made_anew(score, tmp_path, spoil):
+    _, first = score()
+    spoil(tmp_path / "out.json", tmp_path / "out_features.pt")
+    new, second = score()
+    assert new
+    assert {**second, "features_sha256": 0} == {**first, "features_sha256": 0}
+    assert not score()[0]
 
 
 @pytest.fixture

@@ -30,6 +30,7 @@ from dataset.build import build_dataset
 from dataset.codes import open_stores
 from tests.conftest import call, two_processes
 from tests.data.fill import fill
+from tests.dataset.codes import draw
 from utils import cli
 from utils.checkpoints import containers
 from utils.checkpoints.lora import is_adapter, merge_lora, plain_name
@@ -258,7 +259,7 @@ def test_a_store_without_classes(code_store):
     store = open_stores(str(code_store))
     plain = without_classes(store)
     assert plain.num_classes == 1 and plain.classes is None and plain.vocab_size == 256
-    (codes, labels), wanted = (one.draw(np.zeros(36, int), np.arange(36), seed=0) for one in (plain, store))
+    (codes, labels), wanted = (draw(one, np.zeros(36, int), np.arange(36), seed=0) for one in (plain, store))
     assert np.array_equal(codes, wanted[0]) and labels.dtype == np.int64 and not labels.any()
     assert store.classes == ["blue", "green", "red"] and set(wanted[1]) == {0, 1, 2}
 
