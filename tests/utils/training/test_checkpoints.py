@@ -17,6 +17,7 @@ from tests.runs import OFTEN, last, rows, same
 from utils import files
 from utils.checkpoints import containers, sharded
 from utils.checkpoints.sharded import DamagedError
+from utils.training.trainer import Trainer
 from utils.training.writer import CheckpointWriter
 
 RUN = "000-GPT-S"
@@ -415,3 +416,68 @@ def test_training_goes_on_from_a_file_of_llamagen(command, whole, tmp_path):
     torch.save({"model": content["model"], "optimizer": optimizer, "steps": 8}, tmp_path / "other.pt")
     with pytest.raises(SystemExit):
         call(*argv, tmp_path, "--gpt-ckpt", tmp_path / "other.pt")
+
+
+# ---- what is refused, and what ends no training
+
+
+@pytest.mark.parametrize("lost", ["exp_avg", "step"])
+def test_an_optimizer_without_all_its_moments_is_refused(lost, command, whole, tmp_path, capsys):
+    content = sharded.read_folder(whole / "checkpoints" / "0000008", optimizers=True)
+    tensors = {f"{part}.{name}": value for part in ("model", "ema", "optimizer")
+               for name, value in content[part].items() if not (part == "ema" and f"ema.{name}" not in
+                                                                sharded.sizes_in(whole / "checkpoints" / "0000008"))}
+    del tensors[f"optimizer.layers.1.attention.wo.weight.{lost}"]
+    writer = CheckpointWriter([tmp_path / "spoilt"], keep=0, is_main=True)
+    writer.save(8, tensors, {"steps": 8, "config": content["config"], "flags": content["flags"]})
+    writer.wait()
+    argv = [word if word != "auto" else tmp_path / "spoilt" / "0000008" for word in command]
+    with pytest.raises(SystemExit):
+        call(*argv, tmp_path / "runs")
+    assert f"missing optimizer.layers.1.attention.wo.weight.{lost}" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_copy_that_fails_is_told_and_ends_nothing(command, whole, tmp_path, monkeypatch, capsys):
+    here, there = tmp_path / "here", tmp_path / "there"
+    copytree = shutil.copytree
+
+    def failing(source, target):
+        if "0000004" in str(target):
+            raise OSError(28, "No space left on device")
+        return copytree(source, target)
+
+    monkeypatch.setattr(shutil, "copytree", failing)
+    call(*command, here, "--cloud-save-path", there)
+    err = capsys.readouterr().err
+    assert err.count("warning: a checkpoint could not be copied") == 1 and "No space left" in err
+    assert same(last(here / RUN), last(whole))
+    assert sorted(path.name for path in (there / RUN / "checkpoints").iterdir()) == ["0000008", "0000009"]
+
+
+def test_what_kills_left_in_a_run_is_swept(command, whole, tmp_path):
+    call(*command, tmp_path)
+    shutil.rmtree(tmp_path / RUN / "checkpoints" / "0000009")
+    for name in ("previews/.0000004.png.abc.tmp", ".metrics.jsonl.abc.tmp", "checkpoints/.0000006.tmp"):
+        (tmp_path / RUN / name).write_bytes(b"half")
+    call(*command, tmp_path)
+    assert_same_run(tmp_path / RUN, whole)
+
+
+def test_an_error_of_the_program_leaves_its_traceback(command, tmp_path, monkeypatch, capsys):
+    """One line says where; a user's mistake leaves none."""
+    for kind in (ValueError, RuntimeError, KeyError):
+        with monkeypatch.context() as patch:
+            def fail(self, batches, kind=kind):
+                raise kind("from deep inside")
+            patch.setattr(Trainer, "optimizer_step", fail)
+            with pytest.raises(SystemExit) as caught:
+                call(*command, tmp_path / kind.__name__)
+        assert caught.value.code == 2
+        path = tmp_path / kind.__name__ / RUN / "traceback-rank0.txt"
+        line, = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert "from deep inside" in line and f"(the traceback is in {path})" in line
+        assert "in fail" in path.read_text() and "Traceback" in path.read_text()
+    with pytest.raises(SystemExit):
+        call(*command, tmp_path / "mistake", "--lr", "nan")
+    assert "the traceback" not in capsys.readouterr().err and not (tmp_path / "mistake").exists()
