@@ -74,8 +74,11 @@ def call(name: str, *argv) -> None:
     cli.run(*entry(name), [str(word) for word in argv])
 
 
-def two_processes(jobs: list[tuple[str, list]], folder: Path, *, setup: str = "") -> None:
-    """Run commands one after the other in one pair of processes, started as scripts/_torchrun.sh does (gloo)."""
+def two_processes(jobs: list[tuple[str, list]], folder: Path, *, setup: str = "") -> str:
+    """Run commands one after the other in one pair of processes, started as scripts/_torchrun.sh does (gloo).
+
+    Returns what they wrote to stderr.
+    """
     script = folder / "jobs.py"
     script.write_text(f"""import json, sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -94,6 +97,7 @@ dist.shutdown()  # as cli.run does: a process that ends with its group alive may
     process = subprocess.run([sys.executable, str(ROOT / "utils" / "launch.py"), str(script), words], env=environment,
                              capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
+    return process.stderr
 
 
 def write_images(root: Path, *, count: int = 12, seed: int = 0) -> Path:

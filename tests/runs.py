@@ -12,9 +12,9 @@ from utils.checkpoints import containers, sharded
 from utils.training import trainer
 from utils.training.logger import read_metrics
 
-QUICK_GPT = [*TINY_GPT, "--dropout-p", 0, "--token-dropout-p", 0, "--class-dropout", 0, "--log-every", 1, "--lr", 1e-4,
-             "--epochs", 1, "--global-batch-size", 6]
-QUICK_VQ = [*TINY_VQ, "--log-every", 1, "--lr", 1e-4, "--epochs", 1, "--global-batch-size", 6]
+QUICK = ["--log-every", 1, "--lr", 1e-4, "--epochs", 1, "--global-batch-size", 6, "--mixed-precision", "none"]
+QUICK_GPT = [*TINY_GPT, "--dropout-p", 0, "--token-dropout-p", 0, "--class-dropout", 0, *QUICK]
+QUICK_VQ = [*TINY_VQ, *QUICK]
 OFTEN = ["--ema", "--lr", 1e-3, "--lr-schedule", "cosine", "--warmup-steps", 3, "--global-batch-size", 8, "--epochs", 2,
          "--ckpt-every", 4, "--log-every", 3]  # 36 images: 4.5 steps an epoch, 9 in all; rows do not meet checkpoints
 

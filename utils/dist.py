@@ -13,6 +13,7 @@ import torch
 import torch.distributed
 
 Precision = Literal["none", "fp32", "tf32", "fp16", "bf16"]  # none and fp32 are one
+BF16_PAYS_FROM = 500_000  # trained weights, on a CPU: measured, benchmarks/results/precision.md
 PR_SET_PDEATHSIG = 1  # Linux's <sys/prctl.h>: the signal that a process gets when its parent ends
 LAUNCHER = "LLAMAGEN_LAUNCHER"  # utils/launch.py's process number, for the processes that it starts
 
@@ -194,14 +195,26 @@ def world_size() -> int:
     return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
-def compute_dtype(precision: Precision, device: torch.device) -> torch.dtype:
-    """The autocast type for a precision flag. On a CPU without bf16 instructions, half precision becomes fp32."""
+def compute_dtype(precision: Precision | None, device: torch.device, *, weights: int | None = None) -> torch.dtype:
+    """The autocast type for a precision flag; None, the user said nothing: bf16 where that is faster.
+
+    On a CPU bf16 without instructions for it is emulated, slower than fp32, and fp16 has no kernels worth using: both
+    become fp32. With such instructions bf16 pays for all but the smallest models; `weights`: how many are trained.
+    """
     if precision in ("none", "fp32", "tf32"):
         return torch.float32
-    if device.type == "cpu":  # emulated half precision is slower than fp32, and fp16 has no CPU kernels worth using
-        probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # not in every release
-        return torch.bfloat16 if any(getattr(torch.cpu, probe, bool)() for probe in probes) else torch.float32
-    return torch.bfloat16 if precision == "bf16" else torch.float16
+    if device.type != "cpu":
+        return torch.float16 if precision == "fp16" else torch.bfloat16
+    small = precision is None and weights is not None and weights < BF16_PAYS_FROM
+    return torch.bfloat16 if precision != "fp16" and not small and cpu_has_bf16() else torch.float32
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this CPU has instructions for bf16 (AVX512-BF16, AMX). For tests LLAMAGEN_CPU_BF16=1 or 0 says so."""
+    if os.environ.get("LLAMAGEN_CPU_BF16") in ("0", "1"):
+        return os.environ["LLAMAGEN_CPU_BF16"] == "1"
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # not in every release
+    return any(getattr(torch.cpu, probe, bool)() for probe in probes)
 
 
 @contextlib.contextmanager

@@ -127,6 +127,10 @@ class Transformer(nn.Module):
                 values = torch.empty(tensor.shape, device="cpu").normal_(std=std, generator=stream)
             assign(tensor, values)
 
+    def blocks(self) -> list[nn.Module]:
+        """The modules that training checkpoints, compiles and shards one by one (utils/training/parallel.py)."""
+        return list(self.layers)
+
     def set_grid(self, grid: tuple[int, int]) -> None:
         """Change the token grid to (h, w), which no weight depends on."""
         self.config.grid, self.config.block_size = tuple(grid), grid[0] * grid[1]

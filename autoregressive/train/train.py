@@ -217,17 +217,17 @@ def main(flags: GPTTrainFlags) -> None:
     if flags.init_from is None:
         check_same_classes(content, source, store.classes)
     name = flags.gpt_model or containers.saved_config(content).get("gpt_model") or "GPT-B"
-    dtype = dist.compute_dtype(flags.mixed_precision, process.device)
     with torch.device("meta"):
         model = build_model(flags, name, store)
+    dtype = dist.compute_dtype(flags.mixed_precision, process.device,
+                               weights=sum(p.numel() for p in model.parameters()))
     freeze(model, flags.freeze)
     lora = add_lora(model, flags.lora_rank) if flags.lora_rank else None
     parallel.apply_parallelism(model, flags, process.device, dtype=dtype, compiled=flags.compile)
     started = first_weights(model, flags, content, classes=store.classes)
     config = model.config
-    task = GPTTask(parallel.apply_ddp(model, process.device), dtype=torch.float32 if flags.sharded else dtype,
-                   classes=store.classes, tokenizer=tokenizer, seed=flags.global_seed, token_noise=flags.token_noise,
-                   cfg_scale=flags.cfg_scale)  # FSDP casts by itself
+    task = GPTTask(parallel.apply_ddp(model, process.device), dtype=dtype, classes=store.classes, tokenizer=tokenizer,
+                   seed=flags.global_seed, token_noise=flags.token_noise, cfg_scale=flags.cfg_scale)
     saved: dict[str, Any] = {"kind": "gpt", "gpt_model": name, "gpt_type": flags.gpt_type, "grid": list(config.grid),
                              "vocab_size": config.vocab_size, "num_classes": config.num_classes,
                              "cls_token_num": config.cls_token_num, "classes": store.classes,

@@ -96,9 +96,7 @@ def set_warnings(reference: ImageSet, sample: ImageSet, metrics: list[str], *, n
         if images.made_with not in (None, network.described.get(MADE_WITH)):
             found.append(f"the statistics in {images.name} were made with other Inception weights than "
                          f"{network.described['file']}")
-        if {"fid", "sfid"} & set(metrics) and not images.stored and images.count < WIDTHS["mu"]:
-            found.append(f"{images.name} holds {images.count} images, fewer than features have dimensions "
-                         f"({WIDTHS['mu']}): the distance is dominated by noise")
+        found += count_warnings(images, metrics)
     if sample.count != PUBLISHED_COUNT and "fid" in metrics:
         found.append(f"{sample.count} samples: published FIDs are of {PUBLISHED_COUNT}, and fewer samples give a "
                      "higher FID of the same model")
@@ -107,6 +105,14 @@ def set_warnings(reference: ImageSet, sample: ImageSet, metrics: list[str], *, n
         found.append(f"{sample.name} is in class order: over {SPLIT} images, the Inception Score of chunks comes out "
                      "far too low, see is_shuffled")
     return found
+
+
+def count_warnings(images: ImageSet, metrics: list[str]) -> list[str]:
+    """What to say of a set with too few images for its statistics, unless it brings those of more."""
+    if not {"fid", "sfid"} & set(metrics) or images.stored or images.count >= WIDTHS["mu"]:
+        return []
+    return [f"{images.name} holds {images.count} images, fewer than features have dimensions ({WIDTHS['mu']}): the "
+            "distance is dominated by noise"]
 
 
 def known_references() -> dict[str, str]:

@@ -3,7 +3,7 @@ import sys
 from dataclasses import dataclass
 from typing import ClassVar
 
-from evaluations.c2i.comparison_rules import check_reference
+from evaluations.c2i.comparison_rules import check_reference, count_warnings
 from evaluations.c2i.features import load_network, measure, measure_with_stored
 from evaluations.c2i.image_sets import FirstImages, ImageSet, open_image_set
 from evaluations.c2i.scores import NEIGHBOURS, MetricFlags, chosen_metrics, compute, needed
@@ -19,7 +19,8 @@ class MonitorFlags(MetricFlags):
 
     shapes_run: ClassVar[bool] = False
     eval_every: int = flag(0, "steps between evaluations, each after a checkpoint; one is made at the end too; 0: none")
-    eval_images: int = flag(1000, "images made for each evaluation")
+    eval_images: int = flag(10000, "images made for each evaluation. FIDs compare only if of equally many: published "
+                                   "ones are of 50000; fewer than 2048 give mostly noise")
     eval_reference: str | None = flag(None, "npz or folder that they are compared with (tokenizers reconstruct it)")
 
 
@@ -33,8 +34,6 @@ class Monitor:
             raise ValueError(f"--eval-images is {flags.eval_images}, expected more than {NEIGHBOURS}")
         self.metrics, self.process, self.pr_dtype = chosen_metrics(flags), process, flags.pr_dtype
         reference = self.reference = open_image_set(flags.eval_reference)
-        for text in reference.notes if process.is_main else []:
-            print(f"warning: {text}", file=sys.stderr, flush=True)
         sha256 = dist.broadcast_object(reference.sha256() if process.is_main else None)
         if reconstructs:
             if reference.stored or reference.size is None:
@@ -47,6 +46,10 @@ class Monitor:
             sha256 += f" first {self.reference.count}"
         self.network = load_network(flags, device=process.device)
         check_reference(self.reference, self.metrics, network=self.network)
+        sets = [self.reference] + ([] if reconstructs else [ImageSet("each evaluation", flags.eval_images, None)])
+        warnings = [text for images in sets for text in count_warnings(images, self.metrics)]
+        for text in [*reference.notes, *warnings] if process.is_main else []:
+            print(f"warning: {text}", file=sys.stderr, flush=True)
         self.measured = measure_with_stored(self.reference, self.network, process, wanted=needed(self.metrics, of=1),
                                             batch=BATCH, title=f"reference {self.reference.name}", remember_as=sha256)
 

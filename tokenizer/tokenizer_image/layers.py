@@ -30,7 +30,8 @@ class PointwiseConv(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         if convolution.ready(self, x):
             return convolution.run_kernel(x, self.weight, self.bias)
-        return F.linear(x.permute(0, 2, 3, 1), self.weight[:, :, 0, 0], self.bias).permute(0, 3, 1, 2)
+        matrix = self.weight.permute(0, 2, 3, 1).flatten(1)  # its gradient is channels-last then, as DDP's buckets
+        return F.linear(x.permute(0, 2, 3, 1), matrix, self.bias).permute(0, 3, 1, 2)
 
 
 class ResnetBlock(nn.Module):

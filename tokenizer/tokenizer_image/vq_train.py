@@ -207,8 +207,9 @@ def main(flags: VQTrainFlags) -> None:
         return parallel.apply_ddp(parallel.apply_compile(module) if flags.compile else module, process.device)
 
     critic = build_discriminator(flags, image_size=flags.image_size) if flags.disc_weight > 0 else None
+    weights = sum(p.numel() for module in (model, critic) if module is not None for p in module.parameters())
     task = TokenizerTask(place(model), None if critic is None else place(critic), loss, samples=samples,
-                         dtype=dist.compute_dtype(flags.mixed_precision, process.device))
+                         dtype=dist.compute_dtype(flags.mixed_precision, process.device, weights=weights))
     saved = {"kind": "tokenizer", "vq_model": name, "codebook_size": model.config.codebook_size,
              "codebook_embed_dim": model.config.codebook_embed_dim,
              "codebook_l2_norm": model.config.codebook_l2_norm, "image_size": list(flags.image_size)}

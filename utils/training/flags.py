@@ -45,9 +45,11 @@ class StepFlags(CompileFlags):
 
     shapes_run: ClassVar[bool] = False
     gradient_accumulation_steps: int = flag(1, "micro-batches per optimizer step")
-    mixed_precision: dist.Precision = flag("bf16", "type to compute in, weights stay fp32; none is fp32, as is "
-                                                   "anything on a CPU without bf16; tf32: fp32 with TF32 products",
-                                           choices=("none", "fp32", "tf32", "fp16", "bf16"))
+    mixed_precision: dist.Precision | None = flag(
+        None, "type to compute in, weights stay fp32. Left out: bf16, but fp32 on a CPU without instructions for bf16, "
+        "and on any CPU for less than 500,000 weights (VQ-4-S), where bf16 is slower. none is fp32; on a CPU fp16 is "
+        "fp32 too, and so is bf16 without instructions for it; tf32: fp32 with TF32 products",
+        choices=("none", "fp32", "tf32", "fp16", "bf16"))
 
 
 @dataclass(kw_only=True)

@@ -6,6 +6,8 @@ from typing import Literal
 import torch
 from torch import nn
 
+from utils.training.parallel import blocks_of
+
 Schedule = Literal["constant", "cosine"]
 Kind = Literal["adamw", "muon"]
 
@@ -30,7 +32,7 @@ def adamw(module: nn.Module | Iterable[nn.Parameter], *, lr: float, weight_decay
 
 def build_optimizer(module: nn.Module, *, kind: Kind, lr: float, weight_decay: float,
                     betas: tuple[float, float]) -> "torch.optim.Optimizer | MuonWithAdamW":
-    """AdamW for everything, or with "muon" Muon for the matrices of `module.layers` and AdamW for the rest.
+    """AdamW for everything, or with "muon" Muon for the matrices of the module's blocks and AdamW for the rest.
 
     Raises ValueError where torch has no Muon or the module no such matrices.
     """
@@ -40,7 +42,7 @@ def build_optimizer(module: nn.Module, *, kind: Kind, lr: float, weight_decay: f
 
 
 class MuonWithAdamW:
-    """Muon on the matrices inside `layers`, fused AdamW on embeddings, head, norms and all else; used as one optimizer.
+    """Muon on the matrices inside a model's blocks, fused AdamW on embeddings, head, norms and all else: one optimizer.
 
     Muon's steps are scaled by 0.2 * sqrt(longer side), to the size of AdamW's (arXiv 2502.16982 §2.2): learning rate
     and weight decay keep the meaning that they have with AdamW.
@@ -52,7 +54,8 @@ class MuonWithAdamW:
         if not hasattr(torch.optim, "Muon"):
             raise ValueError(f"--optimizer muon needs torch >= 2.9, this is {torch.__version__}: use adamw")
         trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        matrices = {name: p for name, p in trained.items() if name.startswith("layers.") and p.ndim == 2}
+        inside = {id(p) for block in blocks_of(module) for p in block.parameters()}
+        matrices = {name: p for name, p in trained.items() if id(p) in inside and p.ndim == 2}
         rest = [p for name, p in trained.items() if name not in matrices]
         if not matrices:
             raise ValueError("--optimizer muon is for models with trained matrices in their blocks: use adamw")

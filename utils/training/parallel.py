@@ -1,9 +1,11 @@
 """Parallelism, checkpointing and compilation, put on a model from outside: activation checkpointing → compile → DDP or
-FSDP2. Models and the training loop know nothing of it.
+FSDP2. Models and the training loop know nothing of it; a model names the modules to treat one by one in `blocks()`.
 
-FSDP2 (fully_shard; the method is ZeRO's, arXiv 1910.02054) wraps every block of `model.layers` and then the rest. The
-shards a process keeps are fp32 masters; what it gathers to compute with is of the compute type, gradients are reduced
-in fp32. Models are built on the meta device and filled one tensor at a time, so no process ever holds a whole one.
+FSDP2 (fully_shard; the method is ZeRO's, arXiv 1910.02054) wraps every block and then the rest. The shards a process
+keeps are fp32 masters. In half precision a block is gathered in that type, the rest (embeddings, last norm, head; a few
+per cent of a large model) in fp32, and the forward runs under autocast as DDP's does: the residual stream is fp32, and
+losses are DDP's but for the blocks' norm weights, which are rounded when gathered. Gradients are reduced in fp32.
+Models are built on the meta device and filled one tensor at a time, so no process ever holds a whole one.
 """
 import contextlib
 import functools
@@ -31,9 +33,9 @@ class ParallelFlags:
 
     shapes_run: ClassVar[bool] = False
     data_parallel: Literal["ddp", "fsdp", "sdp", "hsdp"] = flag(
-        "ddp", "ddp: every process holds the model; fsdp: it is sharded over all; sdp: sharded, but gathered only once "
-        "per step; hsdp: sharded over --shard-size processes, the groups hold copies", choices=("ddp", "fsdp", "sdp",
-                                                                                               "hsdp"))
+        "ddp", "ddp: every process holds the model; fsdp: it is sharded over all; sdp: sharded, but each weight is "
+        "gathered once per step, whatever the accumulation; hsdp: sharded over --shard-size processes, the groups hold "
+        "copies", choices=("ddp", "fsdp", "sdp", "hsdp"))
     shard_size: int | None = flag(None, "hsdp: processes that share one copy of the model; None: those of one machine")
     reshard_after_forward: bool = flag(True, "fsdp and hsdp: drop a block's gathered weights after its forward and "
                                              "gather them again for the backward (less memory, more traffic)")
@@ -64,9 +66,10 @@ class ParallelFlags:
 
 def apply_parallelism(model: nn.Module, flags: ParallelFlags, device: torch.device, *, dtype: torch.dtype,
           compiled: bool) -> nn.Module:
-    """Put an unfilled model (meta device) with blocks `layers` on this process's device as the flags say.
+    """Put an unfilled model (meta device) on this process's device as the flags say; `dtype` is the type to compute in.
 
-    Returns what to call in its place. Its values are undefined: `init_weights` or a checkpoint must follow.
+    Returns what to call, under autocast of that type, in its place. Its values are undefined: `init_weights` or a
+    checkpoint must follow.
     """
     if flags.activation_checkpointing:
         apply_activation_checkpointing(model)
@@ -78,15 +81,20 @@ def apply_parallelism(model: nn.Module, flags: ParallelFlags, device: torch.devi
     return model.to_empty(device="cpu" if flags.cpu_offload else device)
 
 
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """What the model's method `blocks()` names; nothing where it has none, and is to be treated as a whole."""
+    return model.blocks() if hasattr(type(model), "blocks") else []
+
+
 def apply_activation_checkpointing(model: nn.Module) -> None:
     """Each block keeps its input only. In place: names stay; dropout draws the same masks again."""
-    for block in model.layers:
+    for block in blocks_of(model) or [model]:
         block.forward = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
 
 
 def apply_compile(model: nn.Module) -> nn.Module:
     """Compile in place, block by block where there are blocks: one compilation serves all of them; names stay."""
-    for module in getattr(model, "layers", [model]):
+    for module in blocks_of(model) or [model]:
         module.compile()
     return model
 
@@ -106,7 +114,7 @@ def apply_ddp(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def apply_fsdp(model: nn.Module, flags: ParallelFlags, device: torch.device, *, dtype: torch.dtype) -> None:
-    """Shard a model in place, each block of `layers` by itself, all else with the root."""
+    """Shard a model in place, each block by itself, all else with the root."""
     if not torch.distributed.is_initialized():
         dist.join_alone(device)
     world = dist.world_size()
@@ -118,16 +126,17 @@ def apply_fsdp(model: nn.Module, flags: ParallelFlags, device: torch.device, *, 
     reduced = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[flags.grad_precision]
     offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if flags.cpu_offload else OffloadPolicy()
 
-    def shard(module: nn.Module, *, reshard: bool, cast_inputs: bool) -> None:
-        policy = MixedPrecisionPolicy(param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=reduced,
-                                      cast_forward_inputs=cast_inputs)
+    def shard(module: nn.Module, *, param_dtype: torch.dtype | None, reshard: bool) -> None:
+        policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduced, cast_forward_inputs=False)
         fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=offload, reshard_after_forward=reshard)
         if device.type == "cpu":  # gloo of torch 2.8 sums where FSDP2 tells it to average: sum, then divide
             module.set_force_sum_reduction_for_comms(True)
 
-    for block in model.layers:  # inputs are not cast: the rotary table is to stay fp32
-        shard(block, reshard=flags.data_parallel != "sdp" and flags.reshard_after_forward, cast_inputs=False)
-    shard(model, reshard=False, cast_inputs=True)  # its weights are needed first and last
+    for block in blocks_of(model):
+        shard(block, param_dtype=None if dtype == torch.float32 else dtype,
+              reshard=flags.data_parallel != "sdp" and flags.reshard_after_forward)
+    shard(model, param_dtype=None, reshard=False)  # its weights are needed first and last
+    model.gathered_once_per_step = flags.data_parallel == "sdp"
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -153,7 +162,7 @@ def full_tensor(values: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
-    """Within the block every process holds the whole model, in its compute type, and may call any of its methods.
+    """Within the block every process holds the whole model, all of it in the blocks' type, and may call its methods.
 
     One may do so alone: FSDP's hooks are off. They would note each forward, and in the next backward prefetch what this
     process alone has used, while the others wait for something else.
@@ -165,9 +174,15 @@ def gathered(model: nn.Module) -> Iterator[None]:
         module.unshard()
     for kept in hooks:
         kept.clear()
+    dtype = min((p.dtype for p in model.parameters()), key=lambda dtype: dtype.itemsize)
+    wider = [(p, p.data) for p in model.parameters() if shards and p.dtype != dtype]
+    for p, values in wider:
+        p.data = values.to(dtype)
     try:
         yield
     finally:
+        for p, values in wider:
+            p.data = values
         for kept, known in zip(hooks, before, strict=True):
             kept.update(known)
         for module in shards:
@@ -176,12 +191,15 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def gradient_sync(modules: Iterable[nn.Module], enabled: bool):
-    """Within the block, backward passes of DDP exchange gradients only if `enabled`.
+    """Within the block, backward passes of DDP exchange gradients only if `enabled`: in a step's last micro-batch.
 
-    FSDP's always do: keeping whole gradients until the last micro-batch would cost the memory that sharding saves.
+    FSDP's always do: keeping whole gradients until the last micro-batch would cost the memory that sharding saves. With
+    sdp the gathered weights are dropped after the last one only; the next step gathers what the optimizer has updated.
     """
     with contextlib.ExitStack() as stack:
         for module in modules:
             if not enabled and isinstance(module, DistributedDataParallel):
                 stack.enter_context(module.no_sync())
+            elif getattr(module, "gathered_once_per_step", False):
+                module.set_reshard_after_backward(enabled)
         yield

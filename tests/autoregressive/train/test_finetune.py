@@ -347,7 +347,8 @@ def test_frozen_parts_stay(choice, code_store, gpt_ckpt, tmp_path):
 @pytest.mark.slow
 def test_a_lora_run_on_two_processes_is_the_run_on_one(other_store, gpt_ckpt, tmp_path):
     command = ["--code-path", other_store, *QUICK, "--init-from", gpt_ckpt, "--lora-rank", 2, "--epochs", 1,
-               "--dropout-p", 0, "--token-dropout-p", 0, "--class-dropout", 0, "--results-dir"]
+               "--dropout-p", 0, "--token-dropout-p", 0, "--class-dropout", 0, "--mixed-precision", "none",
+               "--results-dir"]
     call("train_gpt", *command, tmp_path / "one")
     two_processes([("train_gpt", [*command, tmp_path / "ddp"]),
                    ("train_gpt", [*command, tmp_path / "fsdp", "--data-parallel", "fsdp"])], tmp_path)

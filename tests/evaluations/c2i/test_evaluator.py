@@ -14,6 +14,7 @@ from torch import nn
 
 from evaluations.c2i import comparison_rules, evaluator, features
 from evaluations.c2i.image_sets import NpzImages, open_image_set
+from evaluations.c2i.monitor import Monitor, MonitorFlags
 from tests.conftest import TINY_GPT, TINY_VQ, call, two_processes
 from tests.evaluations.stand_ins import (
     TINY,
@@ -25,6 +26,7 @@ from tests.evaluations.stand_ins import (
     save_program,
     tiny_network,
 )
+from utils import dist
 from utils.checkpoints import containers
 from utils.checkpoints.containers import newest
 from utils.images import load_png, save_png
@@ -74,6 +76,17 @@ def pair(inputs, tmp_path_factory) -> Path:
 import evaluations.c2i.features as f, tests.evaluations.stand_ins as t
 f.load_inception = lambda path, device: (t.StandIn(), {'sha256': '0', 'weights_sha256': '1'})""")
     return folder
+
+
+@pytest.mark.parametrize(("flags", "says"), [
+    ({}, []), ({"eval_images": 95}, ["each evaluation holds 95 images, fewer"])])
+def test_what_is_said_of_the_number_of_images_while_training(flags, says, stand_in, tmp_path, capsys):
+    """The default of --eval-images is no reason to warn. The stand-in has 96 features."""
+    np.savez(tmp_path / "ref.npz", arr_0=pictures(100, seed=0))
+    Monitor(MonitorFlags(eval_every=1, eval_reference=str(tmp_path / "ref.npz"), **flags),
+            dist.Process(0, 1, torch.device("cpu")), reconstructs=None)
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    assert len(warnings) == len(says) and all(text in line for text, line in zip(says, warnings, strict=True))
 
 
 def expected_distance(a: np.ndarray, b: np.ndarray) -> float:

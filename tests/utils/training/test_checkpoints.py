@@ -191,7 +191,7 @@ cli.run(train.main, train.GPTTrainFlags)
 def test_a_process_that_dies_ends_the_others(command, tmp_path):
     environment = {**os.environ, "nproc_per_node": "2", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     script = tmp_path / "dies.py"
-    script.write_text(f"""import os, signal, sys
+    script.write_text(f"""import os, signal, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 from autoregressive.train import train
 from utils import cli
@@ -199,6 +199,8 @@ from utils.training.trainer import Trainer
 step = Trainer.optimizer_step
 def patched(self, batches):
     if self.step == 5 and self.process.rank == 1:
+        while not (self.folder / "checkpoints" / "0000004").is_dir():
+            time.sleep(0.01)  # it is written in the background
         os.kill(os.getpid(), signal.SIGKILL)
     return step(self, batches)
 Trainer.optimizer_step = patched
