@@ -55,7 +55,7 @@ def data_fingerprint(data: ImageDataset, root: str | None) -> str:
 
 
 def build_dataset(name: str, data_path: str | None, *, size: tuple[int, int]) -> ImageDataset:
-    """The data set `name`. Raises ValueError or FileNotFoundError when it cannot be had."""
+    """The data set `name`. Raises ValueError or FileNotFoundError when it is unknown or not there."""
     if name == "emoji" or name.startswith("emoji_"):
         from dataset.emoji import open_emoji
 

@@ -16,6 +16,7 @@ except ImportError:  # Windows has no locks of this kind: two trainings in one f
 
 from utils import dist
 from utils.checkpoints import sharded
+from utils.cli import declaring_class
 from utils.training.flags import TrainFlags
 
 LOCK_PATIENCE = 20.0  # seconds in which what is left of a killed training ends
@@ -27,7 +28,7 @@ def identity_of(flags: TrainFlags, *, data: str, model: dict[str, Any], start: s
     `start` names the checkpoint whose weights the run begins with.
     """
     names = [field.name for field in dataclasses.fields(flags)
-             if vars(_declaring_class(type(flags), field.name)).get("shapes_run", True)]
+             if vars(declaring_class(type(flags), field.name)).get("shapes_run", True)]
     shaping = {name: getattr(flags, name) for name in names}
     if flags.lr_schedule == "constant":
         del shaping["epochs"]  # more of them are more of the same
@@ -178,10 +179,3 @@ def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
             short = all(len(str(value)) <= 40 for value in (before, now)) and name != "data"
             found.append(f"{name} was {before}, now {now}" if short else f"other {name}")
     return sorted(found)
-
-
-def _declaring_class(flags_class: type, name: str) -> type:
-    """The dataclass that declares a flag with its help (subclasses only restate defaults)."""
-    return next(base for base in flags_class.__mro__
-                if getattr(vars(base).get("__dataclass_fields__", {}).get(name), "metadata", None)
-                and name in vars(base).get("__annotations__", {}))
