@@ -35,6 +35,27 @@ def test_right_samples_score_high_and_wrong_ones_low():
     assert "held-out" in class_accuracy.format_table(right)
 
 
+def test_accuracies_are_shares_of_what_was_asked_for():
+    """Rows are true classes: two of three of class 0 are recognised, none of class 1, of class 2 there are none."""
+    confusion = class_accuracy.confusion_matrix(np.array([0, 0, 0, 1]), np.array([0, 0, 2, 0]), num_classes=3)
+    assert confusion.tolist() == [[2, 0, 1], [1, 0, 0], [0, 0, 0]]
+    np.testing.assert_allclose(class_accuracy.class_accuracies(confusion), [2 / 3, 0, np.nan])
+    assert class_accuracy.balanced_accuracy(confusion) == pytest.approx(1 / 3)
+    assert class_accuracy.plain_accuracy(confusion) == 0.5
+
+
+def test_a_class_is_drawn_by_the_square_root_of_its_size(monkeypatch):
+    def draw(weights, *args, **options):
+        shares = np.bincount(labels, weights=weights) / weights.sum().item()
+        np.testing.assert_allclose(shares, [1 / 4, 2 / 4, 1 / 4])
+        raise StopIteration
+
+    labels = np.array([0, 1, 1, 1, 1, 2])
+    monkeypatch.setattr(torch, "multinomial", draw)
+    with pytest.raises(StopIteration):
+        class_accuracy.train_classifier(squares(6, seed=0)[0], labels, num_classes=3, steps=1)
+
+
 def test_the_classifiers_features_are_those_below_its_last_layer(tmp_path):
     images, labels = squares(12, seed=0)
     model = class_accuracy.train_classifier(images, labels, num_classes=3, steps=2)

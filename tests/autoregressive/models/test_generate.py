@@ -35,6 +35,19 @@ def test_greedy_is_the_argmax_of_full_forwards(options, scale, interval, engine)
     assert [type(one) for one in model.engines] == [engine]
 
 
+def test_without_guidance_there_is_one_stream(engine, monkeypatch):
+    rows, reserve = [], engine.reserve
+
+    def recording(self, count: int, tokens: int) -> None:
+        rows.append(count)
+        reserve(self, count, tokens)
+
+    monkeypatch.setattr(engine, "reserve", recording)
+    for scale in (0.5, 1.0, 1.5):
+        generate(tiny(), torch.arange(8) % 3, 9, cfg_scale=scale)
+    assert rows == [8, 8, 16]
+
+
 @pytest.mark.parametrize("way", BOTH, ids=str)
 @pytest.mark.parametrize("name", MASKS)
 def test_hidden_text_is_not_seen(name, way, engine):

@@ -13,6 +13,8 @@ from tests.conftest import TINY_GPT
 from tests.runs import SMALL_VQ16, finish, last, rows, same, start
 from utils.checkpoints import containers, sharded
 
+pytestmark = pytest.mark.processes
+slow = pytest.mark.slow
 VQ = ["--image-size", 32, "--num-workers", 0, "--vq-model", "VQ-16", "--perceptual-weight", 0, "--lr", 1e-3,
       "--global-batch-size", 6, "--epochs", 1, "--ckpt-every", 2, "--log-every", 1, "--mixed-precision", "none",
       "--resume", "auto"]  # 36 images: six steps
@@ -66,7 +68,9 @@ def assert_same_run(one, other) -> None:
     assert not [path for path in run_of(one).rglob(".*") if path.name.endswith(".tmp")]
 
 
-@pytest.mark.parametrize(("name", "processes"), [("everything", 2), ("everything", 3), ("plain", 2), ("gpt", 3)])
+@pytest.mark.parametrize(("name", "processes"), [("everything", 2), pytest.param("everything", 3, marks=slow),
+                                                 pytest.param("plain", 2, marks=slow),
+                                                 pytest.param("gpt", 3, marks=slow)])
 def test_a_run_cut_off_goes_on_as_the_uninterrupted_one(name, processes, trained, tmp_path):
     command, setup, whole, cut = trained(name, processes)
     shutil.copytree(cut, tmp_path / "cut")
@@ -81,6 +85,7 @@ def test_a_run_cut_off_goes_on_as_the_uninterrupted_one(name, processes, trained
         assert len(content["optimizer"]) == 3 * len(content["ema"].keys() - {"quantize.codebook_used"})
 
 
+@slow
 @pytest.mark.parametrize(("name", "processes", "other"), [("everything", 2, 1), ("everything", 3, 2), ("plain", 2, 3),
                                                           ("plain", 2, 1)])
 def test_another_number_of_processes_goes_on_from_the_same_state(name, processes, other, trained, tmp_path):
@@ -129,6 +134,7 @@ writer.share_out = losing"""
     assert containers.newest(run_of(tmp_path) / "checkpoints") is None
 
 
+@slow
 def test_an_error_of_one_process_is_one_line_of_all(code_store, tmp_path):
     """Reading the checkpoint fails on the second of three processes; the checkpoint stays where it is."""
     command = ["train_gpt", "--code-path", code_store, *GPT, "--results-dir", tmp_path]
@@ -150,22 +156,23 @@ sharded.file_hash = failing"""
     assert "at step 6" in text
 
 
+@slow
 @pytest.mark.parametrize(("name", "processes"), [("everything", 1), ("everything", 2), ("gpt", 1), ("gpt", 2)])
 def test_killed_at_random_again_and_again(name, processes, trained, tmp_path):
     """Whatever a kill meets: all that is left goes on to the same end. (The moments differ from run to run.)"""
     command, setup, whole, _ = trained(name, processes)
-    slow = setup + """
+    slower = setup + """
 import time
 from utils.training.trainer import Trainer
 step = Trainer.optimizer_step
-def slower(self, batches):
+def patient(self, batches):
     time.sleep(0.1)  # so that kills fall everywhere
     return step(self, batches)
-Trainer.optimizer_step = slower"""
+Trainer.optimizer_step = patient"""
     dice = random.Random()
     kills = 0
     for _ in range(12):
-        process = start([*command, tmp_path], tmp_path, processes=processes, setup=slow)
+        process = start([*command, tmp_path], tmp_path, processes=processes, setup=slower)
         metrics = [*tmp_path.glob("000-*/metrics.jsonl")]
         before = metrics[0].stat().st_mtime_ns if metrics else 0
         while process.poll() is None and not any(path.stat().st_mtime_ns > before

@@ -101,6 +101,7 @@ def test_other_images_are_another_run(image_folder, tmp_path, capsys):
     assert "already trained" in capsys.readouterr().out
 
 
+@pytest.mark.processes
 def test_trainings_started_together_take_a_folder_each(code_store, tmp_path):
     wait = f"""import time
 from pathlib import Path
@@ -131,6 +132,7 @@ time.sleep(float(sys.argv[3]))
 """
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(not fcntl, reason="no file locks")
 @pytest.mark.parametrize("rank", [0, 3])
 def test_a_run_that_is_still_worked_on_is_left_alone(rank, code_store, tmp_path, capsys, monkeypatch):
@@ -154,6 +156,7 @@ def test_a_run_that_is_still_worked_on_is_left_alone(rank, code_store, tmp_path,
     assert rows(tmp_path / "000-GPT-S")[-1]["step"] == 12
 
 
+@pytest.mark.processes
 def test_what_is_left_of_a_killed_training_is_waited_for(code_store, tmp_path):
     command = ["train_gpt", "--code-path", code_store, *QUICK_GPT, "--resume", "auto", "--results-dir", tmp_path]
     call(*command)

@@ -118,7 +118,8 @@ def test_a_bad_step_leaves_buffers_alone(train, tmp_path, monkeypatch):
 
     def poisoned(self, batch, *, step, backward):
         factor = math.nan if step == 1 else 1.0
-        return micro_step(self, batch, step=step, backward=lambda name, loss: backward(name, loss * factor))
+        return micro_step(self, batch, step=step,
+                          backward=lambda name, loss, weight: backward(name, loss * factor, weight))
 
     monkeypatch.setattr(TokenizerTask, "micro_step", poisoned)
     train("train_vq", "--ckpt-every", 1, "--global-batch-size", 12)
