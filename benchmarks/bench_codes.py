@@ -70,9 +70,10 @@ ORDER_HEADER = """
 ## Orders of large data sets
 
 The same command: the order of a pass over many images in one array, as it was, against blocks and windows
-(`dataset/order.py`), seconds and MB of memory per process. "Start" is what the first batch waits for, anywhere in a run;
-a window is made every 2,097,152 samples; "pass" is the sum. A batch is 256 samples of a packed store of that size, one
-view of 256 tokens in sparse files, so without a disk: opened (shapes checked, not contents), its order visited, read.
+(`dataset/order.py`), seconds and MB of memory per process. "Start" is what the first batch waits for, wherever a run
+begins; a window is made every 2,097,152 samples; "pass" is the sum. A batch is 256 samples of a packed store of that
+size, one view of 256 tokens in sparse files, so without a disk: opened (shapes checked, not contents), its order
+visited, read.
 
 | images | CPU | versions | rounds | array: s, MB | start: s, MB | window: s | pass: s | store: files, opened in s | \
 batches per s |
@@ -86,7 +87,7 @@ class BenchCodesFlags:
     """The benchmark of code stores."""
 
     bench_images: int = flag(20_000, "images in each store")
-    bench_order: int = flag(50_000_000, "images of the data set whose order is measured, and of a sparse store; 0: none")
+    bench_order: int = flag(50_000_000, "images of the data set whose order is measured and of a sparse store; 0: none")
     bench_rounds: int = flag(3, "rounds in which the sides take turns")
     bench_folder: str | None = flag(None, "where the stores are written, and removed; None: the system's temporary one")
     record: bool = flag(True, "append the rows to benchmarks/results/codes.md")
