@@ -127,6 +127,7 @@ call("verify", "--code-path", f"{a},{b}")
 """
 
 
+@pytest.mark.processes
 def test_thousands_of_old_shards_open_under_a_low_limit_of_descriptors(tmp_path):
     for name, codes in (("a", fake_codes(2500, 2)), ("b", fake_codes(2500, 1, seed=1))):
         many_shards(tmp_path / name, codes, np.arange(2500) % 7)

@@ -84,6 +84,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.processes
 def test_processes_that_are_started_afresh_share_the_names(tmp_path):
     """Python 3.14 starts workers so; 100,000 names are 6 MB, of which no worker is sent any."""
     (tmp_path / "afresh.py").write_text(STARTED_AFRESH)
