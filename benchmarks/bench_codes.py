@@ -1,21 +1,27 @@
 """Training batches from packed codes, against one .npy per image as LlamaGen keeps and loads them.
 
     python3 benchmarks/bench_codes.py                  # 20,000 images, at 256 and at 576 tokens: minutes, 1 GB of disk
-    python3 benchmarks/bench_codes.py --bench-images 2000 --no-record
+    python3 benchmarks/bench_codes.py --bench-images 2000 --bench-order 3000000 --no-record
 
 Both sides hold the same random codes: int64 (1, views, L) in `<i>.npy` beside a label in another file, and our packed
 store. Batches are drawn in random order: on the one side by a Dataset that loads the two files of one image, torch's
 DataLoader with shuffling and its own collation, no and two workers; on the other by StepSampler and CodeBatches, whose
 hashing of views and range checks are included. The sides take turns, first with all files in the page cache, then with
 them dropped from it. A row per length, with the medians, goes to benchmarks/results/codes.md.
+
+Then what 50 million images take: their order in windows against one array of all, as it was; a packed store of as many
+(sparse files, codes of zero) opened and drawn from.
 """
 import itertools
+import json
+import math
 import os
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+import tracemalloc
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,11 +36,13 @@ from dataset import code_writer
 from dataset.code_manifest import FORMAT
 from dataset.codes import CodeBatches, open_store
 from dataset.loader import StepSampler, loader
+from dataset.order import WINDOW_ROWS, EndlessOrder
 from utils import cli
 from utils.cli import flag
 
 RESULTS = Path(__file__).parent / "results" / "codes.md"
 BATCH, VIEWS, VOCAB = 256, 2, 16384
+TOKENIZER = {"codebook_size": VOCAB, "downsample": 16, "weights_sha256": ""}
 LENGTHS = (256, 576)
 COLD = {"cold files": "files", "cold packed": "packed"}
 FILE_BATCHES = 20  # batches of files that are timed, out of a pass
@@ -58,11 +66,28 @@ warm files, 0 / 2 workers | warm packed | faster | cold files, KB each | cold pa
 """
 
 
+ORDER_HEADER = """
+## Orders of large data sets
+
+The same command: the order of a pass over many images in one array, as it was, against blocks and windows
+(`dataset/order.py`), seconds and MB of memory per process. "Start" is what the first batch waits for, wherever a run
+begins; a window is made every 2,097,152 samples; "pass" is the sum. A batch is 256 samples of a packed store of that
+size, one view of 256 tokens in sparse files, so without a disk: opened (shapes checked, not contents), its order
+visited, read.
+
+| images | CPU | versions | rounds | array: s, MB | start: s, MB | window: s | pass: s | store: files, opened in s | \
+batches per s |
+|---|---|---|---|---|---|---|---|---|---|
+"""
+WINDOWS_TIMED = 4
+
+
 @dataclass(kw_only=True)
 class BenchCodesFlags:
     """The benchmark of code stores."""
 
     bench_images: int = flag(20_000, "images in each store")
+    bench_order: int = flag(50_000_000, "images of the data set whose order is measured and of a sparse store; 0: none")
     bench_rounds: int = flag(3, "rounds in which the sides take turns")
     bench_folder: str | None = flag(None, "where the stores are written, and removed; None: the system's temporary one")
     record: bool = flag(True, "append the rows to benchmarks/results/codes.md")
@@ -92,13 +117,13 @@ def write_both(root: Path, count: int, length: int) -> None:
         (root / "files" / f"imagenet_{kind}").mkdir(parents=True)
     side = round(length ** 0.5)
     packed = root / "packed"
-    code_writer.begin(packed, {"format": FORMAT, "grid": [side, side], "views": VIEWS, "dtype": "uint16",
-                               "classes": None, "tokenizer": {"codebook_size": VOCAB, "weights_sha256": ""}})
-    starts = range(0, count, code_writer.SHARD_ROWS)
-    for shard, start in enumerate(starts):
-        mine = labels[start:start + code_writer.SHARD_ROWS]
+    code_writer.begin(packed, {"format": FORMAT, "grid": [side, side], "image_size": [16 * side] * 2, "views": VIEWS,
+                               "dtype": "uint16", "classes": None, "tokenizer": TOKENIZER})
+    starts = range(0, count, code_writer.PART_ROWS)
+    for part, start in enumerate(starts):
+        mine = labels[start:start + code_writer.PART_ROWS]
         codes = rng.integers(VOCAB, size=(len(mine), VIEWS, length))
-        code_writer.write_shard(packed, shard, codes.astype(np.uint16), mine.tolist(), [])
+        code_writer.write_part(packed, part, codes.astype(np.uint16), mine.tolist())
         for i, (views, label) in enumerate(zip(codes, mine, strict=True), start):
             np.save(root / "files" / "imagenet_codes" / f"{i}.npy", views[None])
             np.save(root / "files" / "imagenet_labels" / f"{i}.npy", label[None])
@@ -195,16 +220,94 @@ def measure_length(flags: BenchCodesFlags, root: Path, length: int) -> str:
     return f"| {' | '.join(row)} |\n"
 
 
+def measured(work: Callable[[], object]) -> tuple[float, float]:
+    """(seconds, MB at most) that `work` takes."""
+    start = time.perf_counter()
+    work()
+    seconds = time.perf_counter() - start
+    tracemalloc.start()
+    work()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return seconds, peak / 1e6
+
+
+def sparse_store(folder: Path, count: int) -> Path:
+    """A packed store of `count` images in one view of 256 tokens, all codes and labels 0, of files without blocks."""
+    folder.mkdir()
+    rows = code_writer.SHARD_BYTES // 512
+
+    def write(name: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
+        with open(folder / name, "wb") as file:
+            np.lib.format.write_array_header_1_0(file, {"descr": np.dtype(dtype).str, "fortran_order": False,
+                                                        "shape": shape})
+            file.truncate(file.tell() + math.prod(shape) * np.dtype(dtype).itemsize)
+
+    write("labels.npy", (count,), np.int64)
+    shards = [{"file": f"shard-{i:05d}.npy", "rows": min(rows, count - start), "sha256": ""}
+              for i, start in enumerate(range(0, count, rows))]
+    for shard in shards:
+        write(shard["file"], (shard["rows"], 1, 256), np.uint16)
+    (folder / "manifest.json").write_text(json.dumps({
+        "format": FORMAT, "count": count, "views": 1, "grid": [16, 16], "image_size": [256, 256], "dtype": "uint16",
+        "classes": None, "tokenizer": TOKENIZER, "labels_sha256": "", "shards": shards}))
+    return folder
+
+
+def measure_order(flags: BenchCodesFlags, root: Path) -> str:
+    """One line of the table of orders."""
+    count, found = flags.bench_order, []
+    folder = sparse_store(root / "sparse", count)
+    windows = -(-count // WINDOW_ROWS)
+    for _ in range(flags.bench_rounds):
+        array = measured(lambda: np.random.default_rng(0).permutation(count))
+        started = measured(lambda: EndlessOrder(count, 0).visit(np.arange(count, count + BATCH)))
+        order = EndlessOrder(count, 0)
+        order.block_order(0)
+        clock = time.perf_counter()
+        for window in range(min(WINDOWS_TIMED, windows)):
+            order.order(0, window)
+        window = (time.perf_counter() - clock) / min(WINDOWS_TIMED, windows)
+        clock = time.perf_counter()
+        store = open_store(folder)
+        opened = time.perf_counter() - clock
+        sampler = StepSampler(count, global_batch=BATCH, accumulation=1, rank=0, world_size=1, seed=0, start_step=10**6,
+                              end_step=10**6 + 400)
+        batches = loader(CodeBatches(store, vocab_size=VOCAB, seed=0), sampler, num_workers=0, pin_memory=False)
+        rate = speed(batches, skipped=1)[0] * 1000 / BATCH
+        found.append((*array, *started, window, opened, rate))
+        print(count, ", ".join(f"{value:.3f}" for value in found[-1]), flush=True)
+    array_s, array_mb, start_s, start_mb, window, opened, rate = (statistics.median(values)
+                                                                  for values in zip(*found, strict=True))
+    row = [f"{count}", cpu_name(), f"torch {torch.__version__}, numpy {np.__version__}", str(flags.bench_rounds),
+           f"{array_s:.2f}, {array_mb:.0f}", f"{start_s:.2f}, {start_mb:.0f}", f"{window:.3f}",
+           f"{window * windows:.2f}", f"{len(files_of(folder))}, {opened:.2f}", f"{rate:.0f}"]
+    return f"| {' | '.join(row)} |\n"
+
+
 def main(flags: BenchCodesFlags) -> None:
     """Measure each length and record what was found."""
     torch.set_num_threads(1)
     for length in LENGTHS:
         with tempfile.TemporaryDirectory(dir=flags.bench_folder) as root:
-            line = measure_length(flags, Path(root), length)
-        print(line)
-        if flags.record:
-            with RESULTS.open("a") as file:
-                file.write(line if file.tell() else HEADER + line)
+            record(flags, measure_length(flags, Path(root), length), HEADER)
+    if flags.bench_order:
+        with tempfile.TemporaryDirectory(dir=flags.bench_folder) as root:
+            record(flags, measure_order(flags, Path(root)), ORDER_HEADER)
+
+
+def record(flags: BenchCodesFlags, line: str, header: str) -> None:
+    """Print a row, and put it below the others of its table."""
+    print(line)
+    if not flags.record:
+        return
+    text = RESULTS.read_text() if RESULTS.is_file() else ""
+    if header not in text:
+        text += header
+    end = text.index(header) + len(header)
+    while text[end:end + 1] == "|":
+        end = text.index("\n", end) + 1
+    RESULTS.write_text(text[:end] + line + text[end:])
 
 
 if __name__ == "__main__":

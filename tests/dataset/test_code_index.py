@@ -98,7 +98,7 @@ def test_a_folder_that_changed_is_looked_through_again(llamagen, arpg, looked):
         np.save(llamagen / f"imagenet16_{kind}" / "14.npy", value)
     check_llamagen(llamagen, codes=np.concatenate([CODES, more]), labels=[*LABELS, 3])
     check_arpg(arpg)
-    os.rename(arpg / "1" / "1.npy" if (arpg / "1" / "1.npy").exists() else arpg / "1" / "x1.npy", arpg / "1" / "zzzz.npy")
+    os.rename(arpg / "1" / "x1.npy", arpg / "1" / "zzzz.npy")
     assert [path.name for path in open_stores(str(arpg)).files][3:6] == ["6.npy", "x11.npy", "zzzz.npy"]
 
 

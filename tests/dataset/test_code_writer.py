@@ -27,7 +27,8 @@ class Killed(BaseException):
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch):
-    """Joined files of 2 x 2 images; of 60 bytes of captions, of 24 bytes of features."""
+    """Parts of two images, files of two parts by their bytes, or three by their images; no wait for the disk."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
     for name, value in (("PART_ROWS", 2), ("SHARD_ROWS", 6), ("SHARD_BYTES", 4 * 2 * 16 * 2)):
         monkeypatch.setattr(code_writer, name, value)
 
@@ -97,7 +98,6 @@ def test_a_kill_at_any_step_costs_one_part_at_most(tmp_path, whole, monkeypatch)
 
         folder.mkdir()
         with monkeypatch.context() as patch:
-            patch.setattr(os, "fsync", lambda handle: None)  # a kill is no power cut
             for name in calls:
                 patch.setattr(os, name, lambda *args, name=name, **options: change(name, *args, **options))
             try:
@@ -114,7 +114,6 @@ def test_a_kill_at_any_step_costs_one_part_at_most(tmp_path, whole, monkeypatch)
 
 
 def test_a_full_disk_is_told_and_costs_one_part_at_most(tmp_path, whole, monkeypatch):
-    real = os.fsync
     for step in range(0, 40, 3):
         left = [step]
 
@@ -122,7 +121,6 @@ def test_a_full_disk_is_told_and_costs_one_part_at_most(tmp_path, whole, monkeyp
             left[0] -= 1
             if left[0] < 0:
                 raise OSError(28, "No space left on device")
-            real(handle)
 
         folder = tmp_path / f"full{step}"
         with monkeypatch.context() as patch:
@@ -142,7 +140,7 @@ def test_a_part_that_was_damaged_is_made_anew(tmp_path, whole, monkeypatch):
         write(folder)
     path = code_writer.part_path(folder, 3, "caption")
     path.write_bytes(path.read_bytes()[:-1] + b"?")
-    with pytest.raises(ValueError, match=r"000003-caption\.npy was damaged after it was written: run the extraction aga"):
+    with pytest.raises(ValueError, match=r"000003-caption\.npy was damaged after it was written: run the extraction"):
         write(folder)
     assert write(folder) == [3]
     assert content(folder) == whole
@@ -205,7 +203,8 @@ def test_columns_that_are_not_as_declared_are_refused(tmp_path):
             code_writer.write_part(tmp_path, 0, codes, LABELS[:2], columns=wrong)
     assert not code_writer.is_done(tmp_path, 0)
     for wrong in (("Caption", "text", "uint8"), ("a", "text", "uint16"), ("a", "list", "uint8"),
-                  ("../a", "ragged", "int8"), ("shard", "ragged", "int8"), ("a", "ragged", "object"), ("a", "ragged", "int8", (0,))):
+                  ("../a", "ragged", "int8"), ("shard", "ragged", "int8"), ("a", "ragged", "object"),
+                  ("a", "ragged", "int8", (0,))):
         with pytest.raises(ValueError, match="is no column"):
             Column(*wrong)
     with pytest.raises(ValueError, match="already holds codes made with another columns"):

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from dataset.code_joins import Mixture
+from dataset import code_joins, order
+from dataset.code_joins import Mixture, coprime_stride
 from dataset.codes import CodeBatches, open_store, open_stores, store_weights
 from dataset.loader import StepSampler, loader
+from dataset.order import BLOCK_ROWS, WINDOW_ROWS
 from tests.conftest import TINY_GPT, call
 from tests.dataset.codes import draw, every_code, fake_codes, flip_byte, write_llamagen, write_packed
 
@@ -123,6 +125,50 @@ def test_a_mixture_of_known_numbers(mixture):
     """Runs go on from where they were: what was drawn once is drawn for ever."""
     codes, _ = draw(mixture((1.0, 0.5)), np.full(16, 3), np.arange(16), seed=7)
     assert codes[:, 0].tolist() == [21, 50, 30, 121, 70, 62, 90, 11, 131, 102, 82, 110, 40, 2, 231, 221]
+
+
+@pytest.fixture
+def small_windows(monkeypatch):
+    """Blocks of two samples, windows of two blocks, in every module that knows of them."""
+    for module in (order, code_joins):
+        for name, value in (("BLOCK_ROWS", 2), ("WINDOW_BLOCKS", 4), ("WINDOW_ROWS", 8)):
+            monkeypatch.setattr(module, name, value, raising=module is order)
+
+
+@pytest.mark.parametrize(("weights", "samples"), [((1.0, 1.0), (14, 5)), ((2.5, 1.0), (35, 5)), ((0.5, 3.0), (7, 15))])
+def test_a_mixture_larger_than_a_window_is_mixed_everywhere(mixture, small_windows, weights, samples):
+    store = mixture(weights)
+    epochs = drawn(store, 20)
+    for name, count, size in zip("ab", samples, (14, 5), strict=True):
+        assert all(sum(home == name for home, _, _ in epoch) == count for epoch in epochs)
+        found = Counter(row for epoch in epochs for home, row, _ in epoch if home == name)
+        assert max(found.values()) - min(found.values()) <= 1  # whole passes
+        assert len(found) == size
+    shares = [sum(home == "a" for home, _, _ in epoch[start:start + 8]) / 8 for epoch in epochs
+              for start in range(0, len(store) - 7)]
+    mean = samples[0] / sum(samples)
+    assert all(abs(share - mean) <= 0.3 for share in shares), (min(shares), max(shares), mean)
+    assert len({tuple(epoch) for epoch in epochs}) == 20
+    keys = np.random.default_rng(0).permutation([(epoch, i) for epoch in range(20) for i in range(len(store))])
+    for part in np.array_split(keys, 9):
+        codes, labels = draw(store, *part.T, seed=0)
+        for (epoch, index), code, label in zip(part, codes[:, 0], labels, strict=True):
+            home, row, view = epochs[epoch][index]
+            assert code == 10 * row + view + (200 if home == "b" else 0)
+            assert label == (LABELS[row] if home == "a" else row % 2)
+
+
+@pytest.mark.parametrize("count", [WINDOW_ROWS, WINDOW_ROWS + 1, 3 * 2**21, 50_000_000, 50_000_017, 10**11])
+def test_strides_visit_every_number_and_spread_a_block(count):
+    stride = coprime_stride(count)
+    assert np.gcd(stride, count) == 1
+    assert (count - 1) * stride < 2**63
+    if count == WINDOW_ROWS:
+        assert stride == 1
+    else:
+        block = np.arange(BLOCK_ROWS) * stride % count
+        shares = np.bincount(block * 8 // count, minlength=8)  # of the stores of a mixture, say
+        assert shares.min() > 0.9 * BLOCK_ROWS / 8
 
 
 def test_training_batches_of_a_mixture_do_not_depend_on_ranks(mixture):

@@ -7,7 +7,7 @@ from autoregressive.train.train import open_codes
 from dataset import codes as stores
 from dataset.code_writer import code_dtype
 from tests.conftest import entry
-from tests.dataset.codes import STORE, every_code, fake_codes, write_llamagen
+from tests.dataset.codes import STORE, every_code, fake_codes, write_llamagen, write_packed
 from utils.cli import build_parser
 
 
@@ -70,6 +70,33 @@ def test_damaged_files_of_other_layouts_are_named(tmp_path):
     np.save(folder / "3.npy", fake_codes(count=1, views=2))
     with pytest.raises(ValueError, match=r"3\.npy holds codes of shape \(2, 16\)"):
         every_code(stores.open_store(tmp_path))
+
+
+@pytest.mark.parametrize("write", [
+    write_llamagen, lambda root, codes, labels: write_packed(root / STORE, codes, labels)], ids=["llamagen", "packed"])
+def test_other_crops_beside_a_folder_are_pointed_out(tmp_path, capsys, monkeypatch, write):
+    """LlamaGen draws from both in silence."""
+    def said(paths: str, **options) -> str:
+        stores.open_stores(paths, **options)
+        return capsys.readouterr().err
+
+    wide, narrow = tmp_path / "x_ten_crop", tmp_path / "x_ten_crop_105"
+    write(wide, fake_codes(), np.arange(14))
+    narrow.mkdir()
+    assert said(str(wide), subfolder=STORE) == ""  # nothing is in it
+    write(narrow, fake_codes(seed=1), np.arange(14))
+    expected = (f"note: {narrow} lies beside {wide}: LlamaGen draws from both, here only what is named is read; "
+                f"--code-path {wide},{narrow} takes both\n")
+    assert said(str(wide), subfolder=STORE) == said(str(wide)) == expected
+    assert f"--code-path {wide}/{STORE},{narrow}/{STORE} takes both" in said(f"{wide}/{STORE}")
+    assert said(str(narrow)) == said(f"{wide},{narrow}") == said(f"{narrow},{wide}/") == ""
+    assert said(str(wide), weights=(1.0,)) == ""  # other images are mixed by weights, not crops
+    assert stores.open_stores(f"{wide},{narrow}").views == 20
+    monkeypatch.chdir(tmp_path)
+    assert "takes both\n" in said("x_ten_crop")
+    write(tmp_path / "plain", fake_codes(), np.arange(14))
+    (tmp_path / "plain_105").mkdir()
+    assert said(str(tmp_path / "plain")) == ""
 
 
 # ---- batches

@@ -116,7 +116,8 @@ np.testing.assert_array_equal(both.labels, np.arange(2500) % 7)
 assert len(os.listdir("/proc/self/fd")) == before, os.listdir("/proc/self/fd")
 for workers in (0, 2):
     seen = []
-    sampler = StepSampler(2500, global_batch=250, accumulation=1, rank=0, world_size=1, seed=0, start_step=0, end_step=10)
+    sampler = StepSampler(2500, global_batch=250, accumulation=1, rank=0, world_size=1, seed=0, start_step=0,
+                          end_step=10)
     for batch in loader(CodeBatches(both, vocab_size=256, seed=0), sampler, num_workers=workers, pin_memory=False):
         seen.append(batch["labels"])
         assert batch["codes"].shape == (250, 16)
@@ -126,6 +127,7 @@ call("verify", "--code-path", f"{a},{b}")
 """
 
 
+@pytest.mark.processes
 def test_thousands_of_old_shards_open_under_a_low_limit_of_descriptors(tmp_path):
     for name, codes in (("a", fake_codes(2500, 2)), ("b", fake_codes(2500, 1, seed=1))):
         many_shards(tmp_path / name, codes, np.arange(2500) % 7)

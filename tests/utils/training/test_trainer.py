@@ -71,7 +71,7 @@ def test_two_processes_and_accumulation_are_one_batch(image_folder, code_store, 
     said = two_processes([("train_vq", [*vq, "--results-dir", tmp_path / "two"]),
                           ("train_gpt", [*gpt, "--results-dir", tmp_path / "two"]),
                           ("extract", [*extract, tmp_path / "two"])], tmp_path,
-                         setup="import dataset.code_writer; dataset.code_writer.PART_ROWS = 10")
+                         setup="from dataset import code_writer; code_writer.PART_ROWS, code_writer.SHARD_ROWS = 5, 10")
     assert "reducer.cpp" in said and "strides" not in said, said  # it warns of find_unused_parameters, nothing else
     for name, flags, model in (("train_vq", vq, "VQ-4-S"), ("train_gpt", gpt, "GPT-S")):
         call(name, *flags, "--results-dir", tmp_path / "one")
@@ -91,7 +91,8 @@ def test_two_processes_and_accumulation_are_one_batch(image_folder, code_store, 
 
     stores_made = [tmp_path / side / "imagenet16_codes" for side in ("one", "two")]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(code_writer, "PART_ROWS", 10)
+        patch.setattr(code_writer, "PART_ROWS", 5)
+        patch.setattr(code_writer, "SHARD_ROWS", 10)
         call("extract", *extract, tmp_path / "one")
     one, two = ({path.name: path.read_bytes() for path in folder.iterdir()} for folder in stores_made)
     assert len(one) == 6
