@@ -290,13 +290,13 @@ def main(flags: BenchCodesFlags) -> None:
     torch.set_num_threads(1)
     for length in LENGTHS:
         with tempfile.TemporaryDirectory(dir=flags.bench_folder) as root:
-            record(flags, measure_length(flags, Path(root), length), HEADER)
+            write_row(flags, measure_length(flags, Path(root), length), HEADER)
     if flags.bench_order:
         with tempfile.TemporaryDirectory(dir=flags.bench_folder) as root:
-            record(flags, measure_order(flags, Path(root)), ORDER_HEADER)
+            write_row(flags, measure_order(flags, Path(root)), ORDER_HEADER)
 
 
-def record(flags: BenchCodesFlags, line: str, header: str) -> None:
+def write_row(flags: BenchCodesFlags, line: str, header: str) -> None:
     """Print a row, and put it below the others of its table."""
     print(line)
     if not flags.record:
