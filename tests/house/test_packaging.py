@@ -38,6 +38,7 @@ def wheel(tmp_path_factory) -> Path:
     return made
 
 
+@pytest.mark.processes
 def test_the_wheel_holds_modules_recipes_and_kernels_and_no_more(wheel):
     with zipfile.ZipFile(wheel) as content:
         held = {name for name in content.namelist() if ".dist-info/" not in name}
@@ -48,6 +49,7 @@ def test_the_wheel_holds_modules_recipes_and_kernels_and_no_more(wheel):
     assert {name for name in held if not name.endswith("__init__.py")} == wanted
 
 
+@pytest.mark.processes
 def test_an_installed_wheel_finds_its_recipes_and_kernels(wheel, tmp_path):
     with zipfile.ZipFile(wheel) as content:
         content.extractall(tmp_path / "installed")
@@ -97,6 +99,7 @@ def without_extras(code: str, *argv) -> subprocess.CompletedProcess:
                           env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, check=False)
 
 
+@pytest.mark.processes
 def test_a_base_install_trains_on_an_image_folder(image_folder, tmp_path):
     code = "from tokenizer.tokenizer_image import vq_train as entry; entry.cli.run(entry.main, entry.VQTrainFlags)"
     done = without_extras(code, *TINY_VQ, "--data-path", image_folder, "--epochs", 1, "--results-dir", tmp_path)
@@ -104,6 +107,7 @@ def test_a_base_install_trains_on_an_image_folder(image_folder, tmp_path):
     assert (tmp_path / "000-VQ-4-S" / "metrics.jsonl").is_file()
 
 
+@pytest.mark.processes
 def test_without_extras_every_command_starts_and_says_what_is_missing(code_store, image_folder, tmp_path):
     modules = [module for module, _ in ENTRIES if not module.startswith("benchmarks.")]
     calls = {"autoregressive.train.doctor": (["--code-path", code_store / "imagenet16_codes"], "install matplotlib"),
