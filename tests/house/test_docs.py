@@ -86,17 +86,6 @@ def test_every_launch_script_is_known():
             assert (ROOT / target).is_file()
 
 
-def test_files_that_are_named_exist():
-    """In documents, docstrings and comments."""
-    rooms = "utils|native|dataset|tokenizer|autoregressive|evaluations|benchmarks|tests|scripts"
-    named = re.compile(rf"(?<![\w/.>-])(?:{rooms})/[\w/]+\.(?:py|sh|cpp|h)\b")
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-    texts = {name: (ROOT / name).read_text() for name in listed if name.endswith((".md", ".py", ".sh", ".cpp", ".h"))}
-    found = {(name, path) for name, text in texts.items() for path in named.findall(text)}
-    assert len(found) > 100
-    assert not {(name, path) for name, path in found if not (ROOT / path).is_file()}
-
-
 def test_flags_in_a_walk_exist():
     text = (ROOT / "scripts" / "autoregressive" / "finetune_emoji.sh").read_text()
     found = [words for line in text.replace("\\\n", " ").splitlines() if (words := line.split())[:1] == ["bash"]]

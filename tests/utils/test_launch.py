@@ -11,7 +11,8 @@ import pytest
 
 from tests.conftest import ROOT
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has ended")
+pytestmark = [pytest.mark.processes, pytest.mark.skipif(
+    sys.platform != "linux", reason="only Linux tells a process that its parent has ended")]
 PATIENCE = 120.0
 
 
