@@ -5,6 +5,8 @@ no more than 1,024. The system call needs none once it has returned. It allows 6
 (vm.max_map_count), so files are mapped when they are first read from, and beyond MAPS the first ones are let go.
 """
 import ctypes
+import functools
+import io
 import math
 import mmap
 import os
@@ -22,15 +24,22 @@ Header = tuple[tuple[int, ...], np.dtype, int]  # shape, dtype, where the number
 
 def read_header(file: BinaryIO) -> Header:
     """The header of an open .npy file. Raises ValueError or EOFError when it is none, or the length is another."""
-    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     version = np.lib.format.read_magic(file)
-    if version not in readers:
-        raise ValueError(f"version {version} of the .npy format")
-    shape, fortran, dtype = readers[version](file)
+    length = file.read({(1, 0): 2, (2, 0): 4}.get(version, 0))
+    shape, fortran, dtype = parse_header(version, length + file.read(int.from_bytes(length, "little")))
     expected, found = file.tell() + math.prod(shape) * dtype.itemsize, os.fstat(file.fileno()).st_size
     if fortran or dtype.hasobject or expected != found:
         raise ValueError(f"{found} bytes, expected {expected} of a plain array")
     return shape, dtype, file.tell()
+
+
+@functools.lru_cache(maxsize=256)
+def parse_header(version: tuple[int, int], header: bytes) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """(shape, whether columns come first, dtype); kept, as most of thousands of files have the same."""
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    if version not in readers:
+        raise ValueError(f"version {version} of the .npy format")
+    return readers[version](io.BytesIO(header))
 
 
 def map_array(path: Path, shape: tuple[int | None, ...], dtype: np.dtype) -> np.ndarray:
@@ -55,15 +64,21 @@ def map_array(path: Path, shape: tuple[int | None, ...], dtype: np.dtype) -> np.
 
 def _map(descriptor: int, size: int) -> Any:
     """A buffer over a whole open file, unmapped when nothing refers to it any more."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.mmap.restype, libc.munmap.argtypes = ctypes.c_void_p, (ctypes.c_void_p, ctypes.c_size_t)
-    libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
+    libc = _libc()
     address = libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, 0)
     if address == ctypes.c_void_p(-1).value:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     buffer = (ctypes.c_char * size).from_address(address)
     weakref.finalize(buffer, libc.munmap, address, size).atexit = False
     return buffer
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype, libc.munmap.argtypes = ctypes.c_void_p, (ctypes.c_void_p, ctypes.c_size_t)
+    libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
+    return libc
 
 
 class MappedFiles:

@@ -76,7 +76,7 @@ def test_batches_carry_columns_of_the_drawn_images(packed):
     assert batch["caption"] == [texts()[row] for row in (5, 13, 0)]
     np.testing.assert_array_equal(batch["t5"][1], features()[13])
     plain = CodeBatches(store, vocab_size=256, seed=0).__getitems__(keys)
-    assert plain.keys() == {"codes", "labels"}
+    assert batch.keys() - plain.keys() == {"caption", "t5"}
     assert (plain["codes"] == batch["codes"]).all()
 
 
@@ -183,6 +183,13 @@ def respell(folder):
     manifest["columns"][0]["files"][0]["sha256"] = "1" * 64
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder
+
+
+def test_the_same_letters_for_other_images_are_another_column(tmp_path):
+    for name, values in (("a", ["ab", "c"] * 7), ("b", ["a", "bc"] * 7)):
+        write_packed(tmp_path / name, CODES, LABELS, columns={CAPTION: values})
+    with pytest.raises(ValueError, match="b has another column 'caption' of the same images than"):
+        open_stores(f"{tmp_path / 'a'},{tmp_path / 'b'}")
 
 
 def test_a_column_cut_otherwise_is_the_same(packed, tmp_path):
