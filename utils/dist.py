@@ -13,7 +13,7 @@ import torch
 import torch.distributed
 
 Precision = Literal["none", "fp32", "tf32", "fp16", "bf16"]  # none and fp32 are one
-BF16_PAYS_FROM = 500_000  # trained weights, on a CPU: measured, benchmarks/results/precision.md
+BF16_PAYS_FROM = 500_000  # weights of what is trained, on a CPU: measured, benchmarks/results/precision.md
 PR_SET_PDEATHSIG = 1  # Linux's <sys/prctl.h>: the signal that a process gets when its parent ends
 LAUNCHER = "LLAMAGEN_LAUNCHER"  # utils/launch.py's process number, for the processes that it starts
 
@@ -199,7 +199,7 @@ def compute_dtype(precision: Precision | None, device: torch.device, *, weights:
     """The autocast type for a precision flag; None, the user said nothing: bf16 where that is faster.
 
     On a CPU bf16 without instructions for it is emulated, slower than fp32, and fp16 has no kernels worth using: both
-    become fp32. With such instructions bf16 pays for all but the smallest models; `weights`: how many are trained.
+    become fp32. With such instructions bf16 pays for all but the smallest models; `weights`: how many there are.
     """
     if precision in ("none", "fp32", "tf32"):
         return torch.float32

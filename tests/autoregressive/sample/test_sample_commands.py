@@ -7,15 +7,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from autoregressive.sample import sample_c2i, sample_ddp
 from autoregressive.sample.options import SampleFlags
 from autoregressive.sample.pipeline import labels_for, load_pipeline
 from tests.conftest import ROOT
+from tokenizer.build import decode_images
 from tokenizer.tokenizer_image.vq_model import VQ_models
 from utils import cli
 from utils.checkpoints import containers
-from utils.images import load_png
+from utils.images import load_png, to_uint8
+from utils.seeding import sample_generator
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
@@ -108,11 +111,19 @@ def test_an_image_depends_on_seed_and_index_only(pipeline):
     assert not np.array_equal(pipeline(labels, seed=5, indices=list(range(9))), whole)
 
 
+def test_images_are_resized_bicubically(pipeline):
+    codes = pipeline.sample_codes([0, 1], seed=0, indices=[0, 1])
+    pixels = F.interpolate(decode_images(pipeline.tokenizer, codes, (4, 4)), size=(24, 20), mode="bicubic")
+    assert np.array_equal(pipeline.to_pixels(codes, size=(24, 20)), to_uint8(pixels))
+
+
 def test_labels_are_fixed_by_seed_and_index():
     assert labels_for(range(7), mode="balanced", num_classes=3, seed=0) == [0, 1, 2, 0, 1, 2, 0]
     random = labels_for(range(3000), mode="random", num_classes=3, seed=1)
     assert labels_for([7, 2999], mode="random", num_classes=3, seed=1) == [random[7], random[2999]]
     assert random != labels_for(range(3000), mode="random", num_classes=3, seed=2)
+    of_codes = [sample_generator(1, i) for i in range(3000)]  # another stream
+    assert random != [int(torch.randint(3, (), generator=stream)) for stream in of_codes]
     counts = np.bincount(random, minlength=3)
     assert ((counts - 1000) ** 2 / 1000).sum() < 18
 

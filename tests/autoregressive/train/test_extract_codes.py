@@ -80,6 +80,12 @@ def test_ten_crop_is_torchvisions():
     assert to_tensor(plain[0].copy()).shape == (3, 16, 16)
 
 
+def test_a_store_without_mirror_images(extract, code_store):
+    store, both = codes.open_store(extract("one", "--no-mirror")), codes.open_store(code_store)
+    assert (store.views, both.views) == (1, 2)
+    np.testing.assert_array_equal(every_code(store)[:, 0], every_code(both)[:, 0])
+
+
 def test_ten_views_in_the_store(extract, image_folder, tokenizer):
     store = codes.open_store(extract("ten", "--ten-crop"))
     assert store.views == 10

@@ -1,4 +1,7 @@
-"""Token noise: some of the input codes are replaced by random ones, the targets are not."""
+"""What the training command makes of its flags: token noise, dropout or stochastic depth; what it draws for scores."""
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 
@@ -35,3 +38,27 @@ def test_inputs_are_replaced_and_targets_are_not():
     assert torch.equal(seen["targets"], codes)
     kept = seen["inputs"] == codes[:, :-1]
     assert 0.3 < kept.float().mean() < 0.8
+
+
+@pytest.mark.parametrize(("rate", "dropout"), [(0.0, 0.3), (0.2, 0.0)])
+def test_stochastic_depth_takes_the_place_of_dropout_in_blocks(rate, dropout):
+    flags = train.GPTTrainFlags(code_path="", dropout_p=0.3, token_dropout_p=0.4, drop_path_rate=rate)
+    store = SimpleNamespace(grid=(4, 4), vocab_size=10, num_classes=3)
+    config = train.build_model(flags, "GPT-S", store).config
+    assert (config.resid_dropout_p, config.ffn_dropout_p, config.drop_path_rate) == (dropout, dropout, rate)
+    assert config.token_dropout_p == 0.4
+
+
+def test_an_evaluation_draws_every_class_equally_often():
+    asked = {}
+
+    def sample(model, labels, indices):
+        asked.update(zip(indices.tolist(), labels.tolist(), strict=True))
+        return np.zeros((len(labels), 8, 8, 3), np.uint8)
+
+    task = SimpleNamespace(sample=sample, tokenizer=SimpleNamespace(downsample=2))
+    model = SimpleNamespace(config=SimpleNamespace(grid=(4, 4), num_classes=3))
+    stream = train.SampleStream(task, model, 7)
+    for rank in range(2):
+        list(stream.batches(2, rank=rank, world_size=2))
+    assert asked == {i: i % 3 for i in range(7)}
