@@ -1,5 +1,6 @@
 """From a name to a data set of images. Every one offers the same: len, labels, classes, image(i), name(i)."""
 import hashlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,11 +48,16 @@ class DataFlags(DatasetFlags, SizeFlags):
     image_size: tuple[int, int] = (256, 256)
 
 
-def data_fingerprint(data: ImageDataset, root: str | None) -> str:
-    """A hash of the names (below `root`) and labels of a data set: the same for a folder that was moved."""
-    above = "" if root is None else str(Path(root))
-    names = "\n".join(data.name(index).removeprefix(above) for index in range(len(data)))
-    return hashlib.sha256(names.encode(errors="surrogateescape") + np.asarray(data.labels).tobytes()).hexdigest()
+def data_fingerprint(data: ImageDataset, roots: tuple[str | None, ...]) -> str:
+    """A hash of the names, below the folders `roots`, and labels of a data set: the same when a folder has moved."""
+    above = tuple(str(Path(root)) + os.sep for root in roots if root is not None)
+    digest = hashlib.sha256(np.asarray(data.labels).tobytes())
+    for index in range(len(data)):
+        name = data.name(index)
+        for root in above:
+            name = name.removeprefix(root)
+        digest.update(name.encode(errors="surrogateescape") + b"\n")
+    return digest.hexdigest()
 
 
 def build_dataset(name: str, data_path: str | None, *, size: tuple[int, int]) -> ImageDataset:

@@ -20,10 +20,13 @@ from tqdm import tqdm
 from dataset.code_index import FolderIndex
 from dataset.code_layouts import CodeStore, class_folders, labels_of
 from dataset.path_list import PathList
+from utils.files import file_hash
 
 NO_GAPS = "codes and labels are numbered 0 … N-1 without gaps"
 NUMBER = re.compile("0|[1-9][0-9]{0,17}")
-WITNESSES = 64  # label files whose size and time are compared: an index notices labels that were all written anew
+# As many code files stand for all where stores are compared; of as many label files an index compares size and
+# time, so that labels which were all written anew are noticed.
+WITNESSES = 64
 
 
 class FileStore(CodeStore):
@@ -47,6 +50,11 @@ class FileStore(CodeStore):
         """The codes of one image, (views, L)."""
         codes = load_array(path)
         return codes.reshape(-1, codes.shape[-1])
+
+    def contents(self) -> list[str]:
+        """Hashes of some code files, evenly spaced."""
+        places = np.unique(np.linspace(0, len(self.files) - 1, WITNESSES).astype(int)).tolist()
+        return [file_hash(self.files[place]) for place in places]
 
     def read_files(self, rows: np.ndarray, views: np.ndarray) -> np.ndarray:
         """One file per row. Raises ValueError for one of another shape."""

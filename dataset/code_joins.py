@@ -28,6 +28,10 @@ class OtherViews(CodeStore):
                          columns=agreed_columns(paths, stores), **common(stores))
         self.leave_out(np.unique(np.concatenate([store.damaged for store in stores])))
 
+    def contents(self) -> list[str]:
+        """The stores' fingerprints."""
+        return [store.fingerprint() for store in self.stores]
+
     def read_files(self, rows: np.ndarray, views: np.ndarray) -> np.ndarray:
         """From the store that has the view."""
         out = np.empty((len(rows), math.prod(self.grid)), dtype=np.int64)
@@ -70,6 +74,10 @@ class Mixture(CodeStore):
 
     def __len__(self) -> int:
         return int(self.offsets[-1])
+
+    def contents(self) -> list[Any]:
+        """The stores' fingerprints and weights."""
+        return [[store.fingerprint() for store in self.stores], list(self.weights)]
 
     def read_files(self, rows: np.ndarray, views: np.ndarray) -> np.ndarray:
         """Rows counted through the stores; one with fewer views starts again at its first."""

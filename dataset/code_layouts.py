@@ -45,9 +45,13 @@ class CodeStore:
         return len(self.classes) if self.classes else int(self.labels.max()) + 1
 
     def fingerprint(self) -> str:
-        """A hash of what it holds: of its manifest where it has one, its labels, views and grid."""
-        described = json.dumps([self.manifest, self.views, self.grid, len(self)], sort_keys=True)
+        """A hash of what it holds, by its labels and `contents`."""
+        described = json.dumps([self.contents(), self.views, self.grid, len(self)], sort_keys=True)
         return hashlib.sha256(described.encode() + np.ascontiguousarray(self.labels).tobytes()).hexdigest()
+
+    def contents(self) -> Any:
+        """What tells its codes from others, JSON-ready: the manifest, which has the hashes of the files."""
+        return self.manifest
 
     def read(self, rows: np.ndarray, views: np.ndarray) -> np.ndarray:
         """Rows (B,) in the views (B,) → codes (B, L) int64."""

@@ -131,7 +131,7 @@ def failing_together() -> Iterator[None]:
         problem = [error]
     everyones = gather_lists(problem)
     if everyones:
-        raise (problem or everyones)[0]
+        raise next((error for error in everyones if isinstance(error, OSError)), everyones[0])
 
 
 def lost_contact(error: BaseException) -> bool:

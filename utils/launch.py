@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
               if name in os.environ]
     if nodes == 1 and "master_port" not in os.environ:
         flags.append("--standalone")
-    if Path("/proc/self").is_dir():
+    if Path(f"/proc/self/task/{os.getpid()}/children").exists():  # not every Linux has it
         threading.Thread(target=pass_on, args=[signal.SIGTERM], daemon=True).start()
     else:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])

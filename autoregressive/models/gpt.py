@@ -175,7 +175,7 @@ class Transformer(nn.Module):
         if summed_loss:
             loss = linear_cross_entropy(x.flatten(0, 1), self.output.weight, targets.flatten(), valid=weight,
                                         reduction="sum")
-            return loss, loss.new_tensor(float(targets.numel())) if weight is None else weight.sum()
+            return loss, loss.new_full((), float(targets.numel())) if weight is None else weight.sum()
         logits = self.output(x)  # (B, n+1, V)
         if targets is None:
             return logits, None

@@ -63,7 +63,7 @@ class GPTTask:
             loss, weight = self.modules["model"](inputs, batch["labels"], targets=codes, valid=batch.get("valid"),
                                                  dropped=batch["dropped"], summed_loss=True)
         backward("model", loss, weight)
-        return {"loss": loss / weight.clamp_min(1)}
+        return {"loss": torch.where(weight > 0, loss / weight, 0.0)}
 
     def check(self, facts: dict[str, Any], path: Path) -> None:
         """Raise ValueError for a checkpoint of other classes."""
@@ -235,7 +235,7 @@ def main(flags: GPTTrainFlags) -> None:
                              "image_size": store.manifest.get("image_size")}
     if lora is not None:
         saved["lora"] = lora
-    identity = identity_of(flags, data=store.fingerprint(), model=saved, start=source)
+    identity = identity_of(flags, data=store.fingerprint(), model=saved, start=source, covered=("init_from",))
     trainer = Trainer(task, flags, process, choose_run(flags, name, identity), samples=len(store), saved_config=saved)
     if content and not started:
         trainer.restore(containers.resolve(flags.gpt_ckpt))

@@ -213,7 +213,9 @@ def main(flags: VQTrainFlags) -> None:
     saved = {"kind": "tokenizer", "vq_model": name, "codebook_size": model.config.codebook_size,
              "codebook_embed_dim": model.config.codebook_embed_dim,
              "codebook_l2_norm": model.config.codebook_l2_norm, "image_size": list(flags.image_size)}
-    identity = identity_of(flags, data=data_fingerprint(data, flags.data_path), model=saved, start=flags.vq_ckpt)
+    roots = (flags.data_path, flags.data_face_path)
+    identity = identity_of(flags, data=data_fingerprint(data, roots) if process.is_main else "", model=saved,
+                           start=flags.vq_ckpt, covered=("data_face_path", "codebook_l2_norm"))
     trainer = Trainer(task, flags, process, choose_run(flags, name, identity), samples=len(data), saved_config=saved)
     if flags.vq_ckpt is not None:
         warm_start(flags, content, trainer)

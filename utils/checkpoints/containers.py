@@ -68,7 +68,7 @@ def read_file(path: Path) -> dict[str, Any]:
             return {"model": load_file(path), "config": config} if ours else load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace, LIGHTNING_CALLBACK]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is wrong with the file is said below, in one line
-            mapped = zipfile.is_zipfile(path)  # tensors stay in the file until they are used: no copy in memory
+            mapped = _can_be_mapped(path)  # tensors stay in the file until they are used: no copy in memory
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         reason = first_line(error).rstrip(". ")
@@ -81,6 +81,14 @@ def read_file(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, expected a checkpoint")
     return content
+
+
+def _can_be_mapped(path: Path) -> bool:
+    """Whether a file is a zip archive, as torch writes them, whose entries lie there as they are."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
 
 
 def weights(content: dict[str, Any], source: str | Path, *, prefer: tuple[str, ...] = WEIGHT_KEYS) -> dict[str, Tensor]:
@@ -136,6 +144,12 @@ def save(content: dict[str, Any], path: Path) -> None:
 def newest(folder: Path) -> Path | None:
     """The checkpoint with the highest step in a folder, None if there is none. Unfinished ones do not count."""
     return next(iter(sharded.candidates(folder)), None)
+
+
+def identity_hash(path: str | Path) -> str:
+    """A hash that tells checkpoints apart: of a training checkpoint's state.json, which has those of its files."""
+    path = resolve(path)
+    return file_hash(path / sharded.STATE) if sharded.is_sharded(path) else content_hash(path)
 
 
 def content_hash(path: str | Path) -> str:

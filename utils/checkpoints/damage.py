@@ -5,10 +5,14 @@ A disk that fails, a lack of memory and a wrong call of ours are none: a checkpo
 import pickle
 import struct
 import traceback
+import zipfile
 from pathlib import Path
 
+import torch
+
+# What torch has been seen to raise for files cut short or with flipped bits.
 WRONG_CONTENT = (RuntimeError, EOFError, LookupError, ValueError, ArithmeticError, AssertionError, struct.error,
-                 pickle.UnpicklingError)  # what torch has been seen to raise for files cut short or with flipped bits
+                 pickle.UnpicklingError, zipfile.BadZipFile)
 UNPICKLING_FILES = {"_weights_only_unpickler.py", "serialization.py", "_utils.py", "_tensor.py", "storage.py"}
 
 
@@ -21,6 +25,9 @@ def is_damage(error: BaseException) -> bool:
 
     A TypeError or AttributeError does only if torch raised it while unpickling; elsewhere it is a mistake in our call.
     """
+    if isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError)
+                                                     and "can't allocate memory" in str(error)):
+        return False
     if isinstance(error, TypeError | AttributeError):
         frames = traceback.extract_tb(error.__traceback__)
         return bool(frames) and Path(frames[-1].filename).name in UNPICKLING_FILES

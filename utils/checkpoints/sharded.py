@@ -24,11 +24,11 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from utils import dist
 from utils.checkpoints.damage import DamagedError, is_damage
-from utils.files import file_hash, first_line
+from utils.files import exists, file_hash, first_line, names_in
 
 FORMAT = "llamagen-checkpoint-1"
 FACTS = {"steps": int, "config": dict, "files": dict}  # what state.json must have, of which type
-MAY_BE = {"flags": dict, "meter": dict, "skipped_in_a_row": int}
+MAY_BE = {"flags": dict, "identity": dict, "meter": dict, "skipped_in_a_row": int}
 STATE, INDEX = "state.json", ".metadata"
 INDEX_CLASSES = {  # all that DCP's index of tensors is made of
     "torch.distributed.checkpoint.metadata": {
@@ -79,8 +79,9 @@ def shard_files(index: Metadata) -> set[str]:
 
 def candidates(folder: Path) -> list[Path]:
     """The checkpoints in a folder, newest first, unfinished ones left out; .pt files of earlier versions count."""
-    files = [path for path in folder.glob("*.pt") if path.stem.isdigit()]
-    folders = [path for path in folder.glob("*") if path.name.isdigit() and is_sharded(path)]
+    names = names_in(folder)
+    files = [folder / name for name in names if name.endswith(".pt") and name.removesuffix(".pt").isdigit()]
+    folders = [folder / name for name in names if name.isdigit() and is_sharded(folder / name)]
     return sorted(files + folders, key=lambda path: (int(path.stem), path.is_dir()), reverse=True)
 
 
@@ -93,7 +94,7 @@ def set_aside(path: Path) -> None:
 
 def is_sharded(path: Path) -> bool:
     """Whether a path is a folder of this format."""
-    return (path / STATE).is_file()
+    return exists(path / STATE)
 
 
 def read_facts(path: Path) -> dict[str, Any]:
@@ -122,7 +123,7 @@ def check_files(path: Path, *, rank: int = 0, world_size: int = 1) -> None:
     with dist.failing_together() if world_size > 1 else contextlib.nullcontext():
         recorded = read_facts(path)["files"]
         for name, expected in sorted(recorded.items())[rank::world_size]:
-            if not (path / name).is_file():
+            if not exists(path / name):
                 raise DamagedError(f"{path} is damaged: {name} is missing")
             if file_hash(path / name) != expected:
                 raise DamagedError(f"{path} is damaged: {name} is changed")
@@ -138,7 +139,8 @@ def sizes_in(path: Path) -> dict[str, torch.Size]:
 
 def load_into(path: Path, tensors: dict[str, Tensor]) -> None:
     """Fill `tensors`, whole or sharded, in place. All processes call it, each with the tensors it wants."""
-    with _damage_named(path):
+    with _damage_named(path), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is meant
         dcp.load(tensors, storage_reader=SafeReader(path))
 
 

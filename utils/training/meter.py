@@ -58,14 +58,14 @@ class Meter:
         return {"ranks": dist.gather_lists([mine])}
 
     def restore(self, state: dict[str, Any], rank: int) -> None:
-        """Take over this rank's sums; those of rank 0 for a rank that was not there."""
+        """Take over this rank's sums. Of another number of processes rank 0 takes all, so that means stay the same."""
         ranks = state.get("ranks", [])
         if ranks:
-            mine = ranks[rank] if rank < len(ranks) else ranks[0]
+            mine = [ranks[rank]] if len(ranks) == dist.world_size() else ranks if rank == 0 else []
             self.sums, self.counts = (
-                {name: torch.tensor(value, device=self.device) for name, value in mine[key].items()}
-                for key in ("sums", "counts"))
-            self.skipped = torch.tensor(mine["skipped"], device=self.device)
+                {name: torch.tensor(float(sum(one[key].get(name, 0.0) for one in mine)), device=self.device)
+                 for name in {name for one in ranks for name in one[key]}} for key in ("sums", "counts"))
+            self.skipped = torch.tensor(ranks[0]["skipped"], device=self.device)
 
 
 def peak_memory(device: torch.device) -> float:

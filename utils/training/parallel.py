@@ -65,7 +65,7 @@ class ParallelFlags:
 
 
 def apply_parallelism(model: nn.Module, flags: ParallelFlags, device: torch.device, *, dtype: torch.dtype,
-          compiled: bool) -> nn.Module:
+                      compiled: bool) -> nn.Module:
     """Put an unfilled model (meta device) on this process's device as the flags say; `dtype` is the type to compute in.
 
     Returns what to call, under autocast of that type, in its place. Its values are undefined: `init_weights` or a

@@ -4,35 +4,37 @@ A run is recognised by its identity: what shapes its result (model, data, optimi
 how it is spread over processes, or how often it logs.
 """
 import dataclasses
+import fcntl
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
 
-try:
-    import fcntl
-except ImportError:  # Windows has no locks of this kind: two trainings in one folder are not noticed there
-    fcntl = None
-
 from utils import dist
-from utils.checkpoints import sharded
+from utils.checkpoints import containers, sharded
 from utils.cli import declaring_class
+from utils.files import names_in
 from utils.training.flags import TrainFlags
 
-LOCK_PATIENCE = 20.0  # seconds in which what is left of a killed training ends
+LOCK_PATIENCE = 120.0  # seconds in which a killed training ends, and NFS gives up the locks of a lost machine
 
 
-def identity_of(flags: TrainFlags, *, data: str, model: dict[str, Any], start: str | None) -> dict[str, Any]:
+def identity_of(flags: TrainFlags, *, data: str, model: dict[str, Any], start: str | None,
+                covered: tuple[str, ...] = ()) -> dict[str, Any]:
     """What shapes a run, JSON-ready: flags of the classes with `shapes_run`, the data's hash, the model, its start.
 
-    `start` names the checkpoint whose weights the run begins with.
+    `start` is the file or folder whose weights the run begins with. `covered` are flags that data, model and start
+    already say all about. All processes call this together; what process 0 finds counts.
     """
     names = [field.name for field in dataclasses.fields(flags)
              if vars(declaring_class(type(flags), field.name)).get("shapes_run", True)]
-    shaping = {name: getattr(flags, name) for name in names}
+    shaping = {name: getattr(flags, name) for name in names if name not in covered}
     if flags.lr_schedule == "constant":
         del shaping["epochs"]  # more of them are more of the same
-    return json.loads(json.dumps({**shaping, "data": data, "model": model, "start": start}))
+    with dist.failing_together():
+        started = containers.identity_hash(start) if start is not None and dist.env_rank() == 0 else None
+    return dist.broadcast_object(json.loads(json.dumps({**shaping, "data": data, "model": model, "start": started})))
 
 
 @dataclasses.dataclass
@@ -51,14 +53,18 @@ class RunFolder:
         A number that another training has taken meanwhile is passed over. All processes call this together. Raises
         ValueError when another training, or what is left of one, still works in a known folder.
         """
+        rank = dist.env_rank()
         with dist.failing_together():
-            if dist.env_rank() == 0:
-                if self.known:
-                    _wait_until_free(self.path)
-                else:
-                    self.path = _make_new(flags, self.path)
+            if rank == 0:
+                self.path = self.path if self.known else _make_new(flags, self.path)
+                self.lock = Lock(self.path, rank)
+                self.lock.take(patience=LOCK_PATIENCE)
         self.path = dist.broadcast_object(self.path)
-        self.known, self.lock = True, Lock(self.path, dist.env_rank())
+        with dist.failing_together():
+            if rank > 0:
+                self.lock = Lock(self.path, rank)
+                self.lock.take(patience=0.0)
+        self.known = True
 
 
 def choose_run(flags: TrainFlags, model_name: str, identity: dict[str, Any]) -> RunFolder:
@@ -75,7 +81,7 @@ def _choose(flags: TrainFlags, model_name: str, identity: dict[str, Any]) -> Run
     results = Path(flags.results_dir)
     reason = ""
     for name in reversed(_taken(flags)) if flags.resume == "auto" else ():
-        if name[4:] == model_name:
+        if name.split("-", 1)[1] == model_name:
             recorded = _recorded_identity(flags, name)
             differences = ["nothing in it tells what it was"] if recorded is None else _differences(recorded, identity)
             if not differences:
@@ -88,37 +94,51 @@ class Lock:
     """Held by a process as long as it may write into a run's folder; the system gives it up when the process ends."""
 
     def __init__(self, folder: Path, rank: int) -> None:
-        self.file = None
-        if fcntl is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            self.file = open(folder / f".lock-{rank}", "a")  # noqa: SIM115 (kept open)
-            _try_lock(self.file)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.path = folder, folder / f".lock-{rank}"
+        self.file = open(self.path, "a")  # noqa: SIM115 (kept open)
+
+    def take(self, *, patience: float) -> None:
+        """Wait `patience` seconds for it; process 0's is had when no other process holds one of the folder's either.
+
+        Raises ValueError when somebody still does.
+        """
+        deadline = time.monotonic() + patience
+        while not (_try_lock(self.file) and (self.path.name != ".lock-0" or not self.others())):
+            if time.monotonic() > deadline:
+                self.release()
+                raise ValueError(f"{self.folder} is in use: another training, or a process that an interrupted one has "
+                                 "left, still works in it. End that one, or start without --resume auto for a new run; "
+                                 "if nothing works there any more, remove its .lock files")
+            time.sleep(0.2)
+
+    def others(self) -> list[Path]:
+        """Locks of the folder that other processes hold."""
+        return [path for path in self.folder.glob(".lock-*") if path != self.path and _is_locked(path)]
 
     def release(self) -> None:
         """Let other trainings have the folder."""
-        if self.file is not None:
-            self.file.close()
-            self.file = None
+        self.file.close()
 
 
 def _make_new(flags: TrainFlags, folder: Path) -> Path:
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    """Make the folder, here and in --cloud-save-path, under the next number that nobody has."""
     while True:
         try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
             folder.mkdir()
-        except FileExistsError:
-            folder = folder.with_name(_free_name(flags, folder.name[4:]))
+            if flags.cloud_save_path is not None:
+                Path(flags.cloud_save_path).mkdir(parents=True, exist_ok=True)
+                (Path(flags.cloud_save_path) / folder.name).mkdir()
+        except FileExistsError as error:
+            taken = Path(error.filename)
+            if taken.name != folder.name:  # what is in the way is no run
+                raise
+            if taken != folder:
+                folder.rmdir()
+            folder = folder.with_name(_free_name(flags, folder.name.split("-", 1)[1]))
         else:
             return folder
-
-
-def _wait_until_free(folder: Path) -> None:
-    deadline = time.monotonic() + LOCK_PATIENCE
-    while any(_is_locked(path) for path in folder.glob(".lock-*")):
-        if time.monotonic() > deadline:
-            raise ValueError(f"{folder} is in use: another training, or a process that an interrupted one has left, "
-                             "still works in it; end that one, or start without --resume auto for a new run")
-        time.sleep(0.2)
 
 
 def _is_locked(path: Path) -> bool:
@@ -140,12 +160,13 @@ def _try_lock(file: Any) -> bool:
 def _taken(flags: TrainFlags) -> list[str]:
     """Names of the run folders in --results-dir and --cloud-save-path, in the order of their numbers."""
     roots = [Path(root) for root in (flags.results_dir, flags.cloud_save_path) if root]
-    return sorted({path.name for root in roots for path in root.glob("[0-9][0-9][0-9]-*")})
+    names = {name for root in roots for name in names_in(root) if re.match(r"\d{3,}-.", name)}
+    return sorted(names, key=lambda name: (int(name.split("-", 1)[0]), name))
 
 
 def _free_name(flags: TrainFlags, model_name: str) -> str:
     taken = _taken(flags)
-    return f"{int(taken[-1][:3]) + 1 if taken else 0:03d}-{model_name}"
+    return f"{int(taken[-1].split('-', 1)[0]) + 1 if taken else 0:03d}-{model_name}"
 
 
 def _recorded_identity(flags: TrainFlags, name: str) -> dict[str, Any] | None:
@@ -163,8 +184,8 @@ def _recorded_identity(flags: TrainFlags, name: str) -> dict[str, Any] | None:
             config = json.loads((folder / "config.json").read_text())
         except (FileNotFoundError, ValueError):
             continue
-        if isinstance(config, dict) and isinstance(config.get("identity"), dict):
-            return config["identity"]
+        if isinstance(config, dict):
+            return config["identity"] if isinstance(config.get("identity"), dict) else config
     return None
 
 
@@ -176,6 +197,6 @@ def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
         if isinstance(before, dict) and isinstance(now, dict):
             found += _differences(before, now)
         elif before != now:
-            short = all(len(str(value)) <= 40 for value in (before, now)) and name != "data"
+            short = all(len(str(value)) <= 40 for value in (before, now)) and name not in ("data", "start")
             found.append(f"{name} was {before}, now {now}" if short else f"other {name}")
     return sorted(found)

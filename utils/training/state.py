@@ -116,10 +116,12 @@ class TrainingState:
             if isinstance(saved, dict) and "param_groups" in saved:  # moments are numbered in the order of the groups
                 names = {parameter: key for key, parameter in module.named_parameters()}
                 groups = self.optimizers[name].param_groups
-                if sizes_of(saved["param_groups"]) != sizes_of(groups):
+                trained = [key for key, parameter in module.named_parameters() if parameter.requires_grad]
+                in_one = sizes_of(saved["param_groups"]) == [len(trained)]  # as LlamaGen trains its tokenizer
+                if not in_one and sizes_of(saved["param_groups"]) != sizes_of(groups):
                     raise ValueError(f"{path} holds an optimizer of other parameter groups ({FRESH_START})")
                 numbers = [number for group in saved["param_groups"] for number in group["params"]]
-                own = [names[parameter] for group in groups for parameter in group["params"]]
+                own = trained if in_one else [names[parameter] for group in groups for parameter in group["params"]]
                 for number, key in zip(numbers, own, strict=True):
                     moments = saved["state"].get(number, {})
                     if not saved["state"]:  # it has not made a step yet: our own moments, which are zero

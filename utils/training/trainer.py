@@ -32,7 +32,7 @@ from utils.training.loss_scale import LossScale, step_unless
 from utils.training.meter import Meter
 from utils.training.optim import build_optimizer, learning_rate
 from utils.training.run_folder import RunFolder
-from utils.training.state import TrainingState
+from utils.training.state import FRESH_START, TrainingState
 from utils.training.stop import BAD, GivenUpError, StepGuard, StopRequestedError
 from utils.training.writer import CheckpointWriter, UnwrittenError
 
@@ -136,7 +136,7 @@ class Trainer:
             self.restore(path)
             return
         self.claim()
-        while (path := dist.broadcast_object(self.newest())) is not None:
+        while (path := dist.broadcast_object(self.newest() if self.process.is_main else None)) is not None:
             try:
                 self.check_whole(path)
             except DamagedError as error:
@@ -172,8 +172,8 @@ class Trainer:
             facts = sharded.read_facts(path) if sharded.is_sharded(path) else {}
             trained_with = facts.get("flags", {}).get("optimizer", "adamw")
             if trained_with != self.flags.optimizer:
-                raise ValueError(f"{path} was trained with --optimizer {trained_with}, not {self.flags.optimizer} (to "
-                                 "start from its weights alone, see --finetune and --init-from)")
+                raise ValueError(f"{path} was trained with --optimizer {trained_with}, not {self.flags.optimizer} "
+                                 f"({FRESH_START})")
             self.task.check(facts, path)
         facts = self.state.load(path)
         self.step = int(facts["steps"])
@@ -230,9 +230,9 @@ class Trainer:
                 self.keep_traceback(error)
             raise
         finally:
-            self.writer.close(patience=patience)
+            if self.writer.close(patience=patience):
+                self.run.lock.release()  # else when the process ends
             logger.close()
-            self.run.lock.release()
 
     def run_steps(self, make_batches: Callable[[int], Iterable[Any]], logger: MetricsLogger,
                   evaluation: Callable[[int], Evaluate | None]) -> None:

@@ -34,7 +34,6 @@ class CheckpointWriter:
     def __init__(self, folders: list[Path], *, keep: int, is_main: bool) -> None:
         """The first of `folders` is written, the others get copies; `keep` newest stay in each, 0 keeps all."""
         self.folders, self.keep, self.is_main = folders, keep, is_main
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is meant
         warnings.filterwarnings("ignore", message="TypedStorage is deprecated")  # DCP's own, with torch <= 2.10
         # the writing thread and the training must not meet in one group; and disks may be slow without being dead
         self.group = dist.new_cpu_group(timeout=PATIENCE)
@@ -48,10 +47,11 @@ class CheckpointWriter:
 
         Raises OSError where nothing can be written.
         """
-        for folder in self.folders if self.is_main else []:
-            folder.mkdir(parents=True, exist_ok=True)
-            sweep(folder)
-            self.prune(folder, step)
+        with dist.failing_together():
+            for folder in self.folders if self.is_main else []:
+                folder.mkdir(parents=True, exist_ok=True)
+                sweep(folder)
+                self.prune(folder, step)
 
     def save(self, step: int, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         """Begin to write: what `tensors` hold now is what will be read. Waits for the checkpoint before.
@@ -89,9 +89,8 @@ class CheckpointWriter:
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+        self.prune(self.folders[0], int(target.name))
         self.copy_to_others(target)
-        for folder in self.folders:
-            self.prune(folder, int(target.name))
 
     def prune(self, folder: Path, step: int) -> None:
         """Leave `keep` checkpoints, that of `step` and the ones before it. Nothing goes unless that one is there."""
@@ -116,6 +115,7 @@ class CheckpointWriter:
                 shutil.rmtree(copy, ignore_errors=True)
                 shutil.copytree(path, copy)
                 _take_place(copy, target)
+                self.prune(folder, int(target.name))
             except OSError as error:  # shutil.Error is one
                 shutil.rmtree(copy, ignore_errors=True)
                 self.failed_copies.append(f"{target} ({first_line(error)[:200]})")
@@ -136,7 +136,7 @@ class CheckpointWriter:
                 failures = getattr(error, "failures", None) or {0: (error, None)}
                 problems.append(first_line(next(iter(failures.values()))[0])[:200])
         self.written = self.published = None
-        problems = dist.gather_lists(problems, group=self.group)  # the main one publishes: nobody goes on before it has
+        problems = dist.gather_lists(problems, group=self.group)  # all wait until process 0 has published
         if problems:
             raise UnwrittenError(f"a checkpoint could not be written to {' or '.join(map(str, self.folders))}: "
                                  f"{problems[0]}: is the disk full? Earlier checkpoints are untouched")
@@ -144,10 +144,11 @@ class CheckpointWriter:
             print(f"warning: a checkpoint could not be copied to {self.failed_copies.pop(0)}; it is in "
                   f"{self.folders[0]}, and training goes on", file=sys.stderr, flush=True)
 
-    def close(self, *, patience: float) -> None:
-        """Give what is being written so many seconds to end, without a word to the other processes."""
-        wait([future for future in (self.written, self.published) if future is not None], timeout=patience)
+    def close(self, *, patience: float) -> bool:
+        """Give what is being written so many seconds to end, without a word to the other processes. Whether it has."""
+        waiting = wait([future for future in (self.written, self.published) if future is not None], timeout=patience)
         self.publisher.shutdown(wait=False)
+        return not waiting.not_done
 
 
 def share_out(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, torch.Size]]:
@@ -190,4 +191,3 @@ def _take_place(temporary: Path, target: Path) -> None:
     sync_folder(target.parent)
 
 
-# ---- reading

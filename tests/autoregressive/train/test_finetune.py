@@ -375,12 +375,15 @@ def test_unconditional_training(code_store, gpt_ckpt, vq_ckpt, tmp_path, capsys)
     assert pipeline([0, 0], seed=0, indices=[0, 1]).shape == (2, 16, 16, 3)
 
 
-def test_resuming_does_not_take_the_old_run_for_the_new_one(gpt_ckpt, code_store, capsys):
-    with pytest.raises(SystemExit):
-        call("train_gpt", "--code-path", code_store, *QUICK, "--init-from", gpt_ckpt, "--resume", "auto", "--epochs", 9,
-             "--results-dir", gpt_ckpt.parents[2])
-    assert "which --init-from names: give the new run another --results-dir" in capsys.readouterr().err
-    assert containers.newest(gpt_ckpt.parent) == gpt_ckpt
+def test_resuming_does_not_take_the_old_run_for_the_new_one(gpt_ckpt, code_store, tmp_path, capsys):
+    shutil.copytree(gpt_ckpt.parents[1], tmp_path / "000-GPT-S")
+    command = ["train_gpt", "--code-path", code_store, *QUICK, "--init-from", tmp_path / "000-GPT-S", "--resume", "auto",
+               "--results-dir", tmp_path]
+    call(*command)
+    assert "000-GPT-S is another run" in capsys.readouterr().out
+    assert containers.newest(tmp_path / "000-GPT-S" / "checkpoints").name == gpt_ckpt.name
+    call(*command)
+    assert "already trained" in capsys.readouterr().out and not (tmp_path / "002-GPT-S").exists()
 
 
 def test_going_on_with_other_classes_is_refused(gpt_ckpt, code_store, other_store, tmp_path, capsys):

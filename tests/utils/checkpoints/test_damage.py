@@ -1,6 +1,7 @@
 """Only wrong content is damage: a failing disk and a wrong call of ours leave a checkpoint where it is."""
 import errno
 import io
+import zipfile
 
 import pytest
 import torch
@@ -91,7 +92,18 @@ def test_what_unpickling_raises_is_damage():
             seen[type(error)] = is_damage(error) or isinstance(error, MemoryError)
     assert len(seen) > 2 and all(seen.values()), seen
     assert not is_damage(TypeError("of ours")) and not is_damage(OSError(5, "x")) and not is_damage(MemoryError())
+    assert not is_damage(torch.OutOfMemoryError("x"))
+    assert not is_damage(RuntimeError("DefaultCPUAllocator: can't allocate memory"))
     assert is_damage(DamagedError("x"))
+
+
+def test_a_compressed_archive_is_read_too(tmp_path):
+    torch.save({"model": {"a": torch.ones(3)}}, tmp_path / "x.pt")
+    with zipfile.ZipFile(tmp_path / "x.pt") as whole, zipfile.ZipFile(tmp_path / "y.pt", "w",
+                                                                      zipfile.ZIP_DEFLATED) as packed:
+        for name in whole.namelist():
+            packed.writestr(name, whole.read(name))
+    assert torch.equal(containers.read(tmp_path / "y.pt")["model"]["a"], torch.ones(3))
 
 
 def test_a_large_file_is_mapped_not_copied(tmp_path):

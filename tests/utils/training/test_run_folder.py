@@ -1,14 +1,16 @@
 """Which folder a run works in: its own, recognised by what shapes it, and nobody else's at the same time."""
-import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 
 import pytest
 
+from dataset.codes import open_stores
 from tests.conftest import ROOT, TINY_VQ, call, entry, write_images
+from tests.dataset.codes import fake_codes, write_llamagen
 from tests.runs import QUICK_GPT, rows, start
 from utils.training import run_folder
 from utils.training.run_folder import choose_run, identity_of
@@ -122,18 +124,95 @@ Trainer.begin = together"""
         assert [row["step"] for row in rows(folder)] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.processes
+def test_trainings_that_resume_together_do_not_share_a_folder(code_store, tmp_path):
+    """Both have seen that the folder is free; one of them goes on in it."""
+    command = ["train_gpt", "--code-path", code_store, *QUICK_GPT, "--resume", "auto", "--results-dir",
+               tmp_path / "runs"]
+    call(*command)
+    wait = f"""import time
+from pathlib import Path
+from utils.training import run_folder
+from utils.training.trainer import Trainer
+run_folder.LOCK_PATIENCE = 1.0
+choose = run_folder.RunFolder.claim
+def together(self, flags):
+    Path({str(tmp_path)!r}, f"ready{{__import__('os').getpid()}}").touch()
+    while len(list(Path({str(tmp_path)!r}).glob("ready*"))) < 2:
+        time.sleep(0.02)
+    choose(self, flags)
+run_folder.RunFolder.claim = together
+step = Trainer.optimizer_step
+def slower(self, batches):
+    time.sleep(1)
+    return step(self, batches)
+Trainer.optimizer_step = slower"""
+    both = [start([*command, "--epochs", 2], tmp_path, setup=wait) for _ in range(2)]
+    texts = [process.communicate(timeout=300)[0] for process in both]
+    assert sorted(process.returncode for process in both) == [0, 2], texts
+    assert any("000-GPT-S is in use" in text for text in texts)
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["000-GPT-S"]
+
+
+def test_a_number_is_taken_in_the_second_folder_too(flags, tmp_path):
+    """Two machines with a --results-dir each and one --cloud-save-path."""
+    flags.cloud_save_path = str(tmp_path / "cloud")
+    chosen = []
+    for machine in ("a", "b"):
+        flags.results_dir = str(tmp_path / machine)
+        chosen.append(choose_run(flags, "GPT-S", IDENTITY))
+    for machine, run in zip(("a", "b"), chosen, strict=True):
+        flags.results_dir = str(tmp_path / machine)
+        run.claim(flags)
+    assert [run.path.name for run in chosen] == ["000-GPT-S", "001-GPT-S"]
+    assert [path.name for path in (tmp_path / "b").iterdir()] == ["001-GPT-S"]
+
+
+def test_numbers_go_beyond_999(flags, tmp_path):
+    for number in ("999", "1000"):
+        written(tmp_path / f"{number}-GPT-S")
+    assert choose_run(flags, "GPT-S", IDENTITY).path.name == "1000-GPT-S"
+    assert choose_run(flags, "GPT-S", {**IDENTITY, "lr": 1.0}).path.name == "1001-GPT-S"
+
+
+def test_a_run_of_an_older_version_is_known_by_its_config(flags, tmp_path):
+    (tmp_path / "000-GPT-S").mkdir()
+    (tmp_path / "000-GPT-S" / "config.json").write_text(json.dumps({"lr": 1e-4, "steps": 5, "model": {"kind": "gpt"}}))
+    assert choose_run(flags, "GPT-S", IDENTITY).known
+    assert not choose_run(flags, "GPT-S", {**IDENTITY, "lr": 1.0}).known
+
+
+def test_where_a_run_starts_is_known_by_content(flags, gpt_ckpt, tmp_path):
+    shutil.copytree(gpt_ckpt, tmp_path / "copy" / gpt_ckpt.name)
+    places = [gpt_ckpt, f"{gpt_ckpt}/", gpt_ckpt.parents[1], tmp_path / "copy" / gpt_ckpt.name]
+    found = [identity_of(flags, data="", model={}, start=str(place))["start"] for place in places]
+    assert len(set(found)) == 1 and len(found[0]) == 64
+
+
+def test_data_are_known_by_what_they_hold(tmp_path):
+    """Codes of the same labels and views from other tokenizers, in other shares, or with another second store."""
+    labels = [0, 1, 2, 0]
+    made = [write_llamagen(tmp_path / str(seed), fake_codes(4, 2, seed=seed), labels) for seed in range(3)]
+    names = [f"{made[0]}", f"{made[1]}", f"{made[0]},{made[1]}", f"{made[0]},{made[2]}"]
+    prints = [open_stores(name).fingerprint() for name in names]
+    prints += [open_stores(names[2], weights=weights).fingerprint() for weights in ((1.0, 2.0), (2.0, 1.0))]
+    assert len(set(prints)) == 6
+    shutil.copytree(made[0], tmp_path / "moved")
+    assert open_stores(f"{tmp_path / 'moved'}").fingerprint() == prints[0]
+
+
 HOLD = f"""import sys, time
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
 from utils.training.run_folder import Lock
 lock = Lock(Path(sys.argv[1]), int(sys.argv[2]))
+lock.take(patience=0)
 print("held", flush=True)
 time.sleep(float(sys.argv[3]))
 """
 
 
 @pytest.mark.processes
-@pytest.mark.skipif(not fcntl, reason="no file locks")
 @pytest.mark.parametrize("rank", [0, 3])
 def test_a_run_that_is_still_worked_on_is_left_alone(rank, code_store, tmp_path, capsys, monkeypatch):
     """By another training, or by a process of a launcher that was killed."""

@@ -153,6 +153,16 @@ def test_a_meter_weighs_its_steps():
     assert meter.read() == {"loss": 2.0}
 
 
+def test_a_meter_of_two_processes_goes_on_in_one():
+    state = {"ranks": [{"sums": {"loss": 20.0}, "counts": {"loss": 2.0}, "skipped": 1.0},
+                       {"sums": {"loss": 60.0}, "counts": {"loss": 2.0}, "skipped": 1.0}]}
+    meter = Meter(torch.device("cpu"), samples_per_step=1)
+    meter.restore(state, rank=0)
+    assert meter.read() == {"loss": 20.0, "skipped_steps": 1}
+    meter.restore(state, rank=1)  # of three processes, say
+    assert meter.sums == meter.counts == {"loss": 0.0}
+
+
 def test_a_meter_goes_on_where_it_was():
     good = torch.tensor(False)
     one, other = (Meter(torch.device("cpu"), samples_per_step=1) for _ in range(2))
