@@ -35,15 +35,23 @@ HALF = {  # in bf16 and with --max-grad-norm 0, as clipping would hide a gradien
 # In the two processes: bf16 whatever the CPU, and gathers.txt, a line per step with the number of all-gathers
 SETUP = """import os
 os.environ["LLAMAGEN_CPU_BF16"] = "1"
-from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from utils.training.trainer import Trainer
+class Gathers(TorchDispatchMode):  # in place of CommDebugMode, which torch 2.8 and 2.9 fail in
+    count = 0
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if DTensor in types:
+            return NotImplemented
+        self.count += op.namespace == "c10d" and "allgather" in op.name()
+        return op(*args, **kwargs or {})
 step = Trainer.optimizer_step
 def counted(self, batches):
-    with CommDebugMode() as seen:
+    with Gathers() as gathers:
         step(self, batches)
     if self.process.is_main:
         with open(self.folder / "gathers.txt", "a") as file:
-            print(sum(n for op, n in seen.get_comm_counts().items() if "gather" in str(op)), file=file)
+            print(gathers.count, file=file)
 Trainer.optimizer_step = counted"""
 
 
