@@ -126,6 +126,16 @@ def test_a_manifest_without_shards_names_itself(packed, tried, capsys):
             "sha256}; extract the codes again")
 
 
+def test_nothing_is_named_twice(packed, tried):
+    manifest = json.loads((packed / "manifest.json").read_text())
+    first, second = manifest["columns"]
+    twice = [changed(manifest, ("columns", 1), {**second, "name": first["name"]}),
+             changed(manifest, ("columns", 1, "offsets", "file"), first["offsets"]["file"]),
+             changed(manifest, ("shards", 1, "file"), manifest["shards"][0]["file"])]
+    for wrong in twice:
+        assert "it names a file or a column twice" in refusal(tried, wrong)
+
+
 def test_labels_beyond_the_classes_are_told(packed, tried):
     manifest = json.loads((packed / "manifest.json").read_text())
     manifest["classes"].pop()

@@ -37,6 +37,14 @@ def noise(height: int, width: int, seed: int = 0) -> Image.Image:
 # ---- folders
 
 
+def test_class_tree_numbers_classes_of_any_size_as_torchvision(tmp_path):
+    root = write_images(tmp_path / "images", count=3)
+    for name in ("red/00.jpg", "red/01.png", "green/02.jpg"):
+        (root / name).unlink()
+    ours, theirs = image_folders.class_tree(root), ImageFolder(str(root))
+    assert [(str(f), label) for f, label in zip(ours.files, ours.labels, strict=True)] == theirs.samples
+
+
 def test_class_tree_numbers_classes_as_torchvision(image_folder):
     ours, theirs = image_folders.class_tree(image_folder), ImageFolder(str(image_folder))
     assert ours.classes == theirs.classes == ["blue", "green", "red"]
