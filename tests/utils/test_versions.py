@@ -10,15 +10,17 @@ from utils import cli, dist
 
 
 @dataclass(kw_only=True)
-class NoFlags:
-    """A command without flags."""
+class Flags:
+    """Those of a command."""
+
+    size: int = cli.flag(1, "a number")
 
 
 @pytest.mark.parametrize("version", ["1.13.1", "2.6.0+cu124", "2.7.1"])
 def test_an_old_torch_is_refused_in_one_line(version, monkeypatch, capsys):
     monkeypatch.setattr(torch, "__version__", version)
     with pytest.raises(SystemExit) as caught:
-        cli.run(lambda config: pytest.fail("it ran"), NoFlags, [])
+        cli.run(lambda config: pytest.fail("it ran"), Flags, [])
     assert caught.value.code == 2
     assert capsys.readouterr().err == (f"error: torch 2.8 or newer is needed, this is {version}: "
                                        "pip install --upgrade torch torchvision\n")
@@ -28,7 +30,7 @@ def test_an_old_torch_is_refused_in_one_line(version, monkeypatch, capsys):
 def test_others_are_not(version, monkeypatch):
     monkeypatch.setattr(torch, "__version__", version)
     ran = []
-    cli.run(ran.append, NoFlags, [])
+    cli.run(ran.append, Flags, [])
     assert ran
 
 
