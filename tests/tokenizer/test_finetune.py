@@ -12,8 +12,8 @@ from utils.training.logger import read_metrics
 
 CPU = torch.device("cpu")
 FINETUNE = ["--image-size", 24, "--num-workers", 0, "--perceptual-weight", 0, "--global-batch-size", 6, "--epochs", 1,
-            "--finetune", "--disc-start", 0, "--log-every", 1, "--lr", 1e-3, "--vq-model", "VQ-4-S", "--mixed-precision",
-            "none"]
+            "--finetune", "--disc-start", 0, "--log-every", 1, "--lr", 1e-3, "--vq-model", "VQ-4-S",
+            "--mixed-precision", "none"]
 
 
 def weights_over(steps: int, **flags) -> list[float]:
