@@ -149,7 +149,8 @@ def failing(path):
     return file_hash(path)
 sharded.file_hash = failing"""
     text = finish(start([*command, "--epochs", 2], tmp_path, processes=3, setup=broken), code=2)
-    assert text.count("error: [Errno 5] Input/output error") == 1 and len(text.splitlines()) == 1, text
+    assert text.count("error: [Errno 5] Input/output error") == 1, text
+    assert len(text.splitlines()) == 1 or "[Gloo] " in text, text  # gloo of torch 2.8 to 2.10 says that it is connected
     assert "Traceback" not in text and "Connection" not in text and "set aside" not in text
     assert run_of(tmp_path).joinpath("checkpoints", "0000006").is_dir()
     damaged = """
