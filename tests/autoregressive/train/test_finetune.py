@@ -378,7 +378,7 @@ def test_unconditional_training(code_store, gpt_ckpt, vq_ckpt, tmp_path, capsys)
 def test_resuming_does_not_take_the_old_run_for_the_new_one(gpt_ckpt, code_store, tmp_path, capsys):
     shutil.copytree(gpt_ckpt.parents[1], tmp_path / "000-GPT-S")
     command = ["train_gpt", "--code-path", code_store, *QUICK, "--init-from", tmp_path / "000-GPT-S", "--resume",
-               "auto", "--results-dir", tmp_path]
+               "auto", "--epochs", 1, "--results-dir", tmp_path]
     call(*command)
     assert "000-GPT-S is another run" in capsys.readouterr().out
     assert containers.newest(tmp_path / "000-GPT-S" / "checkpoints").name == gpt_ckpt.name
