@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from dataset import image_folders
+from dataset.pictures import PictureReader
 from utils.cli import flag
 from utils.options import SizeFlags
 
@@ -23,7 +24,7 @@ class ImageDataset(Protocol):
     def __len__(self) -> int: ...
 
     def image(self, index: int) -> Image.Image:
-        """RGB image; raises OSError, SyntaxError or ValueError for a broken file."""
+        """RGB image. Raises UnreadableError."""
 
     def name(self, index: int) -> str:
         """What to call image `index` in a report."""
@@ -40,7 +41,15 @@ class DatasetFlags:
 
 
 @dataclass(kw_only=True)
-class DataFlags(DatasetFlags, SizeFlags):
+class PictureFlags:
+    """How pictures are read."""
+
+    exif_orientation: bool = flag(True, "turn pictures upright as their EXIF says (phones store them sideways); "
+                                        "--no-exif-orientation: take them as they are stored, as LlamaGen does")
+
+
+@dataclass(kw_only=True)
+class DataFlags(DatasetFlags, SizeFlags, PictureFlags):
     """Which images, at which size."""
 
     shapes_run: ClassVar[bool] = False
@@ -60,8 +69,12 @@ def data_fingerprint(data: ImageDataset, roots: tuple[str | None, ...]) -> str:
     return digest.hexdigest()
 
 
-def build_dataset(name: str, data_path: str | None, *, size: tuple[int, int]) -> ImageDataset:
-    """The data set `name`. Raises ValueError or FileNotFoundError when it is unknown or not there."""
+def build_dataset(name: str, data_path: str | None, *, size: tuple[int, int],
+                  exif_orientation: bool = True) -> ImageDataset:
+    """The data set `name`. Raises ValueError or FileNotFoundError when it is unknown or not there.
+
+    `size` is that of the emoji, which are drawn; files are read as they are, turned by their EXIF orientation.
+    """
     if name == "emoji" or name.startswith("emoji_"):
         from dataset.emoji import open_emoji
 
@@ -70,14 +83,14 @@ def build_dataset(name: str, data_path: str | None, *, size: tuple[int, int]) ->
         raise ValueError(f"--dataset {name} is unknown: choose from {', '.join([*FOLDERS, 'emoji', 'emoji_heldout'])}")
     if data_path is None:
         raise ValueError(f"--dataset {name} needs --data-path")
-    return FOLDERS[name](data_path)
+    return FOLDERS[name](data_path, reader=PictureReader(exif_orientation=exif_orientation))
 
 
-def _openimage(root: str) -> ImageDataset:
-    return image_folders.listed(Path(root).parent / "openimage_json" / "image_paths.json", root)
+def _openimage(root: str, *, reader: PictureReader) -> ImageDataset:
+    return image_folders.listed(Path(root).parent / "openimage_json" / "image_paths.json", root, reader=reader)
 
 
-FOLDERS: dict[str, Callable[[str], ImageDataset]] = {
+FOLDERS: dict[str, Callable[..., ImageDataset]] = {
     "imagenet": image_folders.class_tree,
     "coco": image_folders.flat_folder,
     "pexels": image_folders.flat_folder,

@@ -31,6 +31,7 @@ from utils.files import file_hash, replacing, sweep
 PART_ROWS = 2**10  # images
 SHARD_BYTES = 2**28
 SHARD_ROWS = 2**20  # images: a bound for narrow columns
+NOT_COMPARED = ("columns", "image_times")  # columns are compared apart; copying images gives their files other times
 
 Values = Sequence[str] | Sequence[np.ndarray]
 
@@ -52,7 +53,7 @@ def begin(folder: Path, recipe: dict[str, Any]) -> None:
     """Claim `folder` for a store made by `recipe`. Raises ValueError if it holds codes of another one.
 
     The recipe is what the manifest says before the codes are known; "columns" [{name, kind, dtype, shape}] if there are
-    any. What an older recipe does not say is taken to be as it is now.
+    any. What an older recipe does not say is taken to be as it is now, and NOT_COMPARED may change.
     """
     made = (folder / "manifest.json").is_file()
     if not made and not (folder / "recipe.json").is_file():
@@ -60,8 +61,11 @@ def begin(folder: Path, recipe: dict[str, Any]) -> None:
             temporary.write_text(json.dumps({**recipe, "layout": layout({})}, indent=1))
         return
     existing = read_manifest(folder) if made else extraction_recipe(folder)
-    differs = [key for key, value in recipe.items() if key != "columns" and existing.get(key, value) != value]
+    differs = [key for key, value in recipe.items() if key not in NOT_COMPARED and existing.get(key, value) != value]
     declared, columns = (columns_of(content) for content in (existing, recipe))
+    if differs == ["image_sizes"]:
+        raise ValueError(f"{folder} already holds codes of these images, but some files have been replaced since (they "
+                         "have other sizes): give another --code-path or remove it")
     if differs or declared != columns:
         raise ValueError(f"{folder} already holds codes made with another {', '.join(differs or ['columns'])}: give "
                          "another --code-path or remove it")

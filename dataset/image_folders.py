@@ -1,25 +1,37 @@
 """Image folders as data sets: trees with a folder per class, flat folders, JSON lists of paths."""
+import hashlib
 import json
 import os
+import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
 from PIL import Image
 
 from dataset.path_list import PathList
+from dataset.pictures import PictureReader, endings
+from utils import dist
 
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
 SPLIT_NAMES = {"train", "val", "valid", "validation", "test"}
+SYSTEM_NAMES = {  # what archives, network storage and desktops leave behind; in small letters
+    "__macosx", "@eadir", "@tmp", "@recycle", "@recently-snapshot", "#recycle", "#snapshot", "$recycle.bin", "recycler",
+    "system volume information", "lost+found", "network trash folder", "temporary items", "__pycache__", "thumbs.db",
+    "desktop.ini"}
+NAMED = 3  # examples of what was passed over
 
 
 class ImageFiles:
     """Files with labels. `classes` is None for images without classes (all labels 0)."""
 
-    def __init__(self, files: PathList, labels: np.ndarray | None = None, classes: list[str] | None = None) -> None:
-        self.files, self.classes = files, classes
+    def __init__(self, files: PathList, labels: np.ndarray | None = None, classes: list[str] | None = None, *,
+                 reader: PictureReader | None = None) -> None:
+        self.files, self.classes, self.reader = files, classes, reader or PictureReader()
         labels = np.zeros(len(files), np.int64) if labels is None else labels
         self._labels = torch.from_numpy(labels)  # a tensor is shared with loading processes, an array is copied
 
@@ -32,22 +44,37 @@ class ImageFiles:
         return len(self.files)
 
     def image(self, index: int) -> Image.Image:
-        """The RGB image. Raises OSError, SyntaxError or ValueError (as Pillow does) for a broken file."""
-        with Image.open(self.files[index]) as image:
-            return image.convert("RGB")
+        """The RGB image. Raises UnreadableError."""
+        return self.reader(self.files.name(index))
 
     def name(self, index: int) -> str:
         """The path, for reports."""
         return self.files.name(index)
 
+    def states(self, count: int) -> dict[str, str]:
+        """{"image_sizes", "image_times": hash} of the first `count` files: they change when an image is replaced."""
+        with ThreadPoolExecutor(16) as pool:  # network disks answer slowly and to many
+            found = np.array(list(pool.map(self.state, range(count), chunksize=1024)), np.int64).reshape(-1, 2)
+        return {name: hashlib.sha256(np.ascontiguousarray(column).tobytes()).hexdigest()
+                for name, column in zip(("image_sizes", "image_times"), found.T, strict=True)}
 
-def class_tree(root: str | Path) -> ImageFiles:
+    def state(self, index: int) -> tuple[int, int]:
+        """(size in bytes, time of change) of a file, -1 for what cannot be told."""
+        try:
+            found = os.stat(self.files.name(index))
+        except OSError:
+            return -1, -1
+        return found.st_size, found.st_mtime_ns
+
+
+def class_tree(root: str | Path, *, reader: PictureReader | None = None) -> ImageFiles:
     """root/<class>/…/<image>: labels follow the sorted folder names, as torchvision's ImageFolder numbers them."""
     root = existing_folder(root)
-    classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+    search = Search(root)
+    classes = search.class_folders()
     if not classes:
         raise ValueError(f"{root} has no class folders: expected <data-path>/<class>/<image>"
-                         f"{', for images without classes use --dataset coco' if scan(root) else ''}")
+                         f"{', for images without classes use --dataset coco' if search.pictures(root) else ''}")
     if {name.lower() for name in classes} <= SPLIT_NAMES:
         raise ValueError(f"{root} holds the splits {', '.join(classes)}, not classes: point --data-path at one, "
                          f"such as {root / classes[0]}")
@@ -55,26 +82,134 @@ def class_tree(root: str | Path) -> ImageFiles:
 
     def names() -> Iterator[list[str]]:
         for name in classes:
-            found = scan_names(root / name)
+            found = search.pictures(root / name)
             if not found:
-                raise ValueError(f"class folder {root / name} holds no images: remove it, or the labels would be off")
+                raise ValueError(f"class folder {root / name} holds no pictures{search.passed_over(root / name)}: if "
+                                 "it is no class, --data-path should be a folder without it")
             counts.append(len(found))
             yield [os.path.join(name, image) for image in found]
 
     files = PathList.of(above(root), names())
-    return ImageFiles(files, np.repeat(np.arange(len(classes)), counts), classes)
+    search.tell()
+    return ImageFiles(files, np.repeat(np.arange(len(classes)), counts), classes, reader=reader)
 
 
-def flat_folder(root: str | Path) -> ImageFiles:
+def flat_folder(root: str | Path, *, reader: PictureReader | None = None) -> ImageFiles:
     """All images below a folder, without classes."""
     root = existing_folder(root)
-    names = scan_names(root)
+    search = Search(root)
+    names = search.pictures(root)
     if not names:
-        raise ValueError(f"no images below {root}")
-    return ImageFiles(PathList.of(above(root), [names]))
+        raise ValueError(f"no images below {root}{search.passed_over(root)}")
+    search.tell()
+    return ImageFiles(PathList.of(above(root), [names]), reader=reader)
 
 
-def listed(path: str | Path, root: str | Path) -> ImageFiles:
+class Search:
+    """A search for pictures below `root`; it remembers what it passes over.
+
+    Hidden files and folders, and those of systems (SYSTEM_NAMES), are no data. A folder is visited once, whatever links
+    lead to it; a class folder belongs to its class, and `root` and the folders above it are not entered from below.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.visited = {identity(folder) for folder in (root.resolve(), *root.resolve().parents)}
+        self.hidden: list[str] = []
+        self.links: list[str] = []
+        self.others: dict[str, Counter[str]] = {}  # folder that was asked for → endings of what is no picture
+
+    def class_folders(self) -> list[str]:
+        """The names of the folders in root, sorted. Raises ValueError for two names of one folder."""
+        places: dict[tuple[int, int], str] = {}
+        beside = self.others.setdefault(str(self.root), Counter())
+        for entry in sorted(os.scandir(self.root), key=lambda entry: entry.name):
+            if is_hidden(entry.name):
+                self.hidden.append(entry.name)
+            elif not entry.is_dir():
+                beside[ending(entry.name)] += 1
+            elif (place := identity(entry)) in self.visited:
+                self.links.append(entry.name)
+            elif place in places:
+                raise ValueError(f"{self.root / places[place]} and {self.root / entry.name} are the same folder under "
+                                 "two names: which class do its pictures belong to?")
+            else:
+                places[place] = entry.name
+        self.visited |= places.keys()
+        return list(places.values())
+
+    def pictures(self, folder: Path) -> list[str]:
+        """Every picture below a folder by its relative path, sorted as Path objects are."""
+        found: list[str] = []
+        others = self.others.setdefault(str(folder), Counter())
+
+        def refuse(error: OSError) -> NoReturn:
+            raise ValueError(f"{error.filename} cannot be read ({error.strerror}): check its permissions") from None
+
+        for where, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
+            below = os.path.relpath(where, folder)
+            folders[:] = [name for name in folders if self.enters(os.path.join(where, name))]
+            for name in names:
+                if is_hidden(name):
+                    self.hidden.append(os.path.relpath(os.path.join(where, name), self.root))
+                elif ending(name) not in endings():
+                    others[ending(name)] += 1
+                else:
+                    found.append(name if below == "." else os.path.join(below, name))
+        return sorted(found, key=lambda name: name.split(os.sep))
+
+    def enters(self, folder: str) -> bool:
+        """Whether to visit a folder; if so, it counts as visited."""
+        name = os.path.relpath(folder, self.root)
+        if is_hidden(os.path.basename(folder)):
+            self.hidden.append(name)
+            return False
+        place = identity(folder)
+        if place in self.visited:
+            self.links.append(name)
+            return False
+        self.visited.add(place)
+        return True
+
+    def passed_over(self, folder: Path) -> str:
+        """" (passed over: 3 files .txt)" of what lies in a folder beside its pictures."""
+        found = told_endings(self.others.get(str(folder), Counter()))
+        return f" (passed over: {found})" if found else ""
+
+    def tell(self) -> None:
+        """Say in one line, on the first process, what was passed over."""
+        others = told_endings(sum(self.others.values(), Counter()))
+        said = [f"{len(names)} {what} ({', '.join(names[:NAMED])}{', …' if len(names) > NAMED else ''})"
+                for names, what in ((self.hidden, "hidden or system files and folders"),
+                                    (self.links, "links to folders that are visited anyway")) if names]
+        said += [f"{others}, which are no pictures or in no class folder"] if others else []
+        if said and dist.env_rank() == 0:
+            print(f"note: passed over below {self.root}: {'; '.join(said)}", file=sys.stderr, flush=True)
+
+
+def told_endings(counts: Counter[str]) -> str:
+    """"5 files (.txt 3, .npy 2)"; empty for none."""
+    most = ", ".join(f"{name or 'no ending'} {count}" for name, count in counts.most_common(2 * NAMED))
+    return f"{counts.total()} files ({most}{', …' if len(counts) > 2 * NAMED else ''})" if counts else ""
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is hidden, or some system's own."""
+    return name.startswith(".") or name.lower() in SYSTEM_NAMES
+
+
+def ending(name: str) -> str:
+    """".jpg" of "a.JPG"."""
+    return os.path.splitext(name)[1].lower()
+
+
+def identity(folder: str | os.PathLike[str]) -> tuple[int, int]:
+    """What tells a real folder from all others, whatever links lead to it."""
+    state = os.stat(folder)
+    return state.st_dev, state.st_ino
+
+
+def listed(path: str | Path, root: str | Path, *, reader: PictureReader | None = None) -> ImageFiles:
     """Images named by a JSON list of paths relative to `root`, without classes."""
     root, path = existing_folder(root), Path(path)
     if not path.is_file():
@@ -85,12 +220,13 @@ def listed(path: str | Path, root: str | Path) -> ImageFiles:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{path} should be a JSON list of relative image paths")
-    return ImageFiles(PathList.of("", chunks(str(root / name) for name in names)))
+    return ImageFiles(PathList.of("", chunks(str(root / name) for name in names)), reader=reader)
 
 
 def concatenate(parts: list[ImageFiles]) -> ImageFiles:
     """Several unlabelled data sets as one."""
-    return ImageFiles(PathList.of("", chunks(part.name(i) for part in parts for i in range(len(part)))))
+    paths = (part.name(i) for part in parts for i in range(len(part)))
+    return ImageFiles(PathList.of("", chunks(paths)), reader=parts[0].reader)
 
 
 def chunks(names: Iterable[str], size: int = 4096) -> Iterator[list[str]]:
@@ -116,15 +252,8 @@ def above(root: Path) -> str:
 
 
 def scan(folder: Path) -> list[Path]:
-    """Every image below a folder, sorted."""
-    return [folder / name for name in scan_names(folder)]
-
-
-def scan_names(folder: Path) -> list[str]:
-    """Every image below a folder by its relative path, sorted as Path objects are."""
-    found = []
-    for where, _, names in os.walk(folder, followlinks=True):
-        below = os.path.relpath(where, folder)
-        images = [name for name in names if os.path.splitext(name)[1].lower() in EXTENSIONS]
-        found += images if below == "." else [os.path.join(below, name) for name in images]
-    return sorted(found, key=lambda name: name.split(os.sep))
+    """Every picture below a folder, sorted."""
+    search = Search(folder)
+    found = [folder / name for name in search.pictures(folder)]
+    search.tell()
+    return found

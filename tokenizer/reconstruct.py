@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset.augmentation import center_crop
 from dataset.build import DataFlags, ImageDataset, build_dataset
-from dataset.loader import CentreCrops, worker_count
+from dataset.loader import CentreCrops, PassedOver, split_readable, worker_count
 from evaluations.similarity import psnr, ssim, unit_range
 from tokenizer.build import check_image_size, in_chunks
 from tokenizer.reconstructors import Reconstructor, ReconstructorFlags, build_reconstructor
@@ -126,7 +126,7 @@ def origin(flags: ReconstructFlags, reconstructor: Reconstructor, *, lpips: bool
     return {"reconstructor": flags.reconstructor, "tokenizer": reconstructor.name,
             "checkpoint_sha256": reconstructor.weights and content_hash(reconstructor.weights),
             "lpips_backbone_sha256": flags.lpips_backbone and file_hash(flags.lpips_backbone),
-            "dataset": flags.dataset, "image_size": list(flags.image_size),
+            "dataset": flags.dataset, "exif_orientation": flags.exif_orientation, "image_size": list(flags.image_size),
             "image_size_eval": list(flags.image_size_eval or flags.image_size), "seed": flags.global_seed,
             "versions": {package: importlib.metadata.version(package) for package in packages}}
 
@@ -143,7 +143,8 @@ def set_folder(flags: ReconstructFlags, name: str) -> Path:
 def main(flags: ReconstructFlags) -> None:
     """Reconstruct the whole data set."""
     process = dist.setup()
-    data = build_dataset(flags.dataset, flags.data_path, size=flags.image_size)
+    data = build_dataset(flags.dataset, flags.data_path, size=flags.image_size,
+                         exif_orientation=flags.exif_orientation)
     reconstructor = build_reconstructor(flags, device=process.device)
     check_image_size(flags.image_size, reconstructor.downsample)
     if flags.per_proc_batch_size < 1:
@@ -178,7 +179,7 @@ def reconstruct_share(flags: ReconstructFlags, data: ImageDataset, reconstructor
     """Reconstruct and save this process's images → (sums of `scores`, unreadable images, usage if there are codes)."""
     size = flags.image_size_eval or flags.image_size
     sums, broken = torch.zeros(6, dtype=torch.float64, device=process.device), []
-    usage = None
+    usage, passed_over = None, PassedOver()
     if reconstructor.codebook_size:
         usage = CodebookUsage(reconstructor.codebook_size, count=len(data), seed=flags.global_seed)
     mine = range(process.rank, len(data), process.world_size)
@@ -186,11 +187,11 @@ def reconstruct_share(flags: ReconstructFlags, data: ImageDataset, reconstructor
     for batch in DataLoader(CentreCrops(data, mine, flags.image_size), batch_size=flags.per_proc_batch_size,
                             num_workers=worker_count(flags.num_workers), collate_fn=list):
         bar.update(len(batch))
-        broken += [index for index, picture in batch if picture is None]
-        indices = [index for index, picture in batch if picture is not None]
+        indices, pictures, unreadable = split_readable(batch, passed_over)
+        broken += unreadable
         if not indices:
             continue
-        pictures = np.stack([picture for _, picture in batch if picture is not None])
+        pictures = np.stack(pictures)
         pixels = images.to_float(pictures).to(process.device)
         made, codes = reconstructor(pixels, indices)
         if usage:

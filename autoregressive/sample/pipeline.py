@@ -2,6 +2,9 @@
 
 Image (seed, index) comes from its own random stream, so it does not depend on the batch or the process it is made in.
 """
+import csv
+import re
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,23 +76,34 @@ class Pipeline:
         return self.classes[label] if self.classes else str(label)
 
     def parse_classes(self, text: str) -> list[int]:
-        """Comma-separated ids or names → labels. Raises ValueError for what the model does not know."""
-        labels = []
-        for word in filter(None, (part.strip() for part in text.split(","))):
-            if word.lstrip("-").isdigit():
-                label = int(word)
-                if not 0 <= label < self.num_classes:
-                    raise ValueError(f"class {label} is out of range: the model has 0 to {self.num_classes - 1}")
-            elif self.classes and word in self.classes:
-                label = self.classes.index(word)
-            else:
-                known = f"choose from {', '.join(self.classes[:20])}" if self.classes else \
-                    "the checkpoint holds no class names, use numbers"
-                raise ValueError(f"class {word!r} is unknown: {known}")
-            labels.append(label)
+        """Comma-separated names or numbers of classes → labels; what is a known name means that name.
+
+        A name with commas goes in double quotes. Raises ValueError for what the model does not know.
+        """
+        if self.classes and text.strip() in self.classes:
+            return [self.label_of(text.strip())]
+        words = [word.strip() for word in next(csv.reader([text], skipinitialspace=True), [])]
+        labels = [self.label_of(word) for word in words if word]
         if not labels:
             raise ValueError("no class given")
         return labels
+
+    def label_of(self, word: str) -> int:
+        """The label of one class, by its name or its number; says which where a name is another class's number."""
+        number = int(word) if re.fullmatch(r"[+-]?[0-9]{1,18}", word) else None
+        if self.classes and word in self.classes:
+            label = self.classes.index(word)
+            if number not in (None, label) and 0 <= number < self.num_classes and dist.env_rank() == 0:
+                print(f"note: class {word} is taken as the class of that name, whose number is {label}; number {word} "
+                      f"is named {self.classes[number]}", file=sys.stderr)
+            return label
+        if number is None:
+            known = f"choose from {', '.join(self.classes[:20])} (in double quotes where there is a comma in a name)" \
+                if self.classes else "the checkpoint holds no class names, use numbers"
+            raise ValueError(f"class {word!r} is unknown: {known}")
+        if not 0 <= number < self.num_classes:
+            raise ValueError(f"class {word} is out of range: the model has 0 to {self.num_classes - 1}")
+        return number
 
 
 def load_pipeline(flags: SampleFlags, *, device: torch.device) -> Pipeline:

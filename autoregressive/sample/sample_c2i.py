@@ -24,7 +24,8 @@ IMAGENET_CLASSES = [207, 360, 387, 974, 88, 979, 417, 279]  # golden retriever, 
 class GridFlags(SampleFlags, OutputFlags):
     """The grid command."""
 
-    classes: str | None = flag(None, "comma-separated class ids or names, one picture each; None: a few of them")
+    classes: str | None = flag(None, "class names or numbers, comma-separated, one picture each; a name with a comma "
+                                     "goes in double quotes ('\"tench, Tinca tinca\",3'); None: a few of them")
     output: str = "sample_c2i.png"
     seed: int = flag(0, "image i of a seed is always the same")
     top_k: int = 2000

@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from evaluations.c2i.image_sets import NpzImages, read_rgb, small_array
+from dataset.pictures import PictureReader
+from evaluations.c2i.image_sets import NpzImages, small_array
 from utils import images
 from utils.checkpoints.damage import WRONG_CONTENT
 from utils.files import sweep
@@ -137,9 +138,10 @@ class SampleStore:
 
     def read_pngs(self, indices: list[int]) -> Iterator[tuple[int, np.ndarray]]:
         """Images that are in no shard but have a PNG: (index, uint8 (H, W, 3)). Damaged PNGs are named and removed."""
+        reader = PictureReader()
         for index in indices:
             try:
-                picture = read_rgb(self.png(index))
+                picture = np.asarray(reader(self.png(index)))
                 if picture.shape[:2] != self.size:
                     raise ValueError(f"{self.png(index)} is {picture.shape[0]}x{picture.shape[1]}")
             except ValueError as error:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -23,9 +23,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from dataset import code_writer
 from dataset.augmentation import code_views
 from dataset.build import DataFlags, ImageDataset, build_dataset
-from dataset.code_manifest import FORMAT
+from dataset.code_manifest import FORMAT, read_manifest
 from dataset.codes import CodePathFlags
-from dataset.loader import BROKEN_IMAGE, worker_count
+from dataset.image_folders import ImageFiles
+from dataset.loader import PassedOver, check_readable, split_readable, worker_count
+from dataset.pictures import UnreadableError
 from dataset.remote import is_url
 from tokenizer.build import TokenizerFlags, check_image_size, encode_images, fingerprint, load_tokenizer
 from tokenizer.tokenizer_image.vq_model import VQModel
@@ -49,21 +51,21 @@ class ExtractFlags(CodePathFlags, DataFlags, TokenizerFlags, BatchFlags, SeedFla
 
 
 class Views(Dataset):
-    """Image i → (i, its views (V, H, W, 3) uint8, or None if it cannot be read)."""
+    """Image i → (i, its views (V, H, W, 3) uint8, or the reason, a text, why it cannot be read)."""
 
     def __init__(self, data: ImageDataset, flags: ExtractFlags, crop_range: float) -> None:
         self.data, self.flags, self.crop_range = data, flags, crop_range
 
-    def __getitem__(self, index: int) -> tuple[int, np.ndarray | None]:
+    def __getitem__(self, index: int) -> tuple[int, np.ndarray | str]:
         try:
             image = self.data.image(index)
-        except BROKEN_IMAGE:
-            return index, None
+        except UnreadableError as error:
+            return index, str(error)
         return index, code_views(image, self.flags.image_size, ten_crop=self.flags.ten_crop, crop_range=self.crop_range,
                                  mirror=self.flags.mirror)
 
 
-Batch = list[tuple[int, np.ndarray | None]]
+Batch = list[tuple[int, np.ndarray | str]]
 
 
 def part_batches(data: Views, parts: list[range]) -> Iterator[Iterator[Batch]]:
@@ -77,18 +79,18 @@ def part_batches(data: Views, parts: list[range]) -> Iterator[Iterator[Batch]]:
 
 
 @torch.inference_mode()
-def encode_part(tokenizer: VQModel, batches: Iterable[Batch], *, device: torch.device,
-                bar: tqdm) -> tuple[np.ndarray, list[int], list[int]]:
+def encode_part(tokenizer: VQModel, batches: Iterable[Batch], *, device: torch.device, bar: tqdm,
+                passed_over: PassedOver) -> tuple[np.ndarray, list[int], list[int]]:
     """Encode the views of some images → (codes (n, V, L), indices that were read, indices that could not be)."""
     parts, read, broken = [], [], []
     for batch in batches:
-        good = [(index, views) for index, views in batch if views is not None]
-        broken += [index for index, views in batch if views is None]
-        if good:
-            pixels = images.to_float(np.concatenate([views for _, views in good])).to(device)
+        indices, views, unreadable = split_readable(batch, passed_over)
+        if indices:
+            pixels = images.to_float(np.concatenate(views)).to(device)
             found = encode_images(tokenizer, pixels)  # (n*V, L)
-            parts.append(found.view(len(good), -1, found.shape[-1]).cpu().numpy())
-            read += [index for index, _ in good]
+            parts.append(found.view(len(indices), -1, found.shape[-1]).cpu().numpy())
+        read += indices
+        broken += unreadable
         bar.update(len(batch))
     return (np.concatenate(parts) if parts else np.empty((0, 0, 0))), read, broken
 
@@ -97,6 +99,18 @@ def image_names(data: ImageDataset, count: int, *, root: str | None) -> str:
     """Hash of the first `count` images' names below `root`: another for other images, not for a moved folder."""
     above = "" if root is None else str(Path(root))
     return code_writer.names_hash(data.name(index).removeprefix(above) for index in range(count))
+
+
+def tell_complete(made: dict[str, Any], recipe: dict[str, Any], folder: Path) -> None:
+    """Say that a finished store is kept, and why. `made`: its manifest; `recipe`: of what would be made now."""
+    when = "image_times"
+    if when not in recipe:
+        print(f"{folder} is complete: nothing to do")
+    elif made.get(when) == recipe[when]:
+        print(f"{folder} is complete: nothing to do (names, sizes and times of the image files are those of then)")
+    else:
+        print(f"{folder} is complete: nothing to do. Names and sizes of the image files are those of then, their times "
+              "are not, and contents are not compared: if pictures were replaced, extract to another --code-path")
 
 
 def main(flags: ExtractFlags) -> None:
@@ -110,7 +124,8 @@ def main(flags: ExtractFlags) -> None:
     if is_url(flags.code_path):
         raise ValueError(f"--code-path {flags.code_path} is a URL: extract to a folder, and upload that")
     outer = tuple(int(side * crop_range) for side in flags.image_size)
-    data = build_dataset(flags.dataset, flags.data_path, size=outer)
+    data = build_dataset(flags.dataset, flags.data_path, size=outer, exif_orientation=flags.exif_orientation)
+    check_readable(data)
     name, tokenizer = load_tokenizer(flags, device=process.device)
     grid = check_image_size(flags.image_size, tokenizer.downsample)
     count = min(DEBUG_IMAGES, len(data)) if flags.debug else len(data)
@@ -120,6 +135,8 @@ def main(flags: ExtractFlags) -> None:
     recipe = {"format": FORMAT, "dataset": flags.dataset, "images": count,
               "image_names": image_names(data, count, root=flags.data_path), "image_size": list(flags.image_size),
               "grid": list(grid), "views": views,
+              "exif_orientation": flags.exif_orientation,
+              **(data.states(count) if process.is_main and isinstance(data, ImageFiles) else {}),
               "crop": {"ten_crop": flags.ten_crop, "range": crop_range, "mirror": flags.mirror},
               "dtype": str(code_writer.code_dtype(tokenizer.codebook_size)),
               "classes": data.classes, "tokenizer": {"name": name, "downsample": tokenizer.downsample,
@@ -130,7 +147,7 @@ def main(flags: ExtractFlags) -> None:
     dist.barrier()
     if (folder / "manifest.json").is_file():
         if process.is_main:
-            print(f"{folder} is complete: nothing to do")
+            tell_complete(read_manifest(folder), recipe, folder)
         return
 
     rows = code_writer.layout(code_writer.extraction_recipe(folder))["part_rows"]
@@ -138,9 +155,10 @@ def main(flags: ExtractFlags) -> None:
     mine = [i for i in range(process.rank, len(parts), process.world_size) if not code_writer.is_done(folder, i)]
     with tqdm(total=sum(len(parts[i]) for i in mine), desc=f"{name} codes", unit="image", mininterval=1.0,
               disable=not process.is_main) as bar:
-        loaded = part_batches(Views(data, flags, crop_range), [parts[i] for i in mine])
+        loaded, passed_over = part_batches(Views(data, flags, crop_range), [parts[i] for i in mine]), PassedOver()
         for i, batches in zip(mine, loaded, strict=True):
-            codes, read, broken = encode_part(tokenizer, batches, device=process.device, bar=bar)
+            codes, read, broken = encode_part(tokenizer, batches, device=process.device, bar=bar,
+                                              passed_over=passed_over)
             codes = codes.astype(recipe["dtype"]).reshape(len(read), views, grid[0] * grid[1])
             code_writer.write_part(folder, i, codes, data.labels[read].tolist(), [data.name(index) for index in broken])
     dist.barrier()

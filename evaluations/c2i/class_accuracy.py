@@ -30,7 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from dataset.augmentation import center_crop
 from dataset.build import DataFlags, ImageDataset, build_dataset
-from dataset.loader import BROKEN_IMAGE
+from dataset.loader import PassedOver
+from dataset.pictures import UnreadableError
 from utils import cli, dist
 from utils.cli import flag
 from utils.files import file_hash, replacing
@@ -234,11 +235,12 @@ def save_features(model: SmallCNN, path: Path) -> None:
 
 def stack_images(data: ImageDataset, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     """All readable pictures of a data set, centre-cropped → (uint8 (N, H, W, 3), labels (N,))."""
-    pictures, labels = [], []
+    pictures, labels, passed_over = [], [], PassedOver()
     for i in range(len(data)):
         try:
             pictures.append(center_crop(data.image(i), size))
-        except BROKEN_IMAGE:
+        except UnreadableError as error:
+            passed_over.tell([str(error)])
             continue
         labels.append(data.labels[i])
     if not pictures:
@@ -248,7 +250,8 @@ def stack_images(data: ImageDataset, size: tuple[int, int]) -> tuple[np.ndarray,
 
 def split_sets(flags: AccuracyFlags) -> tuple[list[str], tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
     """(class names, training set, held-out set): the emoji's own split, else a random tenth is held out."""
-    data = build_dataset(flags.dataset, flags.data_path, size=flags.image_size)
+    data = build_dataset(flags.dataset, flags.data_path, size=flags.image_size,
+                         exif_orientation=flags.exif_orientation)
     if data.classes is None:
         raise ValueError(f"--dataset {flags.dataset} has no classes to recognise")
     pictures, labels = stack_images(data, flags.image_size)
@@ -268,7 +271,8 @@ def main(flags: AccuracyFlags) -> None:
         raise FileNotFoundError(f"no sample set at {path}")
     classes, train_set, heldout_set = split_sets(flags)
     made_of = {"samples_sha256": file_hash(path), "dataset": flags.dataset, "image_size": list(flags.image_size),
-               "pictures_sha256": pictures_hash(classes, train_set, heldout_set), "seed": flags.global_seed,
+               "exif_orientation": flags.exif_orientation, "seed": flags.global_seed,
+               "pictures_sha256": pictures_hash(classes, train_set, heldout_set),
                "code_sha256": file_hash(__file__), "torch": torch.__version__}
     features = output.with_name(f"{output.stem}_features.pt")
     if is_up_to_date(output, features, made_of):

@@ -18,6 +18,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from dataset.build import PictureFlags
 from evaluations.c2i.comparison_rules import (
     accept,
     check_acceptance,
@@ -37,7 +38,7 @@ from utils.options import BatchFlags, DeviceFlags, OutputFlags, SeedFlags
 
 
 @dataclass(kw_only=True)
-class EvaluatorFlags(MetricFlags, SeedFlags, BatchFlags, OutputFlags, DeviceFlags):
+class EvaluatorFlags(MetricFlags, PictureFlags, SeedFlags, BatchFlags, OutputFlags, DeviceFlags):
     """The evaluation command."""
 
     reference: str = flag(cli.REQUIRED, "npz or folder that samples are compared with", positional=True)
@@ -100,7 +101,8 @@ def main(flags: EvaluatorFlags) -> None:
         check_acceptance(sample_path.stem, features=flags.features)
     if flags.per_proc_batch_size < 1:
         raise ValueError(f"--per-proc-batch-size is {flags.per_proc_batch_size}, expected at least 1")
-    reference, sample = open_image_set(flags.reference), open_image_set(sample_path)
+    reference, sample = (open_image_set(path, exif_orientation=flags.exif_orientation)
+                         for path in (flags.reference, sample_path))
     network = load_network(flags, device=process.device)
     check_reference(reference, metrics, network=network)
     check_sample(sample, metrics, network=network)
@@ -110,15 +112,16 @@ def main(flags: EvaluatorFlags) -> None:
         check_preset(flags.preset, reference, sample, known_as=known_as)
     warnings = set_warnings(reference, sample, metrics, network=network)
     tell(warnings, process)
+    remember_as = reference_hash if flags.exif_orientation else f"{reference_hash} as stored"
     common = {"network": network, "process": process, "batch": flags.per_proc_batch_size}
     with ThreadPoolExecutor(1) as hashing:  # ten gigabytes take a while: at the same time as the features
         sample_hash = hashing.submit(sample.sha256 if process.is_main else str)
         of_reference = measure_with_stored(reference, wanted=needed(metrics, of=1), title=f"reference {reference.name}",
-                                           remember_as=reference_hash, **common)
+                                           remember_as=remember_as, **common)
         of_sample = measure_with_stored(sample, wanted=needed(metrics, of=0), title=f"samples {sample.name}",
                                         seed=flags.global_seed, **common)
     results = compute(metrics, of_reference, of_sample, pr_dtype=flags.pr_dtype, device=process.device)
-    found = result_warnings(results, of_reference, of_sample)
+    found = [*reference.reading_notes(), *sample.reading_notes(), *result_warnings(results, of_reference, of_sample)]
     if sample_hash.result() == reference_hash:
         found.append("samples and reference are the same file")
     tell(found, process)
@@ -126,6 +129,7 @@ def main(flags: EvaluatorFlags) -> None:
         return
     write_report(results, {
         "preset": flags.preset or "none",
+        "exif_orientation": flags.exif_orientation,
         "reference": {**about(reference, reference_hash), "kind": known_as or "custom"},
         "sample": about(sample, sample_hash.result()),
         "network": network.described,

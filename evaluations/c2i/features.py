@@ -36,7 +36,7 @@ from utils.files import cache_folder, file_hash, first_line, replacing
 from utils.seeding import derive_seed
 
 SPLIT = 5000  # images per chunk of the Inception Score, in the order of the set
-CACHE_VERSION = 1  # of the cache files: to be raised when features change
+CACHE_VERSION = 2  # of the cache files: to be raised when features change
 
 
 @dataclass(kw_only=True)

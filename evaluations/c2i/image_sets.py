@@ -3,25 +3,25 @@
 Each is checked before any work: a set that does not hold 8-bit RGB images of one size is refused, saying what is wrong.
 """
 import hashlib
+import os
 import re
 import zipfile
 import zlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
 
 import numpy as np
-from PIL import Image
 
-from dataset.image_folders import EXTENSIONS
-from dataset.loader import BROKEN_IMAGE
+from dataset.image_folders import ending, is_hidden, told_endings
+from dataset.pictures import PictureReader, endings
 from utils.files import file_hash
 
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")
 MADE_WITH = "weights_sha256"  # in references that we make: the Inception weights behind the statistics
-LOSSY = {".jpg", ".jpeg", ".webp"}
+LOSSY = {".jpg", ".jpeg", ".jfif", ".jpe", ".webp", ".avif", ".jp2", ".j2k"}
 UNREADABLE = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError)  # what zipfile raises
 AHEAD = 2  # batches read while one is measured
 
@@ -81,12 +81,16 @@ class ImageFile(ImageSet):
         """Hash of the file."""
         return file_hash(self.path)
 
+    def reading_notes(self) -> list[str]:
+        """Warnings for the report that are known only after reading."""
+        return []
 
-def open_image_set(path: str | Path) -> ImageFile:
-    """The image set at a path: an npz or a folder of images."""
+
+def open_image_set(path: str | Path, *, exif_orientation: bool = True) -> ImageFile:
+    """The image set at a path: an npz or a folder of images, which are turned as their EXIF orientation says."""
     path = Path(path)
     if path.is_dir():
-        return FolderImages(path)
+        return FolderImages(path, PictureReader(exif_orientation=exif_orientation))
     if not path.is_file():
         raise FileNotFoundError(f"no image set at {path}: expected an .npz or a folder of PNGs")
     return NpzImages(path)
@@ -207,26 +211,41 @@ def check_statistics(stored: dict[str, np.ndarray], path: Path) -> None:
 
 
 class FolderImages(ImageFile):
-    """The images of a folder (not of folders in it), in natural order of their names: 2.png before 10.png."""
+    """The pictures of a folder (not of folders in it), in natural order of their names: 2.png before 10.png."""
 
-    def __init__(self, path: Path) -> None:
-        files = [file for file in path.iterdir() if file.suffix.lower() in EXTENSIONS]
-        self.files = sorted(files, key=lambda file: natural(file.name))
+    def __init__(self, path: Path, reader: PictureReader) -> None:
+        names = sorted((name for name in os.listdir(path) if not is_hidden(name)), key=natural)
+        self.files = [path / name for name in names if ending(name) in endings()]
+        others = Counter(ending(name) for name in names if ending(name) not in endings())
         if not self.files:
-            raise ValueError(f"{path} holds no images: expected PNGs (for a tree of folders build a reference with "
-                             "evaluations/c2i/reference.py)")
-        super().__init__(f"{path.resolve().name}/", len(self.files), read_rgb(self.files[0]).shape[:2])
+            beside = f", but {told_endings(others)}" if others else ""
+            raise ValueError(f"{path} holds no images{beside}: expected PNGs (for a tree of folders build a reference "
+                             "with evaluations/c2i/reference.py)")
+        self.reader = reader
+        super().__init__(f"{path.resolve().name}/", len(self.files), self.pixels(self.files[0]).shape[:2])
         self.path = path
-        lossy = sum(file.suffix.lower() in LOSSY for file in self.files)
-        self.notes += [f"{lossy} of {self.count} files in {path} are lossy (JPEG, WebP): compression moves every "
-                      "metric, save PNGs"] if lossy else []
+        if others:
+            self.notes.append(f"passed over in {path}: {told_endings(others)}, which are no pictures")
+        lossy = sum(ending(file.name) in LOSSY for file in self.files)
+        if lossy:
+            self.notes.append(f"{lossy} of {self.count} files in {path} are lossy (such as JPEG): compression moves "
+                              "every metric, save PNGs")
+
+    def reading_notes(self) -> list[str]:
+        """Whether pictures were laid on white."""
+        found = self.reader.found_transparency
+        return [f"pictures of {self.name} have transparent parts: they were laid on white"] if found else []
+
+    def pixels(self, file: Path) -> np.ndarray:
+        """One picture, uint8 (H, W, 3). Raises UnreadableError: a set with a damaged picture is not measured."""
+        return np.asarray(self.reader(file))
 
     def read(self, size: int, *, rank: int, world_size: int) -> Iterator[Batch]:
         """Batches of this process, decoded by a few threads: Pillow releases the interpreter lock while it decodes."""
         with ThreadPoolExecutor(4) as pool:
             for start in range(rank * size, self.count, size * world_size):
                 files = self.files[start:start + size]
-                pictures = list(pool.map(read_rgb, files))
+                pictures = list(pool.map(self.pixels, files))
                 for file, picture in zip(files, pictures, strict=True):
                     if picture.shape[:2] != self.size:
                         raise ValueError(f"{file} is {picture.shape[0]}x{picture.shape[1]}, {self.files[0].name} "
@@ -244,16 +263,3 @@ class FolderImages(ImageFile):
 def natural(name: str) -> list[tuple[int, int, str]]:
     """Sort key in which numbers count as numbers."""
     return [(1, int(part), "") if part.isdecimal() else (0, 0, part) for part in re.split(r"(\d+)", name) if part]
-
-
-def read_rgb(file: Path) -> np.ndarray:
-    """An image file as uint8 (H, W, 3). Raises ValueError if it is damaged or not opaque 8-bit RGB."""
-    try:
-        with Image.open(file) as image:
-            mode, clear = image.mode, "transparency" in image.info
-            picture = np.asarray(image.convert("RGB"))
-    except (*BROKEN_IMAGE, zlib.error) as error:
-        raise ValueError(f"{file} cannot be read as an image: {error}") from None
-    if mode not in ("RGB", "L", "P") or clear:
-        raise ValueError(f"{file} is of mode {mode}, expected opaque 8-bit RGB")
-    return picture

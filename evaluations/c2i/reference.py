@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from dataset.augmentation import center_crop
 from dataset.build import DataFlags, ImageDataset, build_dataset
-from dataset.loader import CentreCrops, worker_count
+from dataset.loader import CentreCrops, PassedOver, split_readable, worker_count
 from evaluations.c2i.features import inception_network, measure
 from evaluations.c2i.image_sets import MADE_WITH, STATISTICS, Batch, ImageSet
 from evaluations.c2i.inception_weights import InceptionFlags
@@ -45,6 +45,7 @@ class DatasetImages(ImageSet):
         super().__init__(name, len(data), size)
         self.data, self.num_workers = data, num_workers
         self.broken: list[int] = []
+        self.passed_over = PassedOver()
 
     def batches(self, size: int, *, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
         """Read, cropped and joined by worker processes."""
@@ -52,10 +53,10 @@ class DatasetImages(ImageSet):
                 for start in range(rank * size, self.count, size * world_size)]
         crops = CentreCrops(self.data, range(self.count), self.size)
         for batch in DataLoader(crops, batch_sampler=mine, collate_fn=list, num_workers=worker_count(self.num_workers)):
-            self.broken += [index for index, picture in batch if picture is None]
-            whole = [(index, picture) for index, picture in batch if picture is not None]
-            if whole:
-                yield np.array([index for index, _ in whole]), np.stack([picture for _, picture in whole])
+            indices, pictures, unreadable = split_readable(batch, self.passed_over)
+            self.broken += unreadable
+            if indices:
+                yield np.array(indices), np.stack(pictures)
 
 
 def main(flags: ReferenceFlags) -> None:
@@ -66,7 +67,8 @@ def main(flags: ReferenceFlags) -> None:
         raise ValueError(f"--output {output}: expected a name that ends in .npz")
     if min(flags.keep_images, flags.per_proc_batch_size) < 1:
         raise ValueError("--keep-images and --per-proc-batch-size must be at least 1")
-    data = build_dataset(flags.dataset, flags.data_path, size=flags.image_size)
+    data = build_dataset(flags.dataset, flags.data_path, size=flags.image_size,
+                         exif_orientation=flags.exif_orientation)
     network = inception_network(flags.inception, device=process.device)
     images = DatasetImages(data, flags.image_size, name=flags.data_path or flags.dataset, num_workers=flags.num_workers)
     measured = measure(images, network, process, wanted={"pooled", "spatial"}, batch=flags.per_proc_batch_size,

@@ -14,7 +14,8 @@ from torchvision.transforms.functional import center_crop
 from tqdm import tqdm
 
 from dataset.image_folders import scan
-from dataset.loader import BROKEN_IMAGE, worker_count
+from dataset.loader import worker_count
+from dataset.pictures import PictureReader
 from evaluations.c2i.image_sets import natural
 from utils import dist
 from utils.cli import message
@@ -72,17 +73,14 @@ class Squares(Dataset):
 
     def __init__(self, files: list[Path], size: int, view: Callable[[Image.Image], Tensor]) -> None:
         self.files, self.size, self.view = files, size, view
+        self.reader = PictureReader()
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[int, Tensor]:
-        """Raises ValueError naming a file that is no image."""
-        try:
-            with Image.open(self.files[index]) as file:
-                image = file.convert("RGB")
-        except BROKEN_IMAGE as error:
-            raise ValueError(f"{self.files[index]} cannot be read as an image: {error}") from None
+        """Raises UnreadableError."""
+        image = self.reader(self.files[index])
         image = center_crop(image, min(image.size)).resize((self.size, self.size), Image.Resampling.LANCZOS)
         return index, self.view(image)
 

@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from dataset.augmentation import center_crop
 from dataset.build import DataFlags, ImageDataset, build_dataset, data_fingerprint
 from dataset.image_folders import concatenate, flat_folder
-from dataset.loader import BROKEN_IMAGE, StepSampler, TrainImages, loader
+from dataset.loader import PassedOver, StepSampler, TrainImages, check_readable, loader
+from dataset.pictures import UnreadableError
 from evaluations.c2i.image_sets import Batch, ImageSet
 from evaluations.c2i.monitor import Monitor, MonitorFlags
 from evaluations.similarity import psnr, ssim
@@ -61,11 +62,11 @@ class TokenizerTask:
         self.modules = {"model": model} | ({"discriminator": discriminator} if discriminator is not None else {})
         self.sample_weight = 1.0
         self.loss, self.dtype, self.samples = loss, dtype, samples
-        self.broken: set[str] = set()
+        self.passed_over = PassedOver()
 
     def micro_step(self, batch: dict[str, Any], *, step: int, backward: Backward) -> dict[str, Tensor]:
         """Tokenizer first, then the discriminator on the same reconstructions."""
-        self.note_broken(batch["broken"])
+        self.passed_over.tell(batch["broken"])
         unreadable = len(batch["broken"]) / (len(batch["broken"]) + len(batch["images"]))
         model, discriminator = self.modules["model"], self.modules.get("discriminator")
         critic = None if discriminator is None else parallel.unwrap(discriminator)
@@ -87,12 +88,6 @@ class TokenizerTask:
 
     def check(self, facts: dict[str, Any], path: Path) -> None:
         """Whatever fits in its tensors can be gone on from."""
-
-    def note_broken(self, names: list[str]) -> None:
-        """Tell of each unreadable image, once, that it is skipped."""
-        for name in set(names) - self.broken:
-            self.broken.add(name)
-            print(f"skipping unreadable image {name} ({len(self.broken)} so far)", file=sys.stderr, flush=True)
 
     def report(self) -> dict[str, float]:
         """Codebook usage and perplexity over the last 65,536 assignments; a warning when few codes are used."""
@@ -145,12 +140,15 @@ class Reconstructions(ImageSet):
 
 def open_images(flags: VQTrainFlags) -> ImageDataset:
     """The training images, --data-face-path included."""
-    data = build_dataset(flags.dataset, flags.data_path, size=flags.image_size)
-    if flags.data_face_path is None:
-        return data
-    if data.classes is not None:
-        raise ValueError(f"--data-face-path joins images without classes, but --dataset {flags.dataset} has classes")
-    return concatenate([data, flat_folder(flags.data_face_path)])
+    data = build_dataset(flags.dataset, flags.data_path, size=flags.image_size,
+                         exif_orientation=flags.exif_orientation)
+    if flags.data_face_path is not None:
+        if data.classes is not None:
+            raise ValueError(f"--data-face-path joins images without classes, but --dataset {flags.dataset} has "
+                             "classes")
+        data = concatenate([data, flat_folder(flags.data_face_path, reader=data.reader)])
+    check_readable(data)
+    return data
 
 
 def preview_samples(data: ImageDataset, size: tuple[int, int]) -> Tensor:
@@ -159,7 +157,7 @@ def preview_samples(data: ImageDataset, size: tuple[int, int]) -> Tensor:
     for index in np.linspace(0, len(data) - 1, min(4 * PREVIEW_IMAGES, len(data))).astype(int):
         try:
             views.append(center_crop(data.image(int(index)), size))
-        except BROKEN_IMAGE:
+        except UnreadableError:
             continue
     if not views:
         raise ValueError(f"none of the images tried can be read, among them {data.name(0)}")

@@ -49,8 +49,10 @@ def test_the_manifest_says_all_about_the_codes(code_store, image_folder, tokeniz
     assert len(manifest.pop("labels_sha256")) == len(shards[0]["sha256"]) == 64
     names = "\n".join(f"/{path.relative_to(image_folder)}" for path in class_tree(image_folder).files)
     assert manifest.pop("image_names") == hashlib.sha256(names.encode()).hexdigest()
+    assert {key: manifest.pop(key) for key in ("image_sizes", "image_times")} == class_tree(image_folder).states(36)
     assert manifest == {
         "format": "llamagen-codes-1", "dataset": "imagenet", "images": 36, "count": 36, "skipped": [],
+        "exif_orientation": True,
         "image_size": [16, 16], "grid": [4, 4], "views": 2, "dtype": "uint16", "classes": ["blue", "green", "red"],
         "crop": {"ten_crop": False, "range": 1.0, "mirror": True},
         "tokenizer": {"name": "VQ-4-S", "downsample": 4, "codebook_size": 256,
@@ -169,7 +171,7 @@ def test_codes_of_other_images_are_not_gone_on_with(image_folder, vq_ckpt, tmp_p
     assert "already holds codes made with another image_names" in capsys.readouterr().err
     path = tmp_path / "codes" / STORE / "manifest.json"
     manifest = json.loads(path.read_text())
-    del manifest["image_names"]  # as stores were before
+    del manifest["image_names"], manifest["image_sizes"]  # as stores were before
     path.write_text(json.dumps(manifest))
     extract(moved)
     assert "complete: nothing to do" in capsys.readouterr().out

@@ -58,7 +58,6 @@ def write(**arrays):
                    for size in (16, 20)], "20a.png is 20x20, 16a.png 16x16"),
     (lambda path: (save_png(path / "a.png", pictures(1, seed=0)[0]), truncate(path / "a.png", keep=0.5)),
      "cannot be read as an image"),
-    (lambda path: save_png(path / "a.png", np.zeros((16, 16, 4), np.uint8)), "of mode RGBA"),
 ])
 def test_bad_samples_are_one_line(make, says, sets, capsys):
     sets[1].unlink()
