@@ -24,6 +24,8 @@ from typing import Any
 
 import numpy as np
 
+from utils.files import LOOKED_AT, kind_of
+
 FORMAT = "llamagen-codes-1"
 Manifest = dict[str, Any]
 
@@ -117,6 +119,9 @@ def parse_manifest(text: str, source: str | Path) -> Manifest:
     try:
         manifest = json.loads(text)
     except (ValueError, RecursionError) as error:
+        found = None if text.lstrip().startswith("{") else kind_of(text.encode(errors="replace")[:LOOKED_AT])
+        if found is not None:
+            raise ValueError(f"{source} is {found}") from None
         raise ValueError(f"{source} is damaged ({error}): extract the codes again") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ValueError(f"{source} is of another format, expected {FORMAT!r}")

@@ -31,10 +31,10 @@ def main(argv: list[str]) -> None:
     gpus = torch.cuda.device_count()
     given = {name: value for name in VARIABLES if (value := os.environ.get(name, "").strip())}
     try:
-        local, most_nodes = check_variables(given, gpus=gpus)
+        local, machines = check_variables(given, gpus=gpus)
     except ValueError as error:
         fail(str(error), quiet=False)
-    if local * most_nodes == 1:
+    if local * machines == 1:
         sys.argv = argv
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
         runpy.run_path(argv[0], run_name="__main__")
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> None:
     os.environ[dist.LAUNCHER] = str(os.getpid())  # its processes end with it: see utils/dist.py
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // local)))
     flags = [f"--{name}={value}" for name, value in {"nnodes": "1", **given, "nproc_per_node": local}.items()]
-    if most_nodes == 1 and "master_port" not in given:
+    if machines == 1 and "master_port" not in given:
         flags.append("--standalone")
     if Path(f"/proc/self/task/{os.getpid()}/children").exists():  # not every Linux has it
         threading.Thread(target=pass_on, args=[signal.SIGTERM], daemon=True).start()
@@ -67,7 +67,7 @@ def main(argv: list[str]) -> None:
         if failure.exitcode < 0:
             name = signal.Signals(-failure.exitcode).name
             reason = " (out of memory, most often)" if name == "SIGKILL" else ""
-            print(f"error: process {rank} of {local * most_nodes} was killed by {name}{reason}, the others were stopped: "
+            print(f"error: process {rank} of {local * machines} was killed by {name}{reason}, the others were stopped: "
                   "training continues with --resume auto", file=sys.stderr)
             sys.exit(128 - failure.exitcode)
         sys.exit(failure.exitcode)
@@ -107,7 +107,7 @@ def processes_here(wanted: str, *, gpus: int) -> int:
     except ValueError:
         count = 0
     if count < 1:
-        raise ValueError(f"nproc_per_node is {wanted!r}, expected a number of processes, at least 1, or gpu, cpu or auto "
+        raise ValueError(f"nproc_per_node is {wanted!r}, expected a number of processes, or gpu, cpu or auto "
                          "(one per GPU, per core, or per GPU if there are any and else per core)")
     return count
 

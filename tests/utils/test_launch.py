@@ -1,4 +1,4 @@
-"""Processes end with their launcher, however that ends; SIGTERM reaches it at any time; its variables are torchrun's."""
+"""Processes end with their launcher, SIGTERM reaches it at any time; variables mean what torchrun reads."""
 import os
 import signal
 import socket
