@@ -27,7 +27,7 @@ from dataset.code_manifest import FORMAT
 from dataset.codes import CodePathFlags
 from dataset.loader import BROKEN_IMAGE, worker_count
 from dataset.remote import is_url
-from tokenizer.build import TokenizerFlags, check_image_size, encode_images, fingerprint, load_tokenizer
+from tokenizer.build import TokenizerFlags, check_image_size, describe_tokenizer, encode_images, load_tokenizer
 from tokenizer.tokenizer_image.vq_model import VQModel
 from utils import cli, dist, images
 from utils.cli import flag
@@ -122,9 +122,7 @@ def main(flags: ExtractFlags) -> None:
               "grid": list(grid), "views": views,
               "crop": {"ten_crop": flags.ten_crop, "range": crop_range, "mirror": flags.mirror},
               "dtype": str(code_writer.code_dtype(tokenizer.codebook_size)),
-              "classes": data.classes, "tokenizer": {"name": name, "downsample": tokenizer.downsample,
-                                                     "codebook_size": tokenizer.codebook_size,
-                                                     "weights_sha256": fingerprint(tokenizer)}}
+              "classes": data.classes, "tokenizer": describe_tokenizer(name, tokenizer)}
     if process.is_main:
         code_writer.begin(folder, recipe)
     dist.barrier()

@@ -54,9 +54,10 @@ def origin_of(sample: Path, name: str) -> dict[str, Any] | None:
     """What the sampler wrote about the images, in file `name` of the folder or of the folder that the npz packs."""
     folder = sample if sample.is_dir() else sample.with_suffix("")
     try:
-        return json.loads((folder / name).read_text())
+        found = json.loads((folder / name).read_text())
     except (OSError, ValueError):
         return None
+    return found if isinstance(found, dict) else None
 
 
 def write_report(results: dict[str, float], protocol: dict[str, Any], path: Path) -> None:
@@ -108,7 +109,9 @@ def main(flags: EvaluatorFlags) -> None:
     known_as = dist.broadcast_object(known_references().get(reference_hash))
     if flags.preset:
         check_preset(flags.preset, reference, sample, known_as=known_as)
+    sampler = origin_of(sample_path, "config.json")
     warnings = set_warnings(reference, sample, metrics, network=network)
+    warnings += [f"the sampler said: {text}" for text in (sampler or {}).get("warnings", [])]
     tell(warnings, process)
     common = {"network": network, "process": process, "batch": flags.per_proc_batch_size}
     with ThreadPoolExecutor(1) as hashing:  # ten gigabytes take a while: at the same time as the features
@@ -134,7 +137,7 @@ def main(flags: EvaluatorFlags) -> None:
         "pr_dtype": flags.pr_dtype, "neighbours": NEIGHBOURS,
         "inception_score_split": SPLIT, "shuffle_seed": flags.global_seed,
         "processes": process.world_size, "device": str(process.device),
-        "sampler": origin_of(sample_path, "config.json"), "reconstructor": origin_of(sample_path, "results.json"),
+        "sampler": sampler, "reconstructor": origin_of(sample_path, "results.json"),
         "versions": {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()},
         "warnings": warnings + found}, output)
     if flags.acceptance:
