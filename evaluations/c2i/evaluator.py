@@ -80,7 +80,7 @@ def about(images: ImageSet, sha256: str) -> dict[str, Any]:
 def tell(warnings: list[str], process: dist.Process) -> None:
     """Print warnings on rank 0."""
     for text in warnings if process.is_main else []:
-        print(f"warning: {text}", file=sys.stderr, flush=True)
+        cli.warn(text)
 
 
 def report_path(flags: EvaluatorFlags) -> Path:

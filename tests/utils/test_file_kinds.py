@@ -6,6 +6,7 @@ import lzma
 import re
 import tarfile
 import unicodedata
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from PIL import Image
 from tests.conftest import call
 from utils import cli
 from utils.files import first_line, plain, what_it_is
+from utils.training.trainer import Trainer
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 12345\n"
 PAGE = "<!DOCTYPE html>\n<html><head><title>Sign in</title>"
@@ -110,3 +112,10 @@ def test_what_torch_says_comes_without_its_colours(tmp_path):
         torch.load(tmp_path / "x.pt", weights_only=True)
     assert "\x1b" in str(caught.value) or "GLOBAL" in str(caught.value)
     assert "\x1b" not in first_line(caught.value)
+
+
+def test_what_a_training_says_can_do_nothing_to_a_terminal(capsys):
+    """Its lines name classes and files."""
+    Trainer.say(SimpleNamespace(process=SimpleNamespace(is_main=True)), f"2 new: {CODES}, cat")
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and said.strip().isprintable()
