@@ -21,6 +21,7 @@ from dataset.code_index import FolderIndex
 from dataset.code_layouts import CodeStore, class_folders, labels_of
 from dataset.path_list import PathList
 from utils.files import file_hash
+from utils.pickles import why_no_array
 
 NO_GAPS = "codes and labels are numbered 0 … N-1 without gaps"
 NUMBER = re.compile("0|[1-9][0-9]{0,17}")
@@ -160,4 +161,4 @@ def load_array(path: Path) -> np.ndarray:
     try:
         return np.load(path)
     except (ValueError, EOFError) as error:
-        raise ValueError(f"{path} is no array of numbers, or cut short ({error})") from None
+        raise ValueError(f"{path} is no array of numbers, or cut short ({why_no_array(path, error)})") from None

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from dataset.code_layouts import CodeStore
-from dataset.code_manifest import Column
+from dataset.code_manifest import Column, same_tokenizer, tokenizer_name
 from dataset.order import BLOCK_ROWS, WINDOW_ROWS, EndlessOrder
 from utils.seeding import hash_choice
 
@@ -150,7 +150,8 @@ def common(stores: list[CodeStore]) -> dict[str, Any]:
     """What stores together say of themselves."""
     sizes = [store.vocab_size for store in stores if store.vocab_size is not None]
     first = stores[0]
-    return {"grid": first.grid, "vocab_size": max(sizes, default=None), "manifest": first.manifest,
+    return {"grid": first.grid, "vocab_size": max(sizes, default=None),
+            "manifest": next((store.manifest for store in stores if store.manifest), {}),
             "folder": first.folder, "packed": all(store.packed for store in stores)}
 
 
@@ -160,11 +161,11 @@ def check_agreement(paths: list[str], stores: list[CodeStore]) -> None:
         if store.grid != stores[0].grid:
             raise ValueError(f"{path} holds grids of {store.grid[0]}x{store.grid[1]} codes, {paths[0]} of "
                              f"{stores[0].grid[0]}x{stores[0].grid[1]}")
-    made = [(path, store.manifest["tokenizer"]["weights_sha256"]) for path, store in zip(paths, stores, strict=True)
-            if store.manifest]
+    made = [(path, store.manifest["tokenizer"]) for path, store in zip(paths, stores, strict=True) if store.manifest]
     for path, tokenizer in made:
-        if tokenizer != made[0][1]:
-            raise ValueError(f"{path} holds codes of another tokenizer than {made[0][0]}")
+        if same_tokenizer(tokenizer, made[0][1]) is False:
+            raise ValueError(f"{path} holds codes of another tokenizer than {made[0][0]}: {tokenizer_name(tokenizer)}, "
+                             f"not {tokenizer_name(made[0][1])}")
 
 
 def merge_classes(paths: list[str], stores: list[CodeStore]) -> list[str] | None:

@@ -7,8 +7,9 @@
     caption-00000.npy …          its values for consecutive images, (values of them, …)
 
 The manifest has `format`, `count` (N), `views`, `grid` [h, w], `image_size` [height, width], `dtype` of the codes,
-`classes` (names in label order, or null), `tokenizer` {name, downsample, codebook_size, weights_sha256},
-`labels_sha256` and `shards` [{file, rows, sha256}]. Where it is known: `dataset`, `images` (N and those left out),
+`classes` (names in label order, or null), `tokenizer` {name, downsample, codebook_size, weights_sha256}
+(of a copy in fewer bits also rounded_from, the hash of the original), `labels_sha256` and `shards` [{file, rows,
+sha256}]. Where it is known: `dataset`, `images` (N and those left out),
 `image_names` (hash of the names), `crop`, `skipped` (names of unreadable images) and `columns`.
 
 A column is {name, kind, dtype, shape, offsets {file, sha256}, files [{file, rows, sha256}]}. Of kind "text" each image
@@ -23,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from utils.files import LOOKED_AT, kind_of
 
 FORMAT = "llamagen-codes-1"
 Manifest = dict[str, Any]
@@ -117,6 +120,9 @@ def parse_manifest(text: str, source: str | Path) -> Manifest:
     try:
         manifest = json.loads(text)
     except (ValueError, RecursionError) as error:
+        found = None if text.lstrip().startswith("{") else kind_of(text.encode(errors="replace")[:LOOKED_AT])
+        if found is not None:
+            raise ValueError(f"{source} is {found}") from None
         raise ValueError(f"{source} is damaged ({error}): extract the codes again") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ValueError(f"{source} is of another format, expected {FORMAT!r}")
@@ -177,3 +183,15 @@ def columns_of(manifest: Manifest) -> dict[str, Column]:
     """The columns by name."""
     return {column["name"]: Column(column["name"], column["kind"], column["dtype"], tuple(column["shape"]))
             for column in manifest.get("columns", [])}
+
+
+def same_tokenizer(one: Any, other: Any) -> bool | None:
+    """Whether two `tokenizer` entries are of one tokenizer, or of copies of one; None where a hash is not known."""
+    hashes = [{entry.get(key) for key in ("weights_sha256", "rounded_from") if is_text(entry.get(key))}
+              if isinstance(entry, dict) else set() for entry in (one, other)]
+    return bool(hashes[0] & hashes[1]) if all(hashes) else None
+
+
+def tokenizer_name(entry: dict[str, Any]) -> str:
+    """What to call the tokenizer of such an entry, whose hash is known."""
+    return f"{entry.get('name') or 'tokenizer'} {entry['weights_sha256'][:12]}"

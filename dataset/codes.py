@@ -19,7 +19,7 @@ from dataset.code_files import open_class_folders, open_pairs
 from dataset.code_joins import Mixture, OtherViews
 from dataset.code_layouts import CodeStore, PackedStore, class_folders, find_store, is_packed
 from dataset.code_manifest import files_of_some, read_manifest
-from utils import dist
+from utils import cli, dist
 from utils.cli import REQUIRED, flag
 from utils.seeding import derive_seed, hash_choice
 
@@ -167,5 +167,5 @@ def open_packed(path: str, folder: Path, damage: dict[str, str], *, corrupt: Cor
         if corrupt != "skip" or not spared:
             raise ValueError(f"{named}: {remedy}{', or go on without by --corrupt-shards skip' if spared else ''}")
         if dist.env_rank() == 0:
-            print(f"warning: {named}: {(~left).sum()} of {len(left)} images are left out", file=sys.stderr)
+            cli.warn(f"{named}: {(~left).sum()} of {len(left)} images are left out")
     return PackedStore(folder, manifest, set(damage))

@@ -2,11 +2,12 @@
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from dataset.code_manifest import same_tokenizer, tokenizer_name
 from tokenizer.tokenizer_image import convolution
 from tokenizer.tokenizer_image.layers import to_channels_last
 from tokenizer.tokenizer_image.vq_model import VQ_models, VQModel
@@ -64,6 +65,7 @@ def load_tokenizer(flags: TokenizerFlags, *, device: torch.device) -> tuple[str,
     saved = containers.saved_config(content)
     name, model = new_tokenizer(flags, saved, codebook_l2_norm=saved.get("codebook_l2_norm", True))
     containers.load_strict(model, state, flags.vq_ckpt)
+    model.rounded_from = saved.get("weights_sha256")
     return name, to_channels_last(model.eval().requires_grad_(False).to(device))
 
 
@@ -114,6 +116,24 @@ def in_chunks(function: Callable[[Tensor], Tensor], x: Tensor, *, rows: int | No
     parts = [function(torch.cat([chunk, chunk[-1:].expand(rows - len(chunk), *chunk.shape[1:])]))[:len(chunk)]
              for chunk in x.split(rows)]
     return torch.cat(parts)
+
+
+def describe_tokenizer(name: str, model: VQModel) -> dict[str, Any]:
+    """What codes, and models of codes, record of the tokenizer that made them. Takes 0.2 s for VQ-16, on a CPU core."""
+    own = {"name": name, "downsample": model.downsample, "codebook_size": model.codebook_size,
+           "weights_sha256": fingerprint(model)}
+    return own if model.rounded_from in (None, own["weights_sha256"]) else own | {"rounded_from": model.rounded_from}
+
+
+def other_tokenizer(made: Any, name: str, model: VQModel, *, codes: str, source: str) -> str | None:
+    """A line saying that `codes` were made with another tokenizer (`made`) than this one of the file `source`.
+
+    None where it is the same, or `made` does not say its hash.
+    """
+    if same_tokenizer(made, made) is None or same_tokenizer(made, own := describe_tokenizer(name, model)):
+        return None
+    return (f"{codes} of tokenizer {tokenizer_name(made)}, but {source} is {tokenizer_name(own)}: pictures will be "
+            "wrong unless it is a copy of that one; give the tokenizer that made the codes as --vq-ckpt")
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -23,7 +23,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 
 from utils import dist
-from utils.files import replacing
+from utils.files import plain, replacing
 from utils.recipes import recipe_flags, recipe_path
 
 Config = TypeVar("Config")
@@ -143,8 +143,19 @@ def require_package(name: str, *, purpose: str) -> None:
 def fail(text: str, *, quiet: bool) -> NoReturn:
     """Print the one line, unless another process says it, and exit 2."""
     if not quiet:
-        print("error: " + " ".join(text.split()), file=sys.stderr, flush=True)
+        print("error: " + one_line(text), file=sys.stderr, flush=True)
     sys.exit(2)
+
+
+def warn(text: str) -> None:
+    """Print a warning, in one line, on rank 0."""
+    if dist.env_rank() == 0:
+        print("warning: " + one_line(text), file=sys.stderr, flush=True)
+
+
+def one_line(text: str) -> str:
+    """A text that cannot do more to a terminal than fill a line."""
+    return plain(" ".join(text.split()))
 
 
 def message(error: Exception) -> str:

@@ -2,6 +2,7 @@
 import contextlib
 import ctypes
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -47,15 +48,31 @@ def setup(wanted: str = "auto", *, timeout: float = 1800.0) -> Process:
     if wanted == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: there is no GPU that this torch can use")
     if wanted != "cpu" and torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        place, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if place >= gpus:
+            raise ValueError(f"a process for GPU {place} was started, but there are {gpus}: give nproc_per_node={gpus}")
+        device = torch.device("cuda", place)
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if world_size > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group(backend(device), timeout=timedelta(seconds=timeout),
-                                             device_id=bound_device(device))
+        try:
+            torch.distributed.init_process_group(backend(device), timeout=timedelta(seconds=timeout),
+                                                 device_id=bound_device(device))
+        except torch.distributed.DistError as error:
+            if (taken := taken_port(error)) is None:
+                raise
+            raise ValueError(taken) from None
     return Process(env_rank(), world_size, device)
+
+
+def taken_port(error: Exception) -> str | None:
+    """What to say when processes cannot meet because their port is in use; None for any other error."""
+    port = re.search(r"port: (\d+).*(EADDRINUSE|address already in use)", str(error), flags=re.IGNORECASE | re.DOTALL)
+    return port and (f"port {port[1]}, at which the processes are to meet, is in use by another program, perhaps "
+                     f"another training: give a free one, such as master_port={int(port[1]) % 65535 + 1} "
+                     "(torchrun: --master_port), or on one machine leave it out")
 
 
 def follow_launcher() -> None:

@@ -1,11 +1,28 @@
-"""Files and folders: written whole or not at all, their hashes, the cache."""
+"""Files and folders: written whole or not at all, their hashes, the cache; what a wrong file is."""
+import codecs
 import contextlib
 import hashlib
 import os
+import re
 import secrets
 import shutil
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
+
+LOOKED_AT = 4096  # bytes at the start of a file that say what it is
+KINDS = {  # how files start that are no text
+    b"PK\x03\x04": "a zip archive: unpack it and give what is in it", b"PK\x05\x06": "an empty zip archive",
+    b"\x1f\x8b": "compressed by gzip: unpack it (gunzip, or tar xzf)",
+    b"BZh": "compressed by bzip2: unpack it (bunzip2, or tar xjf)",
+    b"\xfd7zXZ\0": "compressed by xz: unpack it (unxz, or tar xJf)",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd: unpack it (unzstd)", b"7z\xbc\xaf\x27\x1c": "a 7z archive: unpack it",
+    b"Rar!": "a rar archive: unpack it", b"\x89PNG": "a PNG picture", b"\xff\xd8\xff": "a JPEG picture",
+    b"GIF8": "a GIF picture", b"%PDF": "a PDF document", b"\x89HDF": "an HDF5 file (Keras, h5py)",
+    b"\x93NUMPY": "a NumPy array (.npy)",
+}
+AGAIN = "download it again"
+TURNING = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}  # Unicode's names of such marks
 
 
 @contextlib.contextmanager
@@ -53,7 +70,68 @@ def sync_folder(folder: Path) -> None:
 
 def first_line(error: Exception) -> str:
     """What an exception says, in one line; its type when it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return plain((str(error).strip() or type(error).__name__).splitlines()[0])
+
+
+def plain(text: str) -> str:
+    """A text in which control characters are spelt out (\\x1b), so that it can do nothing to a terminal.
+
+    Names of files and classes and what files hold may come from strangers. Marks that turn the direction of writing
+    are spelt out too.
+    """
+    def harmless(letter: str) -> bool:
+        return unicodedata.category(letter) not in ("Cc", "Cs", "Zl", "Zp") and (
+            unicodedata.bidirectional(letter) not in TURNING)
+
+    return "".join(letter if harmless(letter) else letter.encode("unicode_escape").decode() for letter in text)
+
+
+def what_it_is(path: str | Path) -> str | None:
+    """What a file is, and what to do, if that can be seen at its start; None where it cannot, or there is no file.
+
+    For readers that could not read it as what it should be: "{path} is {what it is}". What they read themselves, such
+    as zip archives, may be among the answers.
+    """
+    try:
+        with open(path, "rb") as file:
+            return kind_of(file.read(LOOKED_AT))
+    except OSError:
+        return None
+
+
+def kind_of(start: bytes) -> str | None:
+    """The same for the first bytes of something that was read from elsewhere."""
+    if not start:
+        return f"empty: {AGAIN}, or make it again"
+    if not start.strip(b"\0"):
+        return f"nothing but zeros at its start, a download or copy that was not finished: {AGAIN}"
+    if start[257:262] == b"ustar":
+        return "a tar archive: unpack it (tar xf) and give what is in it"
+    if start[:4] == b"RIFF" and start[8:12] == b"WEBP":
+        return "a WebP picture"
+    binary = next((kind for mark, kind in KINDS.items() if start.startswith(mark)), None)
+    return binary or _kind_of_text(start)
+
+
+def _kind_of_text(start: bytes) -> str | None:
+    """The same for the start of a text; None for what is none."""
+    encoding = "utf-16" if start[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+    try:
+        text = codecs.getincrementaldecoder(encoding)().decode(start).strip()
+    except UnicodeDecodeError:
+        return None
+    if re.search(r"[\0-\x08\x0e-\x1a\x7f]", text):
+        return None
+    shown = plain(" ".join(text[:60].split()))
+    if re.match(r"version https?://(git-lfs|git-media|hawser)", text):
+        return "a Git LFS pointer, which only names the file: `git lfs pull` in its repository fetches it"
+    if re.match(r"<(!doctype html|html|head|body|title)|<.*<html", text, flags=re.IGNORECASE | re.DOTALL):
+        return f"an HTML page, which a server sent in place of the file (does it ask for a login?): {AGAIN}"
+    if re.match(r"<[?!\w]", text):
+        return f"an XML text ({shown}), perhaps a server's error: {AGAIN}"
+    if re.match(r"[{\[]", text):
+        return f"a JSON text ({shown}), perhaps a server's error: {AGAIN}, if it is not the wrong file"
+    return f"a text file ({shown}): {AGAIN}, if it is not the wrong file" if text else f"a blank text file: {AGAIN}"
 
 
 def sweep(folder: Path) -> None:

@@ -5,7 +5,7 @@ Image (seed, index) comes from its own random stream, so it does not depend on t
 import csv
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,8 +20,8 @@ from autoregressive.models.quantized import quantize_
 from autoregressive.models.sampling import check_sampling
 from autoregressive.sample.options import SampleFlags
 from native.build import available, prepare
-from tokenizer.build import ImageTokenizer, check_image_size, decode_images, load_tokenizer
-from utils import dist, images
+from tokenizer.build import ImageTokenizer, check_image_size, decode_images, load_tokenizer, other_tokenizer
+from utils import cli, dist, images
 from utils.checkpoints import containers
 from utils.seeding import sample_generator
 
@@ -40,6 +40,7 @@ class Pipeline:
     settings: dict[str, Any]  # cfg_scale, cfg_interval, temperature, top_k, top_p
     described: dict[str, Any]  # models, files' hashes and sizes, for config.json
     decode: Decode = "auto"  # does not change the images
+    warnings: list[str] = field(default_factory=list)  # why the images may be bad
 
     @property
     def num_classes(self) -> int:
@@ -132,6 +133,16 @@ def load_pipeline(flags: SampleFlags, *, device: torch.device) -> Pipeline:
             layer.feed_forward.compile()
         if device.type != "cpu":  # on a CPU our kernels are faster than a compiled decoder
             tokenizer.decoder.compile()
+    other = other_tokenizer(saved.get("tokenizer"), vq_name, tokenizer, source=flags.vq_ckpt,
+                            codes=f"{flags.gpt_ckpt} was trained on codes")
+    warnings = [other] if other else []
+    if saved.get("grid") and gpt.config.grid != tuple(saved["grid"]):
+        h, w = saved["grid"]
+        warnings.append(f"--image-size {config_size[0]}x{config_size[1]} is {gpt.config.grid[0]}x{gpt.config.grid[1]} "
+                        f"tokens, but {flags.gpt_ckpt} was trained on {h}x{w} ({h * tokenizer.downsample}x"
+                        f"{w * tokenizer.downsample} pixels): without --image-size that size is taken")
+    for text in warnings:
+        cli.warn(text)
     settings = {name: getattr(flags, name) for name in ("cfg_scale", "cfg_interval", "temperature", "top_k", "top_p")}
     described = {"gpt_model": flags.gpt_model or saved.get("gpt_model") or "GPT-B", "vq_model": vq_name,
                  "gpt_ckpt_sha256": containers.content_hash(flags.gpt_ckpt),
@@ -140,7 +151,7 @@ def load_pipeline(flags: SampleFlags, *, device: torch.device) -> Pipeline:
                  **settings}
     if flags.quantize:
         described["dtype"] = flags.quantize
-    return Pipeline(gpt, tokenizer, saved.get("classes"), settings, described, flags.decode)
+    return Pipeline(gpt, tokenizer, saved.get("classes"), settings, described, flags.decode, warnings)
 
 
 def load_gpt(flags: SampleFlags, *, device: torch.device) -> tuple[Transformer, dict[str, Any]]:

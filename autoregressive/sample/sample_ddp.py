@@ -60,8 +60,11 @@ def folder_name(described: dict, flags: SampleSetFlags) -> str:
             f"-seed-{flags.global_seed}")
 
 
-def claim(folder: Path, described: dict) -> None:
-    """Write config.json: how the images are made. Raises ValueError if the folder holds images made in another way."""
+def claim(folder: Path, described: dict, *, warnings: list[str]) -> None:
+    """Write config.json: how the images are made, and why they may be bad.
+
+    Raises ValueError if the folder holds images made in another way.
+    """
     path = folder / "config.json"
     if not path.is_file() and any(folder.glob("*.png")):
         raise ValueError(f"{folder} holds PNGs but no config.json that says how they were made: give another "
@@ -72,9 +75,10 @@ def claim(folder: Path, described: dict) -> None:
         if differs:
             raise ValueError(f"{folder} holds images made with another {', '.join(differs)}: give another --sample-dir "
                              "or remove it")
-        return
+        if other.get("warnings", []) == warnings:
+            return
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(described, indent=2) + "\n")
+        temporary.write_text(json.dumps({**described, "warnings": warnings}, indent=2) + "\n")
 
 
 def main(flags: SampleSetFlags, pipeline: Pipeline | None = None) -> Path:
@@ -100,7 +104,7 @@ def complete_set(store: SampleStore, flags: SampleSetFlags, pipeline: Pipeline, 
     """Complete the set to --num-fid-samples images and print what was done."""
     count = flags.num_fid_samples
     if process.is_main:
-        claim(store.folder, described)
+        claim(store.folder, described, warnings=pipeline.warnings)
         store.sweep()
     finished = dist.broadcast_object(process.is_main and store.is_finished(count))
     if not finished:

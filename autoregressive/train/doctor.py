@@ -27,8 +27,9 @@ from autoregressive.train.log_checks import FIRST_LOSS, Finding, Run, against, c
 from autoregressive.train.published_losses import PUBLISHED
 from autoregressive.train.train import DEFAULT_VOCAB, build_model, open_codes
 from dataset.build import DatasetFlags
+from dataset.code_manifest import same_tokenizer, tokenizer_name
 from dataset.codes import CodeStore, CorruptShards, StoreFlags
-from tokenizer.build import ImageTokenizer, TokenizerFlags, decode_images, fingerprint, load_tokenizer
+from tokenizer.build import ImageTokenizer, TokenizerFlags, decode_images, describe_tokenizer, load_tokenizer
 from utils import cli, dist, images
 from utils.cli import flag
 from utils.options import OutputFlags, RecipeFlags, SeedFlags
@@ -135,9 +136,10 @@ def check_tokenizer(store: CodeStore, tokenizer: ImageTokenizer, source: str) ->
         yield Finding("grid", "ok", f"{store.grid[0]}x{store.grid[1]} tokens, {size} pixels")
     if "weights_sha256" not in made:
         yield Finding("tokenizer", "warning", "the store does not say which tokenizer made it: judge by the picture")
-    elif made["weights_sha256"] != fingerprint(tokenizer):
+    elif same_tokenizer(made, own := describe_tokenizer("tokenizer", tokenizer)) is False:
         yield Finding("tokenizer", "problem", f"{source} is not the tokenizer that made the codes (its weights have "
-                                              "another hash): its pictures of them will be wrong")
+                                              f"another hash, {tokenizer_name(own)}, not {tokenizer_name(made)}): its "
+                                              "pictures of them will be wrong")
     else:
         yield Finding("tokenizer", "ok", f"{source} made the codes")
 

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from autoregressive.sample.options import SampleFlags
 from autoregressive.sample.pipeline import load_gpt
 from autoregressive.train.config import GPTFlags
-from tokenizer.build import TokenizerFlags, load_tokenizer
+from tokenizer.build import TokenizerFlags, fingerprint, load_tokenizer
 from utils import cli, files
 from utils.checkpoints import containers
 from utils.cli import flag
@@ -49,7 +49,8 @@ def load_model(flags: ExportFlags) -> tuple[nn.Module, dict[str, Any]]:
         name, tokenizer = load_tokenizer(flags, device=CPU)
         config = {"kind": "tokenizer", "vq_model": name, "codebook_size": tokenizer.config.codebook_size,
                   "codebook_embed_dim": tokenizer.config.codebook_embed_dim,
-                  "codebook_l2_norm": tokenizer.config.codebook_l2_norm}
+                  "codebook_l2_norm": tokenizer.config.codebook_l2_norm,
+                  "weights_sha256": tokenizer.rounded_from or fingerprint(tokenizer)}  # for copies in fewer bits
         return tokenizer, config
     options = {field.name: getattr(flags, field.name) for field in fields(GPTFlags)}
     gpt, saved = load_gpt(SampleFlags(**options, precision="none"), device=CPU)

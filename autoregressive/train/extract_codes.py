@@ -29,7 +29,7 @@ from dataset.image_folders import ImageFiles
 from dataset.loader import PassedOver, check_readable, split_readable, worker_count
 from dataset.pictures import UnreadableError
 from dataset.remote import is_url
-from tokenizer.build import TokenizerFlags, check_image_size, encode_images, fingerprint, load_tokenizer
+from tokenizer.build import TokenizerFlags, check_image_size, describe_tokenizer, encode_images, load_tokenizer
 from tokenizer.tokenizer_image.vq_model import VQModel
 from utils import cli, dist, images
 from utils.cli import flag
@@ -139,9 +139,7 @@ def main(flags: ExtractFlags) -> None:
               **(data.states(count) if process.is_main and isinstance(data, ImageFiles) else {}),
               "crop": {"ten_crop": flags.ten_crop, "range": crop_range, "mirror": flags.mirror},
               "dtype": str(code_writer.code_dtype(tokenizer.codebook_size)),
-              "classes": data.classes, "tokenizer": {"name": name, "downsample": tokenizer.downsample,
-                                                     "codebook_size": tokenizer.codebook_size,
-                                                     "weights_sha256": fingerprint(tokenizer)}}
+              "classes": data.classes, "tokenizer": describe_tokenizer(name, tokenizer)}
     if process.is_main:
         code_writer.begin(folder, recipe)
     dist.barrier()

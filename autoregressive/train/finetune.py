@@ -14,11 +14,14 @@ import torch
 from torch import Tensor
 
 from autoregressive.models.gpt import Transformer
+from dataset.code_manifest import same_tokenizer, tokenizer_name
 from dataset.codes import CodeStore
+from utils import cli
 from utils.checkpoints import containers
 from utils.checkpoints.lora import DOWN, UP, is_adapter, plain_name
 from utils.cli import flag
 from utils.seeding import derive_seed
+from utils.training.run_folder import differences_of
 
 CLASS_TABLE = "cls_embedding.embedding_table.weight"
 ADAPTED = ("attention.wqkv", "attention.wo", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
@@ -62,6 +65,38 @@ def check_same_classes(content: dict[str, Any], source: str | Path, classes: lis
         apart = [f"{theirs} and {ours}" for theirs, ours in zip(known, classes, strict=False) if theirs != ours]
         raise ValueError(f"the classes of {source} are not those of the codes ({(apart or ['their number'])[0]}): "
                          "--init-from takes weights over by the names of the classes")
+
+
+def check_same_tokenizer(content: dict[str, Any], source: str | Path, store: CodeStore, *, code_path: str) -> None:
+    """Raise ValueError when a file whose training is to be continued was trained on codes of another tokenizer."""
+    made, now = containers.saved_config(content).get("tokenizer"), store.manifest.get("tokenizer")
+    if same_tokenizer(made, now) is False:
+        raise ValueError(f"{source} was trained on codes of tokenizer {tokenizer_name(made)}, those in {code_path} are "
+                         f"of {tokenizer_name(now)}: extract them with the tokenizer of that training")
+
+
+def warn_of_other_tokenizer(content: dict[str, Any], source: str, store: CodeStore, *, code_path: str) -> None:
+    """The same as a warning, for a file whose weights are a new run's first ones."""
+    try:
+        check_same_tokenizer(content, source, store, code_path=code_path)
+    except ValueError as error:
+        cli.warn(f"{error}, unless the model is to learn another code")
+
+
+def refuse_other_codes(theirs: dict[str, Any], folder: Path, *, ours: dict[str, Any], code_path: str) -> None:
+    """Raise ValueError when the run in `folder` and this one (their identities) differ in the codes' tokenizer alone.
+
+    The hash of the data differs with it.
+    """
+    made, now = (identity.get("model", {}).get("tokenizer") for identity in (theirs, ours))
+    if same_tokenizer(made, now) is not False:
+        return
+    rest = [{**identity, "data": None, "model": {**identity["model"], "tokenizer": None}}
+            for identity in (theirs, ours)]
+    if not differences_of(*rest):
+        raise ValueError(f"{folder} was trained on codes of tokenizer {tokenizer_name(made)}, those in {code_path} are "
+                         f"of {tokenizer_name(now)}, and all else is the same: extract them with the tokenizer of that "
+                         "run, or give another --results-dir, or leave --resume auto out for a new run")
 
 
 def without_classes(store: CodeStore) -> CodeStore:

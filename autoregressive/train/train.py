@@ -6,7 +6,8 @@ Number of images and classes, class names, grid and vocabulary come from the sto
 """
 import contextlib
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +24,18 @@ from autoregressive.train.finetune import (
     add_lora,
     check_finetune,
     check_same_classes,
+    check_same_tokenizer,
     freeze,
     initial_weights,
+    refuse_other_codes,
+    warn_of_other_tokenizer,
     without_classes,
 )
 from dataset.codes import CodeBatches, CodeStore, open_stores
 from dataset.loader import StepSampler, loader
 from evaluations.c2i.image_sets import Batch, ImageSet
 from evaluations.c2i.monitor import Monitor
-from tokenizer.build import ImageTokenizer, decode_images, load_tokenizer
+from tokenizer.build import ImageTokenizer, decode_images, load_tokenizer, other_tokenizer
 from utils import cli, dist, images
 from utils.checkpoints import containers
 from utils.seeding import sample_generator
@@ -48,12 +52,14 @@ class GPTTask:
     """The GPT's part of the training loop: loss of a micro-batch, report, preview."""
 
     def __init__(self, model: nn.Module, *, dtype: torch.dtype, classes: list[str] | None,
-                 tokenizer: ImageTokenizer | None, seed: int, token_noise: float, cfg_scale: float) -> None:
+                 tokenizer: ImageTokenizer | None, seed: int, token_noise: float, cfg_scale: float,
+                 check_codes: Callable[[dict[str, Any], Path], None] = lambda facts, path: None) -> None:
+        """`check_codes`: raises ValueError for a checkpoint that was trained on other codes."""
         self.modules = {"model": model}
         config = parallel.unwrap(model).config
         self.token_noise, self.vocab_size, self.sample_weight = token_noise, config.vocab_size, config.block_size
         self.dtype, self.classes, self.tokenizer, self.seed = dtype, classes, tokenizer, seed
-        self.cfg_scale = cfg_scale
+        self.cfg_scale, self.check_codes = cfg_scale, check_codes
 
     def micro_step(self, batch: dict[str, Tensor], *, step: int, backward: Backward) -> dict[str, Tensor]:
         """Cross-entropy of the codes (B, L) given their labels (B,)."""
@@ -66,8 +72,9 @@ class GPTTask:
         return {"loss": torch.where(weight > 0, loss / weight, 0.0)}
 
     def check(self, facts: dict[str, Any], path: Path) -> None:
-        """Raise ValueError for a checkpoint of other classes."""
+        """Raise ValueError for a checkpoint of other classes or codes."""
         check_same_classes(facts, path, self.classes)
+        self.check_codes(facts, path)
 
     def report(self) -> dict[str, float]:
         """Nothing: the steps return all there is to log."""
@@ -122,7 +129,7 @@ def corrupt(codes: Tensor, share: float, *, vocab_size: int) -> Tensor:
 
 
 def open_codes(flags: GPTTrainFlags) -> CodeStore:
-    """The store of --code-path, checked against the flags that describe it."""
+    """The store of --code-path, checked against the flags that describe_tokenizer it."""
     grid = subfolder = None
     if flags.image_size is not None:
         height, width = flags.image_size
@@ -206,16 +213,25 @@ def main(flags: GPTTrainFlags) -> None:
     store = open_codes(flags)
     tokenizer = None
     if flags.vq_ckpt is not None:
-        _, tokenizer = load_tokenizer(flags, device=process.device)
+        vq_name, tokenizer = load_tokenizer(flags, device=process.device)
         if store.vocab_size not in (None, tokenizer.codebook_size):
             raise ValueError(f"{flags.vq_ckpt} has {tokenizer.codebook_size} codes, the store {store.vocab_size}")
+        other = other_tokenizer(store.manifest.get("tokenizer"), vq_name, tokenizer, source=flags.vq_ckpt,
+                                codes=f"the codes in {flags.code_path} are")
+        if other:
+            cli.warn(other)
     if flags.eval_every > 0 and tokenizer is None:
         raise ValueError("--eval-every needs --vq-ckpt: the tokenizer that turns codes into images")
     monitor = Monitor.wanted(flags, process)
     source = flags.init_from or flags.gpt_ckpt
     content = {} if source is None else containers.read(source)
+    check_codes = partial(check_same_tokenizer, store=store, code_path=flags.code_path)
     if flags.init_from is None:
         check_same_classes(content, source, store.classes)
+    if is_training_checkpoint(content) and flags.init_from is None:
+        check_codes(content, source)
+    else:
+        warn_of_other_tokenizer(content, source, store, code_path=flags.code_path)
     name = flags.gpt_model or containers.saved_config(content).get("gpt_model") or "GPT-B"
     with torch.device("meta"):
         model = build_model(flags, name, store)
@@ -227,7 +243,8 @@ def main(flags: GPTTrainFlags) -> None:
     started = first_weights(model, flags, content, classes=store.classes)
     config = model.config
     task = GPTTask(parallel.apply_ddp(model, process.device), dtype=dtype, classes=store.classes, tokenizer=tokenizer,
-                   seed=flags.global_seed, token_noise=flags.token_noise, cfg_scale=flags.cfg_scale)
+                   seed=flags.global_seed, token_noise=flags.token_noise, cfg_scale=flags.cfg_scale,
+                   check_codes=check_codes)
     saved: dict[str, Any] = {"kind": "gpt", "gpt_model": name, "gpt_type": flags.gpt_type, "grid": list(config.grid),
                              "vocab_size": config.vocab_size, "num_classes": config.num_classes,
                              "cls_token_num": config.cls_token_num, "classes": store.classes,
@@ -236,7 +253,9 @@ def main(flags: GPTTrainFlags) -> None:
     if lora is not None:
         saved["lora"] = lora
     identity = identity_of(flags, data=store.fingerprint(), model=saved, start=source, covered=("init_from",))
-    trainer = Trainer(task, flags, process, choose_run(flags, name, identity), samples=len(store), saved_config=saved)
+    refuse = partial(refuse_other_codes, ours=identity, code_path=flags.code_path)
+    trainer = Trainer(task, flags, process, choose_run(flags, name, identity, refuse=refuse), samples=len(store),
+                      saved_config=saved)
     if content and not started:
         trainer.restore(containers.resolve(flags.gpt_ckpt))
     del content  # frees as much memory as the model takes, or model and optimizer

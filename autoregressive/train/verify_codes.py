@@ -15,9 +15,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from dataset.code_manifest import Column
+from dataset.code_manifest import Column, same_tokenizer, tokenizer_name
 from dataset.codes import StoreFlags, open_stores
-from tokenizer.build import TokenizerFlags, decode_images, fingerprint, load_tokenizer
+from tokenizer.build import TokenizerFlags, decode_images, describe_tokenizer, load_tokenizer
 from utils import cli, dist, images
 from utils.options import SeedFlags
 
@@ -34,10 +34,11 @@ def main(flags: VerifyFlags) -> None:
     """Print what was found; raise ValueError if the store is not sound."""
     process = dist.setup()
     store = open_stores(flags.code_path, weights=flags.store_weights, corrupt=flags.corrupt_shards, remembered=False)
-    tokenizer = None if flags.vq_ckpt is None else load_tokenizer(flags, device=process.device)[1]
-    expected = store.manifest.get("tokenizer", {}).get("weights_sha256")
-    if tokenizer is not None and expected not in (None, fingerprint(tokenizer)):
-        raise ValueError(f"{flags.vq_ckpt} is not the tokenizer that made the codes in {flags.code_path}")
+    name, tokenizer = (None, None) if flags.vq_ckpt is None else load_tokenizer(flags, device=process.device)
+    made = store.manifest.get("tokenizer")
+    if tokenizer is not None and same_tokenizer(made, own := describe_tokenizer(name, tokenizer)) is False:
+        raise ValueError(f"{flags.vq_ckpt} is not the tokenizer that made the codes in {flags.code_path}: it is "
+                         f"{tokenizer_name(own)}, they are of {tokenizer_name(made)}")
     verdict = "sound" if flags.corrupt_shards == "refuse" else "sound where not left out"
     print(f"{len(store.labels)} images, {store.views} views of {store.grid[0]}x{store.grid[1]} codes, "
           f"{store.num_classes} classes: {verdict if store.packed else 'labels and counts fit, no hashes to check'}")

@@ -55,9 +55,10 @@ def origin_of(sample: Path, name: str) -> dict[str, Any] | None:
     """What the sampler wrote about the images, in file `name` of the folder or of the folder that the npz packs."""
     folder = sample if sample.is_dir() else sample.with_suffix("")
     try:
-        return json.loads((folder / name).read_text())
+        found = json.loads((folder / name).read_text())
     except (OSError, ValueError):
         return None
+    return found if isinstance(found, dict) else None
 
 
 def write_report(results: dict[str, float], protocol: dict[str, Any], path: Path) -> None:
@@ -80,7 +81,7 @@ def about(images: ImageSet, sha256: str) -> dict[str, Any]:
 def tell(warnings: list[str], process: dist.Process) -> None:
     """Print warnings on rank 0."""
     for text in warnings if process.is_main else []:
-        print(f"warning: {text}", file=sys.stderr, flush=True)
+        cli.warn(text)
 
 
 def report_path(flags: EvaluatorFlags) -> Path:
@@ -110,7 +111,9 @@ def main(flags: EvaluatorFlags) -> None:
     known_as = dist.broadcast_object(known_references().get(reference_hash))
     if flags.preset:
         check_preset(flags.preset, reference, sample, known_as=known_as)
+    sampler = origin_of(sample_path, "config.json")
     warnings = set_warnings(reference, sample, metrics, network=network)
+    warnings += [f"the sampler said: {text}" for text in (sampler or {}).get("warnings", [])]
     tell(warnings, process)
     remember_as = reference_hash if flags.exif_orientation else f"{reference_hash} as stored"
     common = {"network": network, "process": process, "batch": flags.per_proc_batch_size}
@@ -138,7 +141,7 @@ def main(flags: EvaluatorFlags) -> None:
         "pr_dtype": flags.pr_dtype, "neighbours": NEIGHBOURS,
         "inception_score_split": SPLIT, "shuffle_seed": flags.global_seed,
         "processes": process.world_size, "device": str(process.device),
-        "sampler": origin_of(sample_path, "config.json"), "reconstructor": origin_of(sample_path, "results.json"),
+        "sampler": sampler, "reconstructor": origin_of(sample_path, "results.json"),
         "versions": {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()},
         "warnings": warnings + found}, output)
     if flags.acceptance:

@@ -17,7 +17,8 @@ import numpy as np
 
 from dataset.image_folders import ending, is_hidden, told_endings
 from dataset.pictures import PictureReader, endings
-from utils.files import file_hash
+from utils.files import file_hash, what_it_is
+from utils.pickles import named, suspicious_names
 
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")
 MADE_WITH = "weights_sha256"  # in references that we make: the Inception weights behind the statistics
@@ -119,6 +120,9 @@ class NpzImages(ImageFile):
         except UNREADABLE as error:
             if path.suffix == ".npy":
                 raise ValueError(f"{path} is an .npy: expected an .npz (numpy.savez) or a folder of PNGs") from None
+            found = what_it_is(path)
+            if found is not None and "zip archive" not in found:
+                raise ValueError(f"{path} is not a complete npz file, but {found}") from None
             raise ValueError(f"{path} is not a complete npz file ({error}): it was cut short or damaged") from None
         check_statistics(self.stored, path)
 
@@ -173,6 +177,9 @@ def array_header(archive: zipfile.ZipFile, key: str) -> tuple[tuple[int, ...], b
             shape, fortran, dtype = read(member)
         except (ValueError, SyntaxError) as error:
             raise ValueError(f"{archive.filename}: {key} is no array ({error})") from None
+        if dtype.hasobject and (names := suspicious_names(Path(archive.filename))):
+            raise ValueError(f"{archive.filename}: {key} is refused: it names {named(names)}, which would run code "
+                             "when loaded; expected numbers")
         return shape, fortran, dtype, member.tell()
 
 
@@ -182,7 +189,9 @@ def small_array(archive: zipfile.ZipFile, key: str) -> np.ndarray:
         try:
             return np.lib.format.read_array(member, allow_pickle=False)
         except (ValueError, SyntaxError) as error:
-            raise ValueError(f"{archive.filename}: {key} cannot be read ({error})") from None
+            names = suspicious_names(Path(archive.filename))
+            reason = f"it names {named(names)}, which would run code when loaded" if names else error
+            raise ValueError(f"{archive.filename}: {key} cannot be read ({reason})") from None
 
 
 def integer_labels(archive: zipfile.ZipFile, count: int) -> np.ndarray | None:

@@ -23,7 +23,7 @@ from utils.checkpoints import containers
 from utils.checkpoints.damage import WRONG_CONTENT
 from utils.cli import flag
 from utils.dist import env_rank
-from utils.files import first_line
+from utils.files import first_line, what_it_is
 
 VARIABLE = "LLAMAGEN_INCEPTION"
 GRAPH = "ADM GraphDef"
@@ -139,7 +139,9 @@ def load_torchscript(path: str | Path) -> torch.jit.ScriptModule:
             warnings.simplefilter("ignore")  # torch.jit is deprecated, the published files are not
             return torch.jit.load(str(path), map_location="cpu")
     except (*WRONG_CONTENT, MemoryError) as error:
-        raise ValueError(f"{path} cannot be read as TorchScript: {first_line(error)[:200]}") from None
+        found = what_it_is(path)
+        reason = first_line(error)[:200] if found is None or "zip archive" in found else f"it is {found}"
+        raise ValueError(f"{path} cannot be read as TorchScript: {reason}") from None
 
 
 def torchscript_state(path: Path) -> dict[str, Tensor]:

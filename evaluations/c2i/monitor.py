@@ -1,5 +1,4 @@
 """Metrics while a model trains: its present images against a reference, without writing files."""
-import sys
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -7,7 +6,7 @@ from evaluations.c2i.comparison_rules import check_reference, count_warnings
 from evaluations.c2i.features import load_network, measure, measure_with_stored
 from evaluations.c2i.image_sets import FirstImages, ImageSet, open_image_set
 from evaluations.c2i.scores import NEIGHBOURS, MetricFlags, chosen_metrics, compute, needed
-from utils import dist
+from utils import cli, dist
 from utils.cli import flag
 
 BATCH = 32
@@ -49,7 +48,7 @@ class Monitor:
         sets = [self.reference] + ([] if reconstructs else [ImageSet("each evaluation", flags.eval_images, None)])
         warnings = [text for images in sets for text in count_warnings(images, self.metrics)]
         for text in [*reference.notes, *warnings] if process.is_main else []:
-            print(f"warning: {text}", file=sys.stderr, flush=True)
+            cli.warn(text)
         self.measured = measure_with_stored(self.reference, self.network, process, wanted=needed(self.metrics, of=1),
                                             batch=BATCH, title=f"reference {self.reference.name}", remember_as=sha256)
 

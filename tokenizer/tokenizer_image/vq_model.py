@@ -39,6 +39,7 @@ class VQModel(nn.Module):
             raise ValueError(f"encoder_ch_mult {config.encoder_ch_mult} and decoder_ch_mult {config.decoder_ch_mult} "
                              "differ in length: images would not come back at their size")
         self.config = config
+        self.rounded_from: str | None = None  # hash of the weights of which these are a copy, perhaps in fewer bits
         shape = {"ch": config.ch, "num_res_blocks": config.num_res_blocks, "z_channels": config.z_channels,
                  "dropout": config.dropout_p}
         self.encoder = Encoder(ch_mult=config.encoder_ch_mult, **shape)

@@ -2,12 +2,12 @@
 
 Files: {"model": …} (LlamaGen), {"module": …} (DeepSpeed), {"state_dict": …} (ARPG), a bare state dict, .safetensors.
 Folders: the sharded checkpoints of our training (utils/checkpoints/sharded.py), LlamaGen's with consolidated.pth,
-exports with model.safetensors and config.json, and a run's folder, which stands for its newest checkpoint.
+exports with model.safetensors and config.json, Hugging Face's with an index of several files, and a run's folder, which
+stands for its newest checkpoint.
 """
 import argparse
 import hashlib
 import json
-import pickle
 import warnings
 import zipfile
 from pathlib import Path
@@ -17,10 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from utils.checkpoints import sharded
-from utils.checkpoints.damage import is_damage
+from utils.checkpoints.damage import is_damage, unreadable
+from utils.checkpoints.file_index import INDEX_END, check_file, homes_of, index_of, index_over
 from utils.checkpoints.lora import merge_lora
-from utils.files import file_hash, first_line, replacing
+from utils.files import exists, file_hash, first_line, replacing
 
+SINGLE = ("model.safetensors", "consolidated.pth", "pytorch_model.bin", "diffusion_pytorch_model.safetensors")
 WEIGHT_KEYS = ("ema", "model", "module", "state_dict")  # in order of preference
 
 # Checkpoints of old pytorch-lightning (taming-transformers') name this class as a key. An empty one stands in for it.
@@ -48,39 +50,68 @@ def read(path: str | Path) -> dict[str, Any]:
     if path.is_dir():
         if sharded.is_sharded(path):
             return sharded.read_folder(path)
-        names = ("model.safetensors", "consolidated.pth")
-        inside = next((path / name for name in names if (path / name).is_file()), None)
+        inside = single_file(path) or index_of(path)
         if inside is None:
-            raise FileNotFoundError(f"no checkpoint in the folder {path}: expected {sharded.STATE}, {names[0]} or "
-                                    f"{names[1]}, or a run's folder")
-        return read_file(inside)
+            raise FileNotFoundError(f"no checkpoint in the folder {path}: expected {sharded.STATE}, {SINGLE[0]}, "
+                                    f"{', '.join(SINGLE[1:])} or *{INDEX_END}, or a run's folder")
+        path = inside
+    if path.name.endswith(INDEX_END):
+        return described(path, read_files_of(path))
+    index = index_over(path)
+    if index is not None:
+        raise ValueError(f"{path} is one of several files of a checkpoint: give {index}")
     return read_file(path)
+
+
+def single_file(folder: Path) -> Path | None:
+    """The one file of a folder that holds all weights."""
+    return next((folder / name for name in SINGLE if (folder / name).is_file()), None)
+
+
+def read_files_of(index: Path) -> dict[str, Tensor]:
+    """The state dict of a checkpoint in several files. Raises an error naming what is missing, or in the wrong file."""
+    homes, state = homes_of(index), {}
+    for name in sorted(set(homes.values())):
+        path = index.with_name(name)
+        content = read_file(path)
+        found = content["model"] if isinstance(content.get("model"), dict) else content
+        refuse(check_file(homes, name, found.keys()), index, "the files beside it")
+        state |= found
+    return state
 
 
 def read_file(path: Path) -> dict[str, Any]:
     """The content of one file, safely. A config.json of ours beside a .safetensors file describes it."""
     try:
-        if path.suffix == ".safetensors":
+        if is_safetensors(path):
             from safetensors.torch import load_file
-            described = path.with_name("config.json")
-            config = json.loads(described.read_text()) if described.is_file() else {}
-            ours = isinstance(config, dict) and "kind" in config
-            return {"model": load_file(path), "config": config} if ours else load_file(path)
+            return described(path, load_file(path))
         with torch.serialization.safe_globals([argparse.Namespace, LIGHTNING_CALLBACK]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is wrong with the file is said below, in one line
             mapped = _can_be_mapped(path)  # tensors stay in the file until they are used: no copy in memory
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except pickle.UnpicklingError as error:
-        reason = first_line(error).rstrip(". ")
-        raise ValueError(f"{path} is refused: it is damaged, or it holds objects that would run code when loaded "
-                         f"({reason[:160]})") from None
     except Exception as error:
         if type(error).__name__ != "SafetensorError" and not is_damage(error) and not isinstance(error, MemoryError):
             raise
-        raise ValueError(f"{path} cannot be read as a checkpoint: {first_line(error)[:200]}") from None
+        raise ValueError(unreadable(path, error)) from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, expected a checkpoint")
     return content
+
+
+def is_safetensors(path: Path) -> bool:
+    """Whether a file is in that format: by its name, or by how it begins where the name says another."""
+    with open(path, "rb") as file:
+        start = file.read(10)
+    length = int.from_bytes(start[:8], "little")
+    return path.suffix == ".safetensors" or (start[8:] == b'{"' and length <= path.stat().st_size)
+
+
+def described(path: Path, state: dict[str, Tensor]) -> dict[str, Any]:
+    """A state dict with what a config.json of ours beside its file says of it."""
+    beside = path.with_name("config.json")
+    config = json.loads(beside.read_text()) if beside.is_file() else {}
+    return {"model": state, "config": config} if isinstance(config, dict) and "kind" in config else state
 
 
 def _can_be_mapped(path: Path) -> bool:
@@ -153,9 +184,17 @@ def identity_hash(path: str | Path) -> str:
 
 
 def content_hash(path: str | Path) -> str:
-    """SHA-256 of a checkpoint: of the file, or of a folder's files in the order of their names."""
+    """SHA-256 of a checkpoint: of the file, or of a folder's files in the order of their names.
+
+    With Hugging Face's index, of what belongs to it, whether the folder or the index is given.
+    """
     path = resolve(path)
-    if path.is_file():
+    index = index_of(path) if path.is_dir() and not sharded.is_sharded(path) and single_file(path) is None else path
+    if index is not None and index.name.endswith(INDEX_END):
+        names = {index.name, "config.json", *homes_of(index).values()}
+        files = [index.with_name(name) for name in sorted(names) if exists(index.with_name(name))]
+    elif path.is_file():
         return file_hash(path)
-    parts = [f"{file.name} {file_hash(file)}" for file in sorted(path.iterdir()) if file.is_file()]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    else:
+        files = [file for file in sorted(path.iterdir()) if file.is_file()]
+    return hashlib.sha256("\n".join(f"{file.name} {file_hash(file)}" for file in files).encode()).hexdigest()

@@ -8,6 +8,7 @@ import fcntl
 import json
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -67,26 +68,33 @@ class RunFolder:
         self.known = True
 
 
-def choose_run(flags: TrainFlags, model_name: str, identity: dict[str, Any]) -> RunFolder:
+def choose_run(flags: TrainFlags, model_name: str, identity: dict[str, Any], *,
+               refuse: Callable[[dict[str, Any], Path], None] = lambda recorded, folder: None) -> RunFolder:
     """The folder for a run; nothing is created. All processes call this together and get the same.
 
-    With --resume auto it is the newest run of this identity, else one of a free number.
+    With --resume auto it is the newest run of this identity, else one of a free number. Before a new one is begun,
+    refuse(identity of another run, its folder) may raise ValueError where the difference must be a mistake.
     """
     with dist.failing_together():
-        chosen = _choose(flags, model_name, identity) if dist.env_rank() == 0 else None
+        chosen = _choose(flags, model_name, identity, refuse) if dist.env_rank() == 0 else None
     return dist.broadcast_object(chosen)
 
 
-def _choose(flags: TrainFlags, model_name: str, identity: dict[str, Any]) -> RunFolder:
+def _choose(flags: TrainFlags, model_name: str, identity: dict[str, Any],
+            refuse: Callable[[dict[str, Any], Path], None]) -> RunFolder:
     results = Path(flags.results_dir)
-    reason = ""
+    reason, others = "", []
     for name in reversed(_taken(flags)) if flags.resume == "auto" else ():
         if name.split("-", 1)[1] == model_name:
             recorded = _recorded_identity(flags, name)
-            differences = ["nothing in it tells what it was"] if recorded is None else _differences(recorded, identity)
+            unknown = ["nothing in it tells what it was"]
+            differences = unknown if recorded is None else differences_of(recorded, identity)
             if not differences:
                 return RunFolder(results / name, identity, known=True)
             reason = reason or f"{name} is another run ({'; '.join(differences[:3])}): this one begins in a new folder"
+            others += [(recorded, results / name)] if recorded is not None else []
+    for recorded, folder in others:
+        refuse(recorded, folder)
     return RunFolder(results / _free_name(flags, model_name), identity, known=False, reason=reason)
 
 
@@ -189,13 +197,13 @@ def _recorded_identity(flags: TrainFlags, name: str) -> dict[str, Any] | None:
     return None
 
 
-def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
+def differences_of(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
     """What two runs differ in, in words. What one of them does not record (an older version) does not count."""
     found = []
     for name in ours.keys() & theirs.keys():
         before, now = theirs[name], ours[name]
         if isinstance(before, dict) and isinstance(now, dict):
-            found += _differences(before, now)
+            found += differences_of(before, now)
         elif before != now:
             short = all(len(str(value)) <= 40 for value in (before, now)) and name not in ("data", "start")
             found.append(f"{name} was {before}, now {now}" if short else f"other {name}")

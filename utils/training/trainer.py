@@ -404,9 +404,9 @@ class Trainer:
         return step == self.steps or step % self.flags.ckpt_every == 0
 
     def say(self, text: str) -> None:
-        """Print on rank 0."""
+        """Print a line on rank 0."""
         if self.process.is_main:
-            tqdm.write(text)
+            tqdm.write(cli.one_line(text))
             sys.stdout.flush()
 
 

@@ -46,6 +46,8 @@ def write(**arrays):
     (write(images=pictures(8, seed=0)), "neither images (arr_0) nor statistics (mu): it holds images"),
     (write(mu=np.zeros(96), sigma=np.eye(96)), "samples must be images"),
     (write(arr_0=np.array([{}], dtype=object)), "arr_0 is object, expected uint8"),
+    (write(arr_0=np.array([exec], dtype=object)), "arr_0 is refused: it names builtins.exec, which would run code"),
+    (write(arr_0=np.zeros((2, 16, 16, 3), np.uint8), mu=np.array([exec], dtype=object)), "it names builtins.exec"),
     (lambda path: zipfile.ZipFile(path, "w").writestr("arr_0", b"pixels"), "it holds nothing"),
     (too_few_pixels, "announces 9 images"),
     (lambda path: path.write_bytes(b"not a zip"), "not a complete npz file"),

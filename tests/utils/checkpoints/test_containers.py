@@ -1,9 +1,11 @@
 """Checkpoints: every container read strictly and safely, ours written whole or not at all."""
 import argparse
+import gzip
 import pickle
 import random
 import resource
 import stat
+import zipfile
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from tests.conftest import TINY_VQ, call
+from tests.utils.test_file_kinds import PAGE, POINTER
 from tokenizer.build import TokenizerFlags, load_tokenizer
 from utils import files
 from utils.checkpoints import containers
@@ -112,12 +115,43 @@ def test_a_file_that_would_run_code_is_refused_and_does_not_run_it(how, tmp_path
         path.write_bytes(pickle.dumps(content["args"]))
     else:
         torch.save(content, path, _use_new_zipfile_serialization=how == "zip")
-    with pytest.raises(ValueError, match=r"x\.pt is refused"):
+    with pytest.raises(ValueError, match=r"x\.pt is refused: it names \w+\.open, which would run code"):
         containers.read(path)
     assert not proof.exists()
     with open(path, "rb") as file:  # the file is what it claims to be
         torch.load(file, weights_only=False) if how != "pickle" else pickle.load(file)
     assert proof.exists()
+
+
+@pytest.mark.parametrize("name", ["x.pt", "x.safetensors", "folder/model.safetensors"])
+@pytest.mark.parametrize(("content", "said"), [
+    (POINTER.encode(), "a Git LFS pointer.*git lfs pull"), (PAGE.encode(), "an HTML page"), (b"", "empty"),
+    (b'{"error": "Entry not found"}', "a JSON text"), (b"<?xml version='1.0'?><Error>", "an XML text"),
+    (b"Forbidden", "a text file"), (gzip.compress(b"x" * 100), "compressed by gzip"),
+    (bytes(5000), "nothing but zeros"),
+    (b"config\nname\n", "a text file")])
+def test_a_file_that_is_something_else_is_called_that(name, content, said, tmp_path):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{path.name} is {said}"):
+        containers.read(path if path.parent == tmp_path else path.parent)
+
+
+def test_an_archive_of_something_else_is_called_that(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.pt", "w") as archive:
+        archive.writestr("weights/vq.pt", "x")
+    with pytest.raises(ValueError, match=r"x\.pt is a zip archive of weights/vq\.pt: unpack it"):
+        containers.read(tmp_path / "x.pt")
+
+
+def test_the_content_says_whether_a_file_is_safetensors(tmp_path):
+    state = small().state_dict()
+    save_file(state, tmp_path / "x.pt")
+    assert equal(containers.read(tmp_path / "x.pt"), state)
+    torch.save(state, tmp_path / "y.safetensors")
+    with pytest.raises(ValueError, match=r"y\.safetensors is a file of torch\.save.*rename it to \.pt"):
+        containers.read(tmp_path / "y.safetensors")
 
 
 @pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])

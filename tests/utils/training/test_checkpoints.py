@@ -284,7 +284,7 @@ def test_where_nothing_whole_is_left_the_run_begins_again(command, whole, tmp_pa
 def test_an_index_cannot_name_functions(tmp_path):
     for harmful in (os.system, eval, torch.load, containers.read):
         (tmp_path / ".metadata").write_bytes(pickle.dumps(harmful))
-        with pytest.raises(DamagedError, match="would run code"):
+        with pytest.raises(DamagedError, match=r"would run code.*names \w+\.\w+"):
             sharded.SafeReader(tmp_path).read_metadata()
 
 
