@@ -20,6 +20,7 @@ from utils.checkpoints import sharded
 from utils.checkpoints.damage import is_damage
 from utils.checkpoints.lora import merge_lora
 from utils.files import file_hash, first_line, replacing
+from utils.finite import check_finite
 
 WEIGHT_KEYS = ("ema", "model", "module", "state_dict")  # in order of preference
 
@@ -110,8 +111,9 @@ def saved_config(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_strict(module: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
-    """Copy `state` into `module`; a missing, extra or mis-shaped key is a ValueError that names it."""
+    """Copy `state` into `module`; a missing, extra, mis-shaped or not finite tensor is a ValueError that names it."""
     check_fit(module.state_dict(), state, source, type(module).__name__)
+    check_finite(state, source)
     module.load_state_dict(state)
 
 

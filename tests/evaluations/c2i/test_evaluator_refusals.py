@@ -97,7 +97,8 @@ def test_bad_references_and_flags_are_one_line(make, flags, says, stand_in, sets
 
 def test_what_one_process_cannot_read_all_raise(sets, monkeypatch, capsys):
     """Else the others would wait for it."""
-    monkeypatch.setattr(features.dist, "gather_lists", lambda values: [*values, "5.png of another process is broken"])
+    theirs = ValueError, "5.png of another process is broken"
+    monkeypatch.setattr(features.dist, "gather_lists", lambda values: [*values, theirs])
     refused(capsys, "5.png of another process is broken", *sets, *TINY)
 
 
