@@ -253,7 +253,9 @@ def test_codes_beyond_the_vocabulary(tmp_path, capsys):
              "--num-workers", 1)
     last = capsys.readouterr().err.splitlines()[-1]
     assert caught.value.code == 2
-    assert last.rpartition("error: ")[2].startswith("the store holds code 300, but the model's vocabulary is 256")
+    said = last.rpartition("error: ")[2]
+    assert said.startswith(f"{tmp_path / 'x16_codes'}/")
+    assert ".npy holds code 300, but the model's vocabulary is 256" in said
 
 
 # ---- processes
