@@ -87,7 +87,9 @@ def build_dataset(name: str, data_path: str | None, *, size: tuple[int, int],
 
 
 def _openimage(root: str, *, reader: PictureReader) -> ImageDataset:
-    return image_folders.listed(Path(root).parent / "openimage_json" / "image_paths.json", root, reader=reader)
+    """The list that LlamaGen's tools/openimage_json.py writes: in the folder of images, or beside it."""
+    inside, beside = Path(root) / "image_paths.json", Path(root).parent / "openimage_json" / "image_paths.json"
+    return image_folders.listed(beside if beside.is_file() and not inside.exists() else inside, root, reader=reader)
 
 
 FOLDERS: dict[str, Callable[..., ImageDataset]] = {

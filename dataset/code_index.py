@@ -20,6 +20,7 @@ from dataset.code_check import codes_cache
 from utils.files import replacing
 
 INDEXED_FROM = 10_000  # files: fewer are looked through in a second, and leave nothing in the cache
+VERSION = 2  # of what is found out: to be raised when folders are looked at in another way
 SETTLED = 5.0  # seconds: a folder that changed just now may change again without another time (some disks keep seconds)
 
 Arrays = dict[str, np.ndarray]
@@ -32,7 +33,7 @@ class FolderIndex:
         states = [folder.stat() for folder in folders]
         key = [(str(folder.resolve()), state.st_ino, state.st_mtime_ns)
                for folder, state in zip(folders, states, strict=True)]
-        self.path = codes_cache() / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.npz"
+        self.path = codes_cache() / f"{hashlib.sha256(repr((VERSION, key)).encode()).hexdigest()[:32]}.npz"
         self.fits, self.changed = fits, max(state.st_mtime for state in states)
 
     def read(self) -> Arrays | None:

@@ -1,6 +1,7 @@
 """Several stores of codes as one: other crops of the same images, or different images mixed by weights."""
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,11 @@ class OtherViews(CodeStore):
         for home, mine in by_home(self.offsets, views):
             out[mine] = self.stores[home].read(rows[mine], views[mine] - self.offsets[home])
         return out
+
+    def file_of(self, row: int, view: int) -> Path:
+        """In the store that has the view."""
+        home, = (home for home, _ in by_home(self.offsets, np.array([view])))
+        return self.stores[home].where(row, view - int(self.offsets[home]))
 
     def column_files(self, name: str, rows: np.ndarray) -> list[str] | list[np.ndarray]:
         """From the first store that has it."""
@@ -86,6 +92,11 @@ class Mixture(CodeStore):
             store = self.stores[home]
             out[mine] = store.read(rows[mine] - self.row_offsets[home], views[mine] % store.views)
         return out
+
+    def file_of(self, row: int, view: int) -> Path:
+        """Rows counted through the stores."""
+        home, = (home for home, _ in by_home(self.row_offsets, np.array([row])))
+        return self.stores[home].where(row - int(self.row_offsets[home]), view % self.stores[home].views)
 
     def column_files(self, name: str, rows: np.ndarray) -> list[str] | list[np.ndarray]:
         """Rows counted through the stores."""

@@ -17,6 +17,7 @@ from dataset.mapped import MappedFiles, map_array
 from utils.seeding import hash_choice
 
 INT64 = np.dtype(np.int64)
+MOST_CLASSES = 2**24  # a table of more would not fit into memory: such labels are damage
 
 
 @dataclass(kw_only=True)
@@ -61,6 +62,14 @@ class CodeStore:
         """`read` before any row was left out."""
         raise NotImplementedError
 
+    def where(self, row: int, view: int) -> Path:
+        """The file that holds a row in a view."""
+        return self.file_of(row if self.kept is None else int(self.kept[row]), view)
+
+    def file_of(self, row: int, view: int) -> Path:
+        """`where` before any row was left out."""
+        raise NotImplementedError
+
     def column(self, name: str, rows: np.ndarray) -> list[str] | list[np.ndarray]:
         """A column at the rows (B,): strings, or arrays (n_i, *shape). Raises ValueError if there is none of the name.
         """
@@ -90,9 +99,7 @@ class PackedStore(CodeStore):
     def __init__(self, folder: Path, manifest: Manifest, skipped: set[str]) -> None:
         labels = map_array(folder / "labels.npy", (manifest["count"],), INT64)
         classes = manifest["classes"]
-        if labels.min() < 0 or (classes and labels.max() >= len(classes)):
-            raise ValueError(f"{folder / 'labels.npy'} holds labels from {labels.min()} to {labels.max()}, its "
-                             f"manifest names {len(classes or [])} classes")
+        check_labels(labels, folder / "labels.npy", classes=len(classes) if classes else None)
         bad = [np.arange(*rows.indices(len(labels))) for rows, file in files_of_some(manifest)
                if file["file"] in skipped]
         super().__init__(labels=labels, views=manifest["views"], grid=tuple(manifest["grid"]), classes=classes,
@@ -111,6 +118,10 @@ class PackedStore(CodeStore):
         for i, (home, place, view) in enumerate(zip(homes.tolist(), places, views.tolist(), strict=True)):
             out[i] = self.shards[home][place, view]
         return out.astype(np.int64)
+
+    def file_of(self, row: int, view: int) -> Path:
+        """The shard."""
+        return self.shards.paths[int(self.shards.home(np.array(row)))]
 
     def column_files(self, name: str, rows: np.ndarray) -> list[str] | list[np.ndarray]:
         """Copies."""
@@ -135,6 +146,15 @@ class ColumnValues:
         found = [np.array(self.values[home][start:end])
                  for home, start, end in zip(homes.tolist(), starts, ends, strict=True)]
         return [value.tobytes().decode() for value in found] if self.kind == "text" else found
+
+
+def check_labels(labels: np.ndarray, path: Path, *, classes: int | None = None) -> None:
+    """Raise ValueError for a whole number that is no label; `classes`: how many the store names."""
+    wrong = next((end for end in (int(labels.min()), int(labels.max()))
+                  if not 0 <= end < (classes or MOST_CLASSES)), None)
+    if wrong is not None:
+        named = f": the manifest names {classes} classes" if classes else ""
+        raise ValueError(f"{path} holds label {wrong}, expected 0 to {(classes or MOST_CLASSES) - 1}{named}")
 
 
 def code_shards(folder: Path, manifest: Manifest) -> MappedFiles:

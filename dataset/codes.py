@@ -76,9 +76,10 @@ class CodeBatches(Dataset):
         rows, views = self.store.choose(epochs, indices, seed=self.seed)
         codes, labels = self.store.read(rows, views), self.store.labels[rows]
         if codes.min() < 0 or codes.max() >= self.vocab_size:
-            wrong = min(codes.min(), 0) or codes.max()
-            raise ValueError(f"the store holds code {wrong}, but the model's vocabulary is {self.vocab_size}: "
-                             "give the tokenizer's size by --vocab-size")
+            place = int(((codes < 0) | (codes >= self.vocab_size)).any(1).argmax())
+            wrong = min(codes[place].min(), 0) or codes[place].max()
+            raise ValueError(f"{self.store.where(int(rows[place]), int(views[place]))} holds code {wrong}, but the "
+                             f"model's vocabulary is {self.vocab_size}: give the tokenizer's size by --vocab-size")
         chance = hash_choice(derive_seed(self.seed, CONDITION_DROPOUT), epochs, indices, options=2**24) / 2**24
         return {"codes": torch.from_numpy(codes), "labels": torch.from_numpy(labels),
                 "dropped": torch.from_numpy(chance < self.condition_dropout),

@@ -213,13 +213,13 @@ def listed(path: str | Path, root: str | Path, *, reader: PictureReader | None =
     """Images named by a JSON list of paths relative to `root`, without classes."""
     root, path = existing_folder(root), Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no JSON list of image paths at {path}")
+        raise FileNotFoundError(f"no list of images at {path}: expected a JSON list of paths relative to {root}")
     try:
-        names = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        names = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"{path} should be a JSON list of relative image paths")
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) and name for name in names):
+        raise ValueError(f"{path} should be a JSON list of image paths relative to {root}")
     return ImageFiles(PathList.of("", chunks(str(root / name) for name in names)), reader=reader)
 
 

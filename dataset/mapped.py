@@ -13,6 +13,7 @@ import os
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -20,6 +21,8 @@ import numpy as np
 from utils.pickles import why_no_array
 
 MAPS = 4096  # per list of files; a window of the order (2^21 rows) touches 2,048 files of the old 1,024 rows
+
+NO_ARRAY = (ValueError, EOFError, SyntaxError, TypeError, OverflowError, TokenError)  # what numpy raises for headers
 
 Header = tuple[tuple[int, ...], np.dtype, int]  # shape, dtype, where the numbers start in the file
 
@@ -53,7 +56,7 @@ def map_array(path: Path, shape: tuple[int | None, ...], dtype: np.dtype) -> np.
         with open(path, "rb") as file:
             found, kind, start = read_header(file)
             buffer = _map(file.fileno(), os.fstat(file.fileno()).st_size)
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError, EOFError) as error:
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, *NO_ARRAY) as error:
         raise ValueError(f"{path} is missing or cut short ({why_no_array(path, error)})") from None
     fits = len(found) == len(shape) and all(b in (None, a) for a, b in zip(found, shape, strict=True))
     if not fits or kind != dtype:

@@ -23,6 +23,7 @@ struct Draws {
     const int64_t* position;
     int64_t greedy;
     int64_t* codes;                 // (count,) out
+    uint8_t* finite;                // (count,) out: whether all guided logits are
     int64_t threads;
 };
 
@@ -57,10 +58,13 @@ static int64_t draw(const Draws& d, int64_t i, std::vector<float>& logits, std::
     const float* c = d.logits + d.conditional[i] * d.stride;
     const float* u = d.unconditional[i] < 0 ? nullptr : d.logits + d.unconditional[i] * d.stride;
     const float scale = d.scale[i], divisor = std::max(d.temperature[i], 1e-5f);
+    int broken = 0;
     for (int64_t v = 0; v < V; v++) {
-        const float x = (u ? u[v] + scale * (c[v] - u[v]) : c[v]) / divisor;
+        const float guided = u ? u[v] + scale * (c[v] - u[v]) : c[v], x = guided / divisor;
+        broken |= !(guided - guided == 0);  // infinite, or not a number
         logits[v] = x == x ? x : -std::numeric_limits<float>::infinity();  // not a number: never drawn
     }
+    d.finite[i] = !broken;
     std::fill(logits.begin() + V, logits.end(), -std::numeric_limits<float>::infinity());
     if (d.greedy) return std::max_element(logits.begin(), logits.begin() + V) - logits.begin();
 

@@ -21,6 +21,8 @@ ENTRIES = {  # name of a command: (module, class of its flags)
     "extract": ("autoregressive.train.extract_codes", "ExtractFlags"),
     "verify": ("autoregressive.train.verify_codes", "VerifyFlags"),
     "train_gpt": ("autoregressive.train.train", "GPTTrainFlags"),
+    "sample": ("autoregressive.sample.sample_ddp", "SampleSetFlags"),
+    "reconstruct": ("tokenizer.reconstruct", "ReconstructFlags"),
     "evaluate": ("evaluations.c2i.evaluator", "EvaluatorFlags"),
     "reference": ("evaluations.c2i.reference", "ReferenceFlags"),
 }

@@ -13,6 +13,7 @@ from tokenizer.tokenizer_image.layers import to_channels_last
 from tokenizer.tokenizer_image.vq_model import VQ_models, VQModel
 from utils.checkpoints import containers
 from utils.cli import flag
+from utils.finite import finite_images
 
 CHUNK = {"cpu": 8, "cuda": 16}  # images at a time
 PIXELS = 2**18  # at a time where results do not depend on the batch: 4 images of 256 pixels, about 0.5 GiB
@@ -82,12 +83,15 @@ def decode_images(tokenizer: ImageTokenizer, codes: Tensor, grid: tuple[int, int
                   dtype: torch.dtype = torch.float32) -> Tensor:
     """Codes (B, h*w) → images (B, 3, H, W) on the CPU; an image does not depend on the others of its batch.
 
+    Raises NotFiniteError for pixels that are not finite.
+
     dtype bfloat16: the decoder runs in autocast. For GPUs; slow on most CPUs. With random weights the PSNR against fp32
     is 43 dB.
     """
     with torch.autocast(codes.device.type, dtype=dtype, enabled=dtype != torch.float32):
-        return in_chunks(lambda chunk: tokenizer.decode_code(chunk, grid).float().cpu(), codes,
-                         rows=rows_at_once(tokenizer, codes[:1].numel() * tokenizer.downsample**2))
+        images = in_chunks(lambda chunk: tokenizer.decode_code(chunk, grid).float().cpu(), codes,
+                           rows=rows_at_once(tokenizer, codes[:1].numel() * tokenizer.downsample**2))
+    return finite_images(images, f"the tokenizer ({type(tokenizer).__name__})")
 
 
 @torch.inference_mode()

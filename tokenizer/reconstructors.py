@@ -11,6 +11,7 @@ from tokenizer.tokenizer_image.vq_model import VQModel
 from tokenizer.vae import VAE, VAES, ConsistencyDecoder
 from tokenizer.vqgan import VQGANS, load_vqgan
 from utils.cli import flag
+from utils.finite import finite_images
 from utils.options import SeedFlags
 
 
@@ -38,7 +39,8 @@ class Reconstructor(Protocol):
     def __call__(self, pixels: Tensor, indices: list[int]) -> tuple[Tensor, Tensor | None]:
         """Images (B, 3, H, W) in [-1, 1], numbered `indices` → (reconstructions (B, 3, H, W), codes (B, L) if any).
 
-        An image's reconstruction depends on nothing but the image, its number and the seed.
+        An image's reconstruction depends on nothing but the image, its number and the seed. Raises NotFiniteError for
+        one that is not finite.
         """
 
 
@@ -61,7 +63,8 @@ class ThroughCodes:
     def __call__(self, pixels: Tensor, indices: list[int]) -> tuple[Tensor, Tensor]:
         grid = check_image_size(pixels.shape[-2:], self.downsample)
         codes = encode_images(self.model, pixels)
-        return in_chunks(lambda chunk: self.model.decode_code(chunk, grid).float(), codes), codes
+        made = in_chunks(lambda chunk: self.model.decode_code(chunk, grid).float(), codes)
+        return finite_images(made, self.name), codes
 
 
 def build_reconstructor(flags: ReconstructorFlags, *, device: torch.device) -> Reconstructor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tokenizer.build import in_chunks
 from utils.files import first_line
+from utils.finite import check_finite, finite_images
 from utils.seeding import sample_generator
 
 VAES = ("sd-vae-ft-mse", "sdxl-vae")
@@ -34,7 +35,7 @@ class VAE:
         generators = [sample_generator(self.seed, index) for index in indices]
         mean, std = in_chunks(self.posterior, pixels).chunk(2, 1)  # (B, C, h, w)
         noise = torch.stack([torch.randn(mean.shape[1:], generator=generator) for generator in generators])
-        return self.decode(mean + std * noise.to(mean), generators), None
+        return finite_images(self.decode(mean + std * noise.to(mean), generators), self.name), None
 
     def posterior(self, pixels: Tensor) -> Tensor:
         """Images (B, 3, H, W) → mean and standard deviation of their latents (B, 2C, h, w)."""
@@ -83,4 +84,5 @@ def load_diffusers(name: str, folder: str | None, *, class_name: str) -> tuple[t
     problems = [f"{what} {key}" for what, keys in found.items() for key in keys]
     if problems:
         raise ValueError(f"{folder or HUB[name]} does not hold {name}: {'; '.join(problems[:4])}")
+    check_finite(model.state_dict(), folder or HUB[name])
     return model, Path(folder, WEIGHTS_FILE) if folder else Path(try_to_load_from_cache(HUB[name], WEIGHTS_FILE))

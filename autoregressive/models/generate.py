@@ -20,11 +20,13 @@ from autoregressive.models.engine import Engine, TorchEngine
 from autoregressive.models.gpt import Transformer
 from autoregressive.models.native_engine import NativeEngine, fitting_kernels
 from autoregressive.models.sampling import Settings, check_sampling, choose
+from utils.finite import NotFiniteError
 
 Decode = Literal["auto", "sequential", "jacobi"]
 RIDGE = {"cpu": 8, "cuda": 64}  # about so many tokens take no longer than one: reading the weights does
 WORTH_A_TRIAL = 0.002  # seconds; where a step is shorter, windows are not worth a trial
 TRIAL = 16  # steps of each kind that `auto` times before it chooses
+NEVER = 2**62  # a position beyond all
 PREFILL_TOKENS = 4096  # prefix tokens in one step at most: bounds the memory
 
 
@@ -58,7 +60,7 @@ def generate(model: Transformer, cond: Tensor, max_new_tokens: int, emb_masks: T
     which its key is drawn; without them keys come from torch's global state. sample_logits=False takes the best code
     instead of drawing. decode: one code per step, windows of `window` drafts, or auto: windows while they pay. The
     codes are the same. statistics: receives the counts. Raises ValueError for labels, lengths or settings out of
-    range.
+    range, NotFiniteError, at the end, for logits that were not finite.
     """
     config, batch = model.config, cond.shape[0]
     if not 0 < max_new_tokens <= config.block_size:
@@ -115,6 +117,7 @@ def generate(model: Transformer, cond: Tensor, max_new_tokens: int, emb_masks: T
             run.prefill(cond, emb_masks)
             run.finish(adaptive=decode == "auto")
             codes = run.codes[:batch, :max_new_tokens].clone()
+            check_logits(run.broken[:batch].tolist())
         finally:
             for module in training:
                 module.training = True
@@ -133,6 +136,16 @@ def take_engine(model: Transformer) -> Engine:
             if engine.weights == weights:
                 return engine
     return TorchEngine(model) if kernels is None else NativeEngine(model, weights, kernels)
+
+
+def check_logits(broken: list[int]) -> None:
+    """Raise NotFiniteError for images that have a code, the first is `broken[i]`, drawn from NaN or infinite logits."""
+    images = [i for i, position in enumerate(broken) if position < NEVER]
+    if images:
+        raise NotFiniteError(
+            f"the GPT's logits are not finite, from code {broken[images[0]]} on, in {len(images)} of {len(broken)} "
+            f"images (the first is number {images[0]} of the batch): its weights diverged, or overflow: try "
+            "--precision none")
 
 
 class _Run:
@@ -198,11 +211,13 @@ class _Run:
         self.longest, self.uniform = lengths[-1], len(lengths) == 1
         unconditional = torch.where(self.partner >= 0, images, -1)
         unconditional[self.guided] = torch.where(self.partner[self.guided] >= 0, images + same, -1)
-        self.codes[:, 0] = choose(torch.cat(logits), self.images, unconditional, torch.zeros_like(self.images),
-                                  self.images, self.settings)
+        first = torch.zeros_like(self.images)
+        self.codes[:, 0], finite = choose(torch.cat(logits), self.images, unconditional, first, self.images,
+                                          self.settings)
+        self.broken = torch.where(finite, NEVER, first)  # (B,) the first code whose logits were not finite
         self.codes[:, 1:] = self.codes[:, :1]  # first drafts; any codes would do
         self.cursor = torch.ones_like(self.images)  # the first code that is not decided
-        kept = ("codes", "prefix", "place", "images", "guided", "partner", "no_partner", "rope")
+        kept = ("codes", "prefix", "place", "images", "guided", "partner", "no_partner", "rope", "broken")
         own = {name: getattr(self, name) for name in kept}
         settings = {name: value for name, value in vars(self.settings).items() if isinstance(value, Tensor)}
         kind = (len(self.images), tuple(self.guided.tolist()), self.codes.shape, self.settings.greedy,
@@ -259,9 +274,10 @@ class _Run:
                 x = torch.cat([x, x[self.guided]])
             logits = self.engine.step(x, self.rope.index_select(0, before)[None], lengths[:len(x)],
                                       rows=slice(0, len(x)), longest=longest, uniform=self.uniform)
-            found = choose(logits, self.images, self.partner if guides else self.no_partner,
-                           self.place.expand_as(self.images), self.images, self.settings)
+            found, finite = choose(logits, self.images, self.partner if guides else self.no_partner,
+                                   self.place.expand_as(self.images), self.images, self.settings)
             self.codes.index_copy_(1, self.place, found[:, None])
+            self.broken.copy_(torch.where(finite, self.broken, torch.minimum(self.broken, self.place)))
             self.place += 1
 
         self.engine.graphs.run((guides, self.engine.read_up_to(longest + 1)), step)
@@ -290,12 +306,15 @@ class _Run:
         conditional = torch.arange(len(active) * window, device=active.device)
         unconditional = torch.where((at[:, None] >= 0) & (places < self.guided_until),
                                     at[:, None] * window + offsets, -1)
-        found = choose(logits, conditional, unconditional.flatten(), places.flatten(),
-                       active.repeat_interleave(window), self.settings).view_as(places)
+        found, finite = (of_all.view_as(places) for of_all in choose(
+            logits, conditional, unconditional.flatten(), places.flatten(), active.repeat_interleave(window),
+            self.settings))
         drafts = self.codes[active].gather(1, places)
         agreed = (found == drafts).long().cumprod(1).sum(1)
         before = self.cursor[active]
         after = (before + (agreed + 1).clamp(max=window)).clamp(max=self.length)
+        counts = ~finite & (places < after[:, None])  # drafts that are not decided may be what the model never sees
+        self.broken[active] = torch.minimum(self.broken[active], torch.where(counts, places, NEVER).amin(1))
         codes = self.codes[active].scatter(1, places, found)
         self.codes[active], self.cursor[active] = codes, after
 

@@ -91,23 +91,26 @@ def draw(logits: Tensor, keys: Tensor, positions: Tensor) -> Tensor:
 
 
 def choose(logits: Tensor, conditional: Tensor, unconditional: Tensor, positions: Tensor, images: Tensor,
-           settings: Settings) -> Tensor:
+           settings: Settings) -> tuple[Tensor, Tensor]:
     """Codes (n,) int64 for n slots: row `conditional[i]` of logits (rows, V) guided by row `unconditional[i]` (-1: by
-    none), drawn for position `positions[i]` of image `images[i]`."""
+    none), drawn for position `positions[i]` of image `images[i]`; and whether the guided logits of each are finite,
+    (n,) bool: the host does not wait to see it."""
     kernels = load("sample") if logits.device.type == "cpu" else None
     if kernels is not None:
         return _choose_native(kernels, logits, conditional, unconditional, positions, images, settings)
     chosen = logits[conditional]
     guided = (unconditional >= 0)[:, None]
     chosen = torch.where(guided, guide(chosen, logits[unconditional], settings.scale[images][:, None]), chosen)
+    low, high = chosen.aminmax(dim=-1)
+    finite = low.isfinite() & high.isfinite()  # before the filters, which put -inf in
     if settings.greedy:
-        return chosen.argmax(-1)
+        return chosen.argmax(-1), finite
     if settings.uses_top_k or settings.uses_top_p:
         chosen = filter_logits(chosen, temperature=settings.temperature[images], top_k=settings.top_k[images],
                                top_p=settings.top_p[images])
     else:
         chosen = chosen / settings.temperature[images].clamp_min(MIN_TEMPERATURE)[:, None]
-    return draw(chosen, settings.keys[images], positions)
+    return draw(chosen, settings.keys[images], positions), finite
 
 
 class Draws(ctypes.Structure):
@@ -116,19 +119,20 @@ class Draws(ctypes.Structure):
     _fields_ = [("logits", ctypes.c_void_p), ("stride", ctypes.c_int64), ("vocab", ctypes.c_int64),
                 ("count", ctypes.c_int64), *((name, ctypes.c_void_p) for name in (
                     "conditional", "unconditional", "scale", "temperature", "top_k", "top_p", "key", "position")),
-                ("greedy", ctypes.c_int64), ("codes", ctypes.c_void_p), ("threads", ctypes.c_int64)]
+                ("greedy", ctypes.c_int64), ("codes", ctypes.c_void_p), ("finite", ctypes.c_void_p),
+                ("threads", ctypes.c_int64)]
 
 
 def _choose_native(kernels: ctypes.CDLL, logits: Tensor, conditional: Tensor, unconditional: Tensor, positions: Tensor,
-                   images: Tensor, settings: Settings) -> Tensor:
+                   images: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
     assert logits.dtype == torch.float32 and logits.stride(1) == 1, (logits.dtype, logits.stride())
-    codes = torch.empty(len(images), dtype=torch.long)
+    codes, finite = torch.empty(len(images), dtype=torch.long), torch.empty(len(images), dtype=torch.bool)
     arrays = [conditional.int(), unconditional.int(), *(x[images] for x in (
         settings.scale, settings.temperature, settings.top_k, settings.top_p, settings.keys)), positions.contiguous()]
     kernels.sample(ctypes.byref(Draws(logits.data_ptr(), logits.stride(0), logits.shape[1], len(images),
                                       *(pointer(x) for x in arrays), settings.greedy, pointer(codes),
-                                      min(torch.get_num_threads(), len(images)))))
-    return codes
+                                      pointer(finite), min(torch.get_num_threads(), len(images)))))
+    return codes, finite
 
 
 def check_sampling(*, temperature: float, top_k: int, top_p: float) -> None:

@@ -19,7 +19,7 @@ from autoregressive.sample import sample_ddp
 from autoregressive.sample.pipeline import load_pipeline
 from autoregressive.sample.sample_ddp import SampleSetFlags
 from evaluations.c2i import evaluator
-from evaluations.c2i.comparison_rules import check_preset, check_reference, check_sample
+from evaluations.c2i.comparison_rules import check_preset, check_sets
 from evaluations.c2i.evaluator import EvaluatorFlags
 from evaluations.c2i.features import load_network
 from evaluations.c2i.image_sets import ImageSet, open_image_set
@@ -51,8 +51,7 @@ def check(flags: SampleAndScoreFlags, process: dist.Process, *, size: tuple[int,
     metrics, reference = chosen_metrics(flags), open_image_set(flags.fid_reference)
     network = load_network(flags, device=process.device)
     planned = ImageSet("samples", flags.num_fid_samples, flags.image_size_eval or size)
-    check_reference(reference, metrics, network=network)
-    check_sample(planned, metrics, network=network)
+    check_sets(reference, planned, metrics, network=network)
     if preset(flags):
         check_preset(preset(flags), reference, planned, known_as=None)
 

@@ -38,6 +38,7 @@ from evaluations.c2i.monitor import Monitor
 from tokenizer.build import ImageTokenizer, decode_images, load_tokenizer, other_tokenizer
 from utils import cli, dist, images
 from utils.checkpoints import containers
+from utils.finite import check_finite
 from utils.seeding import sample_generator
 from utils.training import parallel
 from utils.training.flags import check_flags
@@ -188,6 +189,7 @@ def first_weights(model: Transformer, flags: GPTTrainFlags, content: dict[str, A
         return ""
     own = {name: tensor.detach() for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
     containers.check_fit(own, state, flags.init_from or flags.gpt_ckpt, type(model).__name__)
+    check_finite(state, flags.init_from or flags.gpt_ckpt)
     for name, tensor in own.items():
         parallel.copy_whole_into(tensor, state[name])
     return said

@@ -1,14 +1,16 @@
 """What may be compared with what: refusals, warnings, and --acceptance, the proof that we compute ADM's numbers."""
 import json
+from collections.abc import Sequence
 
 import numpy as np
 
 from evaluations.c2i.features import SPLIT, FeatureNetwork
 from evaluations.c2i.image_sets import MADE_WITH, ImageSet
-from evaluations.c2i.scores import NEIGHBOURS, TITLES
+from evaluations.c2i.scores import NEEDS, NEIGHBOURS, OF_INCEPTION, OF_OTHERS, TITLES
 from utils.files import cache_folder, replacing
 
 PUBLISHED_COUNT = 50_000
+STORED = {"pooled": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}  # what a file may have in place of images
 WIDTHS = {"mu": 2048, "mu_s": 2023}
 ACCEPTANCE = {  # ADM's published numbers for its published sample files, each against the reference of its size
     "admnet_guided_upsampled_imagenet256": {"is": 215.837, "fid": 3.94256, "sfid": 6.14043, "precision": 0.8265,
@@ -19,45 +21,54 @@ ACCEPTANCE = {  # ADM's published numbers for its published sample files, each a
 TOLERANCE = {"is": 0.3, "fid": 0.005, "sfid": 0.005, "precision": 0.003, "recall": 0.003}
 
 
-def check_reference(reference: ImageSet, metrics: list[str], *, network: FeatureNetwork) -> None:
-    """Raise ValueError when a reference cannot give these metrics."""
-    if reference.size is not None:
-        check_images(reference, metrics)
-    elif {"precision", "recall"} & set(metrics):
-        raise ValueError(f"{reference.name} holds no images (arr_0), which precision and recall need: take the file "
-                         "with images, or leave them out with --metrics fid,sfid,is")
-    check_stored(reference, metrics, network=network)
+def check_sets(reference: ImageSet, sample: ImageSet | None, metrics: list[str], *, network: FeatureNetwork) -> None:
+    """Raise ValueError when a set cannot give some of the metrics, naming those that both can.
+
+    `sample` None: images that are still to be made, enough of them.
+    """
+    sides = [(reference, 1)] + ([] if sample is None else [(sample, 0)])
+    offered = OF_INCEPTION if network.is_inception else OF_OTHERS
+
+    def missing(images: ImageSet, of: int, names: Sequence[str]) -> dict[str, str]:
+        found = {name: obstacle(images, name, of=of, network=network) for name in names}
+        return {name: reason for name, reason in found.items() if reason is not None}
+
+    for images, of in sides:
+        if not (lacking := missing(images, of, metrics)):
+            continue
+        left = [name for name in offered if not any(missing(*side, [name]) for side in sides)]
+        left = [name for name in left if name in metrics] or left
+        advice = f"--metrics {','.join(left)} can" if left else \
+            "nor can any other metric: give an npz or a folder of images"
+        raise ValueError(f"{images.name} {'; it '.join(dict.fromkeys(lacking.values()))}: "
+                         f"{', '.join(TITLES[name] for name in lacking)} cannot be computed, {advice}")
 
 
-def check_sample(sample: ImageSet, metrics: list[str], *, network: FeatureNetwork) -> None:
-    """Raise ValueError when samples cannot give these metrics."""
-    if sample.size is None:
-        raise ValueError(f"{sample.name} holds statistics and no images (arr_0): samples must be images")
-    check_images(sample, metrics)
-    check_stored(sample, metrics, network=network)
+def obstacle(images: ImageSet, metric: str, *, of: int, network: FeatureNetwork) -> str | None:
+    """Why a set, as samples (of=0) or as the reference (of=1), cannot give a metric; None if it can.
 
-
-def check_images(images: ImageSet, metrics: list[str]) -> None:
-    """Raise ValueError when there are too few images."""
-    if images.count < 2:
-        raise ValueError(f"{images.name} holds {images.count} image: a covariance needs two")
-    if {"precision", "recall"} & set(metrics) and images.count <= NEIGHBOURS:
-        raise ValueError(f"{images.name} holds {images.count} images: precision and recall look at the third neighbour "
-                         "of each, leave them out with --metrics")
-
-
-def check_stored(images: ImageSet, metrics: list[str], *, network: FeatureNetwork) -> None:
-    """Raise ValueError when a file has statistics of other features, or none for sFID when that is asked for."""
-    if images.stored and "sfid" in metrics and "mu_s" not in images.stored:
-        raise ValueError(f"{images.name} holds statistics for FID and none for sFID (mu_s, sigma_s): leave it out "
-                         "with --metrics fid,is,precision,recall")
-    if images.stored and not network.is_inception:
-        raise ValueError(f"{images.name} holds statistics of Inception features, --features are others: give a "
-                         "file or folder with images alone")
-    for key, width in WIDTHS.items():
-        if key in images.stored and len(images.stored[key]) != width:
-            raise ValueError(f"{images.name} has {key} of length {len(images.stored[key])}, expected {width}: it is "
-                             "of another network")
+    Where a file has statistics they stand for its images, as in ADM, which may be a part of those behind them.
+    """
+    need = next(iter(NEEDS[metric][of]), None)
+    if need is None:
+        return None
+    if need in STORED and images.stored:
+        mean, covariance = STORED[need]
+        if not network.is_inception:
+            return "holds statistics of Inception features, --features are others"
+        if mean not in images.stored:
+            other = "sFID" if need == "pooled" else "FID"
+            return f"holds statistics for {other} and none for {TITLES[metric]} ({mean}, {covariance})"
+        width = len(images.stored[mean])
+        return None if width == WIDTHS[mean] else \
+            f"has {mean} of length {width}, expected {WIDTHS[mean]}: it is of another network"
+    if images.size is None:
+        return "holds no images (arr_0)"
+    if need in STORED and images.count < 2:
+        return "holds 1 image: a covariance needs two"
+    if need == "features" and images.count <= NEIGHBOURS:
+        return f"holds {images.count} images: precision and recall look at the third neighbour of each"
+    return None
 
 
 def check_preset(preset: str, reference: ImageSet, sample: ImageSet, *, known_as: str | None) -> None:
@@ -78,7 +89,7 @@ def check_preset(preset: str, reference: ImageSet, sample: ImageSet, *, known_as
     elif reference.count != sample.count:
         raise ValueError(f"--preset rfid: {reference.count} reference images and {sample.count} reconstructions: each "
                          "image should be there once on either side")
-    if reference.size and reference.size != sample.size:
+    if reference.size and sample.size and reference.size != sample.size:
         raise ValueError(f"--preset {preset}: the reference is of {reference.size[0]}x{reference.size[1]} images, the "
                          f"samples of {sample.size[0]}x{sample.size[1]}: see --image-size-eval")
 
@@ -86,18 +97,18 @@ def check_preset(preset: str, reference: ImageSet, sample: ImageSet, *, known_as
 def set_warnings(reference: ImageSet, sample: ImageSet, metrics: list[str], *, network: FeatureNetwork) -> list[str]:
     """Warnings of what makes the numbers mean something else than they seem to, known before anything is computed."""
     found = [*reference.notes, *sample.notes]
-    if reference.size and reference.size != sample.size:
+    if reference.size and sample.size and reference.size != sample.size:
         found.append(f"the reference is of {reference.size[0]}x{reference.size[1]} images, the samples of "
                      f"{sample.size[0]}x{sample.size[1]}")
     if sample.stored:
-        found.append(f"{sample.name} holds statistics: FID and sFID are computed from them as ADM does, not from its "
-                     "images")
+        found.append(f"{sample.name} holds statistics: FID and sFID are computed from them as ADM does, "
+                     f"{'not from its images' if sample.size else 'it does not say of how many images'}")
     for images in (reference, sample):
         if images.made_with not in (None, network.described.get(MADE_WITH)):
             found.append(f"the statistics in {images.name} were made with other Inception weights than "
                          f"{network.described['file']}")
         found += count_warnings(images, metrics)
-    if sample.count != PUBLISHED_COUNT and "fid" in metrics:
+    if sample.size and sample.count != PUBLISHED_COUNT and "fid" in metrics:
         found.append(f"{sample.count} samples: published FIDs are of {PUBLISHED_COUNT}, and fewer samples give a "
                      "higher FID of the same model")
     labels = sample.labels

@@ -23,8 +23,7 @@ from evaluations.c2i.comparison_rules import (
     accept,
     check_acceptance,
     check_preset,
-    check_reference,
-    check_sample,
+    check_sets,
     known_references,
     set_warnings,
 )
@@ -74,7 +73,7 @@ def write_report(results: dict[str, float], protocol: dict[str, Any], path: Path
 
 def about(images: ImageSet, sha256: str) -> dict[str, Any]:
     """What the report says of a set."""
-    return {"name": images.name, "sha256": sha256, "images": images.count, "size": images.size,
+    return {"name": images.name, "sha256": sha256, "images": images.count if images.size else None, "size": images.size,
             "statistics": f"stored ({', '.join(images.stored)})" if images.stored else "of its images"}
 
 
@@ -105,8 +104,7 @@ def main(flags: EvaluatorFlags) -> None:
     reference, sample = (open_image_set(path, exif_orientation=flags.exif_orientation)
                          for path in (flags.reference, sample_path))
     network = load_network(flags, device=process.device)
-    check_reference(reference, metrics, network=network)
-    check_sample(sample, metrics, network=network)
+    check_sets(reference, sample, metrics, network=network)
     reference_hash = dist.broadcast_object(reference.sha256() if process.is_main else None)
     known_as = dist.broadcast_object(known_references().get(reference_hash))
     if flags.preset:

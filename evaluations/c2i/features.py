@@ -33,6 +33,7 @@ from evaluations.c2i.metrics import FeatureStatistics, InceptionScore
 from utils import dist
 from utils.cli import flag, message
 from utils.files import cache_folder, file_hash, first_line, replacing
+from utils.finite import NotFiniteError, check_finite
 from utils.seeding import derive_seed
 
 SPLIT = 5000  # images per chunk of the Inception Score, in the order of the set
@@ -113,7 +114,9 @@ def other_network(source: str) -> tuple[torch.nn.Module, dict[str, str]]:
         if not zipfile.is_zipfile(path) or not is_torchscript(path):
             raise ValueError(f"--features {source} is no TorchScript program, as torch.jit.trace makes")
         described = {"name": f"{path.stem} (TorchScript)", "file": path.name, "sha256": file_hash(path)}
-        return load_torchscript(path), described
+        network = load_torchscript(path)
+        check_finite(dict(network.named_parameters()), path)  # buffers may be masks of -inf
+        return network, described
     module, _, function = source.partition(":")
     if not function:
         raise FileNotFoundError(f"--features {source} is neither a TorchScript file nor package.module:function")
@@ -194,20 +197,21 @@ def measure(images: ImageSet, network: FeatureNetwork, process: dist.Process, *,
     """Run a set through the network. `wanted`: any of "pooled" and "spatial" (statistics), "features", "scores".
 
     The work is shared by all processes; each image counts once. When one process cannot read or measure an image, all
-    of them raise ValueError.
+    of them raise ValueError, NotFiniteError where the images come from a model that gives no numbers.
     """
     tally = Tally(images, wanted, device=process.device, seed=seed)
-    problems: list[str] = []
+    problems: list[tuple[type[ValueError], str]] = []
     with tqdm(total=images.count, desc=title, unit="image", mininterval=1.0, disable=not process.is_main) as bar:
         try:
             for indices, pictures in images.batches(batch, rank=process.rank, world_size=process.world_size):
                 tally.add(indices, network(pictures))
                 bar.update(min(len(indices) * process.world_size, images.count - bar.n))
         except (ValueError, OSError) as error:
-            problems.append(message(error))
+            problems.append((NotFiniteError if isinstance(error, NotFiniteError) else ValueError, message(error)))
     problems = dist.gather_lists(problems)
     if problems:
-        raise ValueError(problems[0])
+        kind, said = problems[0]
+        raise kind(said)
     return tally.join()
 
 

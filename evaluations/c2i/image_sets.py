@@ -24,6 +24,8 @@ STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")
 MADE_WITH = "weights_sha256"  # in references that we make: the Inception weights behind the statistics
 LOSSY = {".jpg", ".jpeg", ".jfif", ".jpe", ".webp", ".avif", ".jp2", ".j2k"}
 UNREADABLE = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError)  # what zipfile raises
+BLOCK = 2**22  # bytes at a time
+LOOKED_AT = 2**28  # bytes of an array of another type, to say what its range is
 AHEAD = 2  # batches read while one is measured
 
 Batch = tuple[np.ndarray, np.ndarray]  # indices (B,) int64, images (B, H, W, 3) uint8
@@ -106,7 +108,7 @@ class NpzImages(ImageFile):
         try:
             with zipfile.ZipFile(path) as archive:
                 members = {name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")}
-                if not {"arr_0", "mu"} & members:
+                if not {"arr_0", "mu", "mu_s"} & members:
                     raise ValueError(f"{path} has neither images (arr_0) nor statistics (mu): it holds "
                                      f"{', '.join(sorted(members)) or 'nothing'}")
                 for key in STATISTICS:
@@ -116,7 +118,7 @@ class NpzImages(ImageFile):
                     self.count, self.size = self.checked_images(archive)
                 if MADE_WITH in members:
                     self.made_with = str(small_array(archive, MADE_WITH))
-                self.labels = integer_labels(archive, self.count) if "arr_1" in members else None
+                self.labels = integer_labels(archive, self.count) if {"arr_0", "arr_1"} <= members else None
         except UNREADABLE as error:
             if path.suffix == ".npy":
                 raise ValueError(f"{path} is an .npy: expected an .npz (numpy.savez) or a folder of PNGs") from None
@@ -130,8 +132,8 @@ class NpzImages(ImageFile):
         """(count, (height, width)) of arr_0 from its header. Raises ValueError for what is no 8-bit RGB."""
         shape, fortran, dtype, header = array_header(archive, "arr_0")
         if dtype != np.uint8:
-            raise ValueError(f"{self.path}: arr_0 is {dtype}, expected uint8 pixels: convert floats in [-1, 1] with "
-                             "clamp(127.5 x + 128, 0, 255)")
+            advice = conversion(dtype, value_range(archive, "arr_0", dtype)) if dtype.kind in "fiub" else ""
+            raise ValueError(f"{self.path}: arr_0 is {dtype}, expected uint8 pixels{advice}")
         if len(shape) != 4 or shape[3] != 3:
             hint = ": it looks like (N, 3, H, W), transpose it" if len(shape) == 4 and shape[1] == 3 else ""
             raise ValueError(f"{self.path}: arr_0 has shape {shape}, expected (N, H, W, 3){hint}")
@@ -181,6 +183,40 @@ def array_header(archive: zipfile.ZipFile, key: str) -> tuple[tuple[int, ...], b
             raise ValueError(f"{archive.filename}: {key} is refused: it names {named(names)}, which would run code "
                              "when loaded; expected numbers")
         return shape, fortran, dtype, member.tell()
+
+
+def value_range(archive: zipfile.ZipFile, key: str, dtype: np.dtype) -> tuple[float, float]:
+    """The smallest and the largest value of a member, of its first LOOKED_AT bytes; NaN if one is."""
+    start = array_header(archive, key)[3]
+    low, high = np.inf, -np.inf
+    with archive.open(f"{key}.npy") as member:
+        member.read(start)
+        for _ in range(LOOKED_AT // BLOCK):
+            block = member.read(BLOCK)
+            values = np.frombuffer(block[:len(block) // dtype.itemsize * dtype.itemsize], dtype)
+            if not len(values):
+                break
+            low, high = np.minimum(low, values.min()), np.maximum(high, values.max())  # these keep a NaN
+    return float(low), float(high)
+
+
+def conversion(dtype: np.dtype, found: tuple[float, float]) -> str:
+    """How pixels x of another type become uint8, by the range that was found; what to say after the expectation."""
+    low, high = found
+    if low == np.inf and high == -np.inf:
+        return "; it holds none"
+    if not (np.isfinite(low) and np.isfinite(high)):
+        return "; it holds values that are not finite (NaN, infinite): what made them has failed"
+    values = f"; its values lie in [{low:g}, {high:g}]: "
+    if low >= 0 and high <= 1:
+        return f"{values}if that is [0, 1], save numpy.uint8(255 * x + 0.5)"
+    if -1.5 <= low < 0 and high <= 1.5 and dtype.kind == "f":  # decoders leave [-1, 1] a little
+        return f"{values}if that is [-1, 1], save numpy.uint8(numpy.clip(127.5 * x + 128, 0, 255))"
+    if low >= 0 and 2 <= high <= 255:
+        return f"{values}if that is [0, 255], save x.{'round().' if dtype.kind == 'f' else ''}astype(numpy.uint8)"
+    if dtype == np.uint16:
+        return f"{values}if that is [0, 65535], save (x / 257).round().astype(numpy.uint8)"
+    return f"{values}how they become 0 to 255 is not known here"
 
 
 def small_array(archive: zipfile.ZipFile, key: str) -> np.ndarray:

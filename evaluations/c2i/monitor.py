@@ -2,7 +2,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from evaluations.c2i.comparison_rules import check_reference, count_warnings
+from evaluations.c2i.comparison_rules import check_sets, count_warnings
 from evaluations.c2i.features import load_network, measure, measure_with_stored
 from evaluations.c2i.image_sets import FirstImages, ImageSet, open_image_set
 from evaluations.c2i.scores import NEIGHBOURS, MetricFlags, chosen_metrics, compute, needed
@@ -44,7 +44,7 @@ class Monitor:
             self.reference = FirstImages(reference, flags.eval_images)
             sha256 += f" first {self.reference.count}"
         self.network = load_network(flags, device=process.device)
-        check_reference(self.reference, self.metrics, network=self.network)
+        check_sets(self.reference, None, self.metrics, network=self.network)
         sets = [self.reference] + ([] if reconstructs else [ImageSet("each evaluation", flags.eval_images, None)])
         warnings = [text for images in sets for text in count_warnings(images, self.metrics)]
         for text in [*reference.notes, *warnings] if process.is_main else []:

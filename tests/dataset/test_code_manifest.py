@@ -139,4 +139,4 @@ def test_nothing_is_named_twice(packed, tried):
 def test_labels_beyond_the_classes_are_told(packed, tried):
     manifest = json.loads((packed / "manifest.json").read_text())
     manifest["classes"].pop()
-    assert "labels from 0 to 2, its manifest names 2 classes" in refusal(tried, manifest)
+    assert "labels.npy holds label 2, expected 0 to 1: the manifest names 2 classes" in refusal(tried, manifest)

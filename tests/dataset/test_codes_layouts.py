@@ -1,10 +1,13 @@
 """Layouts of codes that are read, and batches drawn from them."""
+import re
+
 import numpy as np
 import pytest
 import torch
 
 from autoregressive.train.train import open_codes
 from dataset import codes as stores
+from dataset.code_joins import Mixture, OtherViews
 from dataset.code_writer import code_dtype
 from tests.conftest import entry
 from tests.dataset.codes import STORE, every_code, fake_codes, write_llamagen, write_packed
@@ -121,14 +124,20 @@ def test_batches_draw_one_view_per_visit(tmp_path):
     assert not torch.equal(other["codes"], batch["codes"])
 
 
-@pytest.mark.parametrize("wrong", [-1, 256])
-def test_codes_outside_the_vocabulary_are_refused(tmp_path, wrong):
+def test_codes_outside_the_vocabulary_are_refused(tmp_path):
     codes = fake_codes(views=1)
-    codes[5, 0, 3] = wrong
-    batches = stores.CodeBatches(stores.open_store(write_llamagen(tmp_path, codes, [0] * 14)), vocab_size=256, seed=0)
-    assert len(batches.__getitems__([(0, row) for row in range(5)])["codes"]) == 5
-    with pytest.raises(ValueError, match=f"code {wrong}, but the model's vocabulary is 256"):
-        batches.__getitems__([(0, row) for row in range(14)])
+    codes[5, 0, 3] = 256
+    named = re.escape(f"{tmp_path / STORE / '5.npy'} holds code 256, but the model's vocabulary is 256: give the")
+    one = stores.open_store(write_llamagen(tmp_path, codes, [0] * 14))
+    wider = write_packed(tmp_path / "packed", fake_codes(views=1), [0] * 14)
+    for store in (one, OtherViews(["a", "b"], [stores.open_store(wider), one]),
+                  Mixture(["a", "b"], [stores.open_store(wider), one], (1.0, 1.0))):
+        batches = stores.CodeBatches(store, vocab_size=256, seed=0)
+        with pytest.raises(ValueError, match=named):
+            batches.__getitems__([(epoch, row) for epoch in range(9) for row in range(len(store))])
+    narrow = stores.CodeBatches(stores.open_store(wider), vocab_size=int(fake_codes(views=1)[9:].max()), seed=0)
+    with pytest.raises(ValueError, match=r"packed/shard-0000[23]\.npy holds code \d+, but"):
+        narrow.__getitems__([(0, row) for row in range(9, 14)])
 
 
 def test_codes_are_stored_in_the_smallest_type():

@@ -1,6 +1,8 @@
 """Images in: folders, crops, batches that depend on (seed, epoch, index) alone."""
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -71,6 +73,35 @@ def test_flat_folder_and_json_list(image_folder, tmp_path):
     assert [listed.name(i) for i in range(2)] == [str(tmp_path / "images" / name) for name in names]
     joined = image_folders.concatenate([listed, listed])
     assert len(joined) == len(joined.labels) == 4
+
+
+def test_openimage_reads_the_list_in_its_folder_first(image_folder, tmp_path):
+    """As LlamaGen's tool writes it: paths that are joined with --data-path, of which one may be absolute."""
+    root, elsewhere = tmp_path / "images", str(image_folder / "red" / "00.jpg")
+    shutil.copytree(image_folder, root)
+    (tmp_path / "openimage_json").mkdir()
+    (tmp_path / "openimage_json" / "image_paths.json").write_text(json.dumps(["blue/01.png"]))
+    for place, names in ((f"{root}/", ["blue/01.png"]), (root, ["red/00.jpg", "red/01.png", elsewhere])):
+        if len(names) > 1:
+            (root / "image_paths.json").write_text(json.dumps(names))
+        data = build_dataset("openimage", str(place), size=(16, 16))
+        assert [data.name(i) for i in range(len(data))] == [os.path.join(root, name) for name in names]
+        assert data.image(0).mode == "RGB"
+
+
+@pytest.mark.parametrize(("content", "said"), [
+    (b"[", "is not JSON"), (b"\xff\xfe\xff", "is not JSON"), (b"[" * 10**5, "is not JSON"), (b"", "is not JSON"),
+    (b"{}", "should be a JSON list of image paths relative to"), (b"[]", "should be a JSON list"),
+    (b"[1]", "should be a JSON list"), (b'["a.png", null]', "should be a JSON list"), (b'[""]', "should be a JSON li"),
+    (None, "expected a JSON list of paths relative to")])
+def test_lists_that_are_none_are_named(tmp_path, content, said):
+    path = tmp_path / "images" / "image_paths.json"
+    path.parent.mkdir()
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises((ValueError, FileNotFoundError), match=re.escape(said)) as stop:
+        build_dataset("openimage", str(path.parent), size=(16, 16))
+    assert str(path) in str(stop.value) and "\n" not in str(stop.value)
 
 
 def test_folders_that_are_no_data_sets_are_refused(tmp_path, image_folder):

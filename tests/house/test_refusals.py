@@ -132,6 +132,57 @@ def test_checkpoints_that_do_not_fit_or_are_damaged(refuse, tmp_path, image_fold
     assert "is refused" in refuse(*extract, "run.pt")
 
 
+def spoil(source, target, name: str, value: float = float("nan")):
+    """Write the weights of a checkpoint with one of them spoilt; averages are left out."""
+    content = containers.read(source)
+    content["model"][name].view(-1)[-1] = value
+    torch.save({"model": content["model"], "config": content["config"]}, target)
+    return target
+
+
+@pytest.mark.parametrize(("value", "said"), [(float("nan"), "nan"), (float("-inf"), "inf")])
+def test_weights_that_are_not_finite(refuse, tmp_path, image_folder, code_store, vq_ckpt, gpt_ckpt, value, said):
+    vq = spoil(vq_ckpt, tmp_path / "vq.pt", "decoder.conv_in.weight", value)
+    gpt = spoil(gpt_ckpt, tmp_path / "gpt.pt", "output.weight", value)
+    data, codes = ["--data-path", image_folder], ["--code-path", code_store]
+    sampling = ["--num-fid-samples", 3, "--sample-dir", "samples", "--precision", "none"]
+    tensor = f"vq.pt holds weights that are not finite: decoder.conv_in.weight ({said}): "
+    for command in (["train_vq", *VQ, *data, "--finetune", "--vq-ckpt", vq],
+                    ["extract", *TINY, *data, "--code-path", "codes", "--vq-ckpt", vq],
+                    ["verify", "--code-path", code_store / "imagenet16_codes", "--vq-ckpt", vq],
+                    ["train_gpt", *GPT, *codes, "--vq-ckpt", vq],
+                    ["sample", *sampling, "--gpt-ckpt", gpt_ckpt, "--vq-ckpt", vq],
+                    ["reconstruct", *TINY, *data, "--vq-ckpt", vq]):
+        assert tensor in refuse(*command)
+    tensor = f"gpt.pt holds weights that are not finite: output.weight ({said}): "
+    for command in (["train_gpt", *GPT, *codes, "--init-from", gpt], ["train_gpt", *GPT, *codes, "--gpt-ckpt", gpt],
+                    *(["sample", *sampling, *quantized, "--gpt-ckpt", gpt, "--vq-ckpt", vq_ckpt]
+                      for quantized in ([], ["--quantize", "int8"], ["--quantize", "int4"]))):
+        assert tensor in refuse(*command)
+
+
+def test_pixels_and_logits_that_are_not_finite(tmp_path, capsys, image_folder, vq_ckpt, gpt_ckpt):
+    """Finite weights whose products are not: found while sampling, and no picture is written."""
+    vq = spoil(vq_ckpt, tmp_path / "vq.pt", "decoder.conv_out.bias", 3e38)
+    content = torch.load(vq, weights_only=True)
+    content["model"]["decoder.conv_out.weight"][-1] = 3e38
+    torch.save(content, vq)
+    content = containers.read(gpt_ckpt)
+    content["model"]["output.weight"][5] = 3e38
+    torch.save({"model": content["model"], "config": content["config"]}, tmp_path / "gpt.pt")
+    sampling = ["--num-fid-samples", 3, "--sample-dir", tmp_path / "samples", "--precision", "none"]
+    for command, said in ((["sample", *sampling, "--gpt-ckpt", gpt_ckpt, "--vq-ckpt", vq], "gave images that are not"),
+                          (["sample", *sampling, "--gpt-ckpt", tmp_path / "gpt.pt", "--vq-ckpt", vq_ckpt], "logits"),
+                          (["reconstruct", *TINY, "--data-path", image_folder, "--vq-ckpt", vq, "--sample-dir",
+                            tmp_path / "samples"], "VQ-4-S gave images that are not finite")):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            call(*command)
+        assert caught.value.code == 2 and not list(tmp_path.rglob("*.png"))
+        shown = capsys.readouterr().err  # a progress bar may stand before it
+        assert shown.count("error: ") == 1 and said in shown.partition("error: ")[2] and "Traceback" not in shown, shown
+
+
 # ---- training flags
 
 
@@ -202,7 +253,9 @@ def test_codes_beyond_the_vocabulary(tmp_path, capsys):
              "--num-workers", 1)
     last = capsys.readouterr().err.splitlines()[-1]
     assert caught.value.code == 2
-    assert last.rpartition("error: ")[2].startswith("the store holds code 300, but the model's vocabulary is 256")
+    said = last.rpartition("error: ")[2]
+    assert said.startswith(f"{tmp_path / 'x16_codes'}/")
+    assert ".npy holds code 300, but the model's vocabulary is 256" in said
 
 
 # ---- processes

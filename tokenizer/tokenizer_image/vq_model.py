@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tokenizer.tokenizer_image.layers import Decoder, Encoder, PointwiseConv
 from tokenizer.tokenizer_image.quantize import CodebookLosses, VectorQuantizer
+from utils.finite import NotFiniteError, fault
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,11 @@ class VQModel(nn.Module):
         return quantised, losses, (None, None, codes)
 
     def encode_codes(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) → codes (B, h*w) int64 in raster order."""
-        h, w = (side // self.downsample for side in images.shape[-2:])
-        return self.encode(images)[2][2].view(images.shape[0], h * w)
+        """Images (B, 3, H, W) → codes (B, h*w) int64 in raster order. Raises NotFiniteError for features without."""
+        features = self.prequant(images)
+        if fault(features) is not None:
+            raise NotFiniteError("the tokenizer's encoder gave features that are not finite: are its weights sound?")
+        return self.quantize(features)[2].view(images.shape[0], features.shape[2] * features.shape[3])
 
     def decode(self, quantised: Tensor) -> Tensor:
         """Quantised features (B, C, h, w) → images (B, 3, h*p, w*p), about [-1, 1] (not clamped)."""

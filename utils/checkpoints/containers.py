@@ -21,6 +21,7 @@ from utils.checkpoints.damage import is_damage, unreadable
 from utils.checkpoints.file_index import INDEX_END, check_file, homes_of, index_of, index_over
 from utils.checkpoints.lora import merge_lora
 from utils.files import exists, file_hash, first_line, replacing
+from utils.finite import check_finite
 
 SINGLE = ("model.safetensors", "consolidated.pth", "pytorch_model.bin", "diffusion_pytorch_model.safetensors")
 WEIGHT_KEYS = ("ema", "model", "module", "state_dict")  # in order of preference
@@ -141,8 +142,9 @@ def saved_config(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_strict(module: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
-    """Copy `state` into `module`; a missing, extra or mis-shaped key is a ValueError that names it."""
+    """Copy `state` into `module`; a missing, extra, mis-shaped or not finite tensor is a ValueError that names it."""
     check_fit(module.state_dict(), state, source, type(module).__name__)
+    check_finite(state, source)
     module.load_state_dict(state)
 
 

@@ -160,6 +160,11 @@ def full_tensor(values: Tensor) -> Tensor:
     return values.full_tensor() if isinstance(values, DTensor) else values
 
 
+def local_part(values: Tensor) -> Tensor:
+    """A plain tensor: of a sharded one the part that this process holds."""
+    return values.to_local() if isinstance(values, DTensor) else values
+
+
 @contextlib.contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
     """Within the block every process holds the whole model, all of it in the blocks' type, and may call its methods.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from utils import dist
 from utils.checkpoints import containers, sharded
+from utils.finite import check_finite
 from utils.training import parallel
 from utils.training.ema import EMA
 from utils.training.loss_scale import LossScale
@@ -61,8 +62,9 @@ class TrainingState:
     def load(self, path: Path) -> dict[str, Any]:
         """Fill everything from a training checkpoint, a folder of ours or a file of LlamaGen's → its other facts.
 
-        All processes call this together, and raise together: ValueError naming what does not fit. Averages start at the
-        weights when the checkpoint has none, and a process that the checkpoint does not know takes process 0's buffers.
+        All processes call this together, and raise together: ValueError naming what does not fit or is not finite.
+        Averages start at the weights when the checkpoint has none; a process that the checkpoint does not know takes
+        process 0's buffers.
         """
         with dist.failing_together():
             folder = sharded.is_sharded(path)
@@ -82,6 +84,8 @@ class TrainingState:
         else:
             for name, own in wanted.items():
                 parallel.copy_whole_into(own, values[sources[name]])
+        with dist.failing_together():
+            check_finite({name: parallel.local_part(own) for name, own in wanted.items()}, path)
         if self.ema is not None and not averaged:
             self.ema.restart()
         return content

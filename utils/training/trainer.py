@@ -23,6 +23,7 @@ from tqdm import tqdm
 from utils import cli, dist, files, images
 from utils.checkpoints import containers, sharded
 from utils.checkpoints.damage import DamagedError
+from utils.finite import NotFiniteError
 from utils.seeding import derive_seed
 from utils.training import allocator, parallel
 from utils.training.ema import EMA
@@ -384,16 +385,24 @@ class Trainer:
             return
         with self.shown_model() as model:
             if preview and self.process.is_main:
-                picture = self.task.preview(model)
-                if picture is not None:
-                    images.save_png(self.preview_path(), picture)
-                    logger.image(self.step, "preview", picture)
+                with self.going_on_without("preview"):
+                    picture = self.task.preview(model)
+                    if picture is not None:
+                        images.save_png(self.preview_path(), picture)
+                        logger.image(self.step, "preview", picture)
             dist.barrier()
             if evaluate is not None:
                 self.writer.wait()
-                with self.guard.interruptible():
-                    numbers = evaluate(model)
-                logger.log(self.step, numbers)
+                with self.going_on_without("evaluation"), self.guard.interruptible():
+                    logger.log(self.step, evaluate(model))
+
+    @contextlib.contextmanager
+    def going_on_without(self, what: str) -> Iterator[None]:
+        """Within the block, a model that gives NaN costs a line, not the training: its next steps may mend it."""
+        try:
+            yield
+        except NotFiniteError as error:
+            self.say(f"warning: no {what} of step {self.step}: {error}")
 
     def preview_path(self) -> Path:
         """Where the preview of this step goes."""

@@ -83,16 +83,16 @@ def test_kernels_draw_what_pytorch_draws(vocab, native, monkeypatch):
     for greedy in (False, True):
         chosen.greedy = greedy
         monkeypatch.setenv("LLAMAGEN_NATIVE", "1")
-        ours = choose(logits, conditional, other, positions, owner, chosen)
+        ours, finite = choose(logits, conditional, other, positions, owner, chosen)
         monkeypatch.setenv("LLAMAGEN_NATIVE", "0")
-        assert torch.equal(choose(logits, conditional, other, positions, owner, chosen), ours)
+        assert torch.equal(choose(logits, conditional, other, positions, owner, chosen)[0], ours) and finite.all()
         assert ours.dtype == torch.long and ours.max() < vocab and len(ours.unique()) > 3
 
 
 @pytest.mark.parametrize("vocab", [5, 33, 300])
 def test_every_code_of_equal_logits_comes_equally_often(vocab, engine):
     count = 40_000
-    drawn = choose(torch.zeros(1, vocab), torch.zeros(count, dtype=torch.long), torch.full((count,), -1),
+    drawn, _ = choose(torch.zeros(1, vocab), torch.zeros(count, dtype=torch.long), torch.full((count,), -1),
                    torch.arange(count) % 20, torch.arange(count) // 20, settings_of(count // 20))
     assert chi_square_tail(torch.bincount(drawn, minlength=vocab), torch.full((vocab,), count / vocab)) > RARE
 
@@ -105,14 +105,14 @@ def test_draws_follow_the_probabilities(changes, engine):
     plain = settings_of(count)
     own = {name: torch.full((count,), value, dtype=getattr(plain, name).dtype) for name, value in changes.items()}
     zeros = torch.zeros(count, dtype=torch.long)
-    drawn = choose(logits, zeros, zeros - 1, zeros + 3, torch.arange(count), settings_of(count, **own))
+    drawn, _ = choose(logits, zeros, zeros - 1, zeros + 3, torch.arange(count), settings_of(count, **own))
     expected = filter_logits(logits, **changes)[0].softmax(-1) * count
     assert chi_square_tail(torch.bincount(drawn, minlength=6), expected) > RARE
 
 
 def test_the_codes_of_one_image_are_independent(engine):
     count, zeros = 20_000, torch.zeros(20_000, dtype=torch.long)
-    drawn = choose(torch.zeros(1, 4), zeros, zeros - 1, torch.arange(count), zeros, settings_of(1))
+    drawn, _ = choose(torch.zeros(1, 4), zeros, zeros - 1, torch.arange(count), zeros, settings_of(1))
     pairs = torch.bincount(drawn[:-1] * 4 + drawn[1:], minlength=16)
     assert chi_square_tail(pairs, torch.full((16,), (count - 1) / 16)) > RARE
 
@@ -206,10 +206,10 @@ def test_ties_at_the_edge_of_top_k_are_kept(engine):
     assert filter_logits(logits, top_k=2).isfinite().tolist() == [[True, True, True, False]]
     zeros = torch.zeros(count, dtype=torch.long)
     top_k = settings_of(count, top_k=zeros + 2, temperature=torch.full((count,), 3.0))
-    assert choose(logits, zeros, zeros - 1, zeros, torch.arange(count), top_k).unique().tolist() == [0, 1, 2]
+    assert choose(logits, zeros, zeros - 1, zeros, torch.arange(count), top_k)[0].unique().tolist() == [0, 1, 2]
     best_of_ties = settings_of(count, top_p=torch.full((count,), 0.0))
     ties = torch.tensor([[0.0, 1.0, 1.0, 1.0]])
-    assert choose(ties, zeros, zeros - 1, zeros, torch.arange(count), best_of_ties).unique().tolist() == [1]
+    assert choose(ties, zeros, zeros - 1, zeros, torch.arange(count), best_of_ties)[0].unique().tolist() == [1]
 
 
 def test_settings_in_range_pass():

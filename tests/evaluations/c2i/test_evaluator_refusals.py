@@ -44,7 +44,8 @@ def write(**arrays):
     (write(arr_0=pictures(1, seed=0)), "holds 1 image: a covariance needs two"),
     (write(arr_0=pictures(3, seed=0)), "third neighbour"),
     (write(images=pictures(8, seed=0)), "neither images (arr_0) nor statistics (mu): it holds images"),
-    (write(mu=np.zeros(96), sigma=np.eye(96)), "samples must be images"),
+    (write(mu=np.zeros(96), sigma=np.eye(96)), "--features are others; it holds no images (arr_0): Fréchet distance, "
+                                               "Precision, Recall cannot be computed, nor can any other metric"),
     (write(arr_0=np.array([{}], dtype=object)), "arr_0 is object, expected uint8"),
     (write(arr_0=np.array([exec], dtype=object)), "arr_0 is refused: it names builtins.exec, which would run code"),
     (write(arr_0=np.zeros((2, 16, 16, 3), np.uint8), mu=np.array([exec], dtype=object)), "it names builtins.exec"),
@@ -69,7 +70,8 @@ def test_bad_samples_are_one_line(make, says, sets, capsys):
 
 
 @pytest.mark.parametrize(("make", "flags", "says"), [
-    (write(mu=np.zeros(96), sigma=np.eye(96)), (), "precision and recall need"),
+    (write(mu=np.zeros(96), sigma=np.eye(96)), (), "none for sFID (mu_s, sigma_s); it holds no images (arr_0): sFID, "
+                                                   "Precision, Recall cannot be computed, --metrics fid,is can"),
     (write(mu=np.zeros(96), sigma=np.eye(96)), ("--metrics", "fid,sfid"), "none for sFID"),
     (write(mu=np.zeros(96), sigma=np.eye(96), arr_0=pictures(8, seed=0)), (), "none for sFID"),
     (write(mu=np.zeros(96)), (), "only one of mu and sigma"),
@@ -98,7 +100,8 @@ def test_bad_references_and_flags_are_one_line(make, flags, says, stand_in, sets
 
 def test_what_one_process_cannot_read_all_raise(sets, monkeypatch, capsys):
     """Else the others would wait for it."""
-    monkeypatch.setattr(features.dist, "gather_lists", lambda values: [*values, "5.png of another process is broken"])
+    theirs = ValueError, "5.png of another process is broken"
+    monkeypatch.setattr(features.dist, "gather_lists", lambda values: [*values, theirs])
     refused(capsys, "5.png of another process is broken", *sets, *TINY)
 
 
