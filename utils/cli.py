@@ -253,6 +253,11 @@ def shown(default: Any) -> str:
     return "x".join(map(str, default)) if isinstance(default, tuple) else str(default)
 
 
+def shown_size(size: tuple[int, int]) -> str:
+    """An image size as it stands in names of folders: 256, or 256x384."""
+    return shown(tuple(size) if size[0] != size[1] else size[0])
+
+
 def checked(parse: Callable[[str], Any]) -> Callable[[str], Any]:
     """Let argparse show the message of a parser's ValueError."""
     def convert(text: str) -> Any:
