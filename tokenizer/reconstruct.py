@@ -45,7 +45,7 @@ from tokenizer.original_names import give_original_name, original_name
 from tokenizer.reconstructors import Reconstructor, ReconstructorFlags, build_reconstructor
 from tokenizer.tokenizer_image.lpips import LPIPSFlags, perceptual_loss
 from tokenizer.tokenizer_image.quantize import USAGE_WINDOW
-from tokenizer.vae import VAE
+from tokenizer.vae.model import VAE
 from utils import cli, dist, images
 from utils.checkpoints.containers import content_hash, resolve
 from utils.cli import flag
