@@ -142,9 +142,10 @@ def test_llamagens_scripts_run_to_their_end(image_folder, vae_folder, consistenc
     gpt = ["--code-path", "codes", "--gpt-model", "GPT-S", *training]
     bash(autoregressive / "train_c2i.sh", "--cloud-save-path", "cloud", *gpt)
     bash(autoregressive / "train_c2i_fsdp.sh", "--cloud-save-path", "cloud", *gpt, processes=2)
-    checkpoints = newest(tmp_path / "cloud" / "001-GPT-S" / "checkpoints")
-    bash(autoregressive / "train_c2i_fsdp.sh", "--cloud-save-path", "cloud", *gpt, "--epochs", 2, "--gpt-resume",
-         checkpoints)
+    checkpoints = newest(tmp_path / "cloud" / "004-GPT-S" / "checkpoints")  # three tokenizers were before
+    said = bash(autoregressive / "train_c2i_fsdp.sh", "--cloud-save-path", "cloud", *gpt, "--epochs", 2, "--gpt-resume",
+                checkpoints)
+    assert "at step 3" in said
     sampling = ["--gpt-ckpt", checkpoints, "--gpt-model", "GPT-S", "--image-size", 24, "--cfg-scale", 2.0]
     bash(autoregressive / "sample_c2i.sh", *sampling, *released, "--image-size-eval", 24, "--num-fid-samples", 3,
          "--cfg-interval", "-1.0", processes=2)
@@ -160,7 +161,7 @@ def test_llamagens_scripts_run_to_their_end(image_folder, vae_folder, consistenc
         "--vq-ckpt", "./pretrained_models/vq_ds16_c2i.pt")
     run(tmp_path, "python3", ROOT / "autoregressive/train/train_c2i_fsdp.py", *gpt, "--code-path", "codes2",
         "--no-local-save", "--cloud-save-path", "cloud2")
-    assert newest(tmp_path / "cloud2" / "000-GPT-S" / "checkpoints").name == "0000003"
+    assert list((tmp_path / "cloud2").glob("*-GPT-S/checkpoints/0000003/state.json"))
 
 
 def read_model(path: Path) -> dict[str, torch.Tensor]:
