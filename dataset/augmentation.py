@@ -8,6 +8,8 @@ import math
 import numpy as np
 from PIL import Image
 
+from utils.compatible import missing_names
+
 MAX_CROP_RATIO = 1.25  # random crop: the smaller side is first drawn between 1x and 1.25x of the crop
 
 
@@ -63,3 +65,6 @@ def code_views(image: Image.Image, size: tuple[int, int], *, ten_crop: bool, cro
     places = [*corners, (round(bottom / 2), round(right / 2))]
     return np.stack([side[top:top + size[0], left:left + size[1]]
                      for side in (base, base[:, ::-1])[:1 + mirror] for top, left in places])
+
+
+__getattr__ = missing_names(__name__)  # LlamaGen's center_crop_arr, random_crop_arr

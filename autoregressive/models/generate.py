@@ -20,6 +20,7 @@ from autoregressive.models.engine import Engine, TorchEngine
 from autoregressive.models.gpt import Transformer
 from autoregressive.models.native_engine import NativeEngine, fitting_kernels
 from autoregressive.models.sampling import Settings, check_sampling, choose
+from utils.compatible import missing_names
 
 Decode = Literal["auto", "sequential", "jacobi"]
 RIDGE = {"cpu": 8, "cuda": 64}  # about so many tokens take no longer than one: reading the weights does
@@ -320,3 +321,5 @@ def _per_image(name: str, value: float | Sequence[float] | Tensor, batch: int, *
 
 def _extended(x: Tensor, extra: int) -> Tensor:
     return torch.cat([x, x[-1:].expand(extra, *x.shape[1:])])
+
+__getattr__ = missing_names(__name__)  # LlamaGen's other names: sample, …

@@ -62,7 +62,7 @@ def folder_name(described: dict, flags: SampleSetFlags, *, earlier: bool = False
             f"-topp-{flags.top_p}-temperature-{flags.temperature}-cfg-{flags.cfg_scale}{interval}{mode}-seed-{flags.global_seed}")
 
 
-def set_folder(described: dict, flags: SampleSetFlags) -> tuple[Path, str]:
+def choose_folder(described: dict, flags: SampleSetFlags) -> tuple[Path, str]:
     """(the set's folder, what to say of it or "").
 
     A set that an earlier version has begun, under the name that it had then, is gone on with where it is: nothing is
@@ -130,7 +130,7 @@ def main(flags: SampleSetFlags, pipeline: Pipeline | None = None) -> Path:
     size = flags.scored_size(pipeline.image_size)
     described = {**pipeline.described, "image_size_eval": list(size), "label_mode": flags.label_mode,
                  "seed": flags.global_seed}
-    folder, said = dist.broadcast_object(set_folder(described, flags) if process.is_main else None)
+    folder, said = dist.broadcast_object(choose_folder(described, flags) if process.is_main else None)
     if said and process.is_main:
         print(said, flush=True)
     store = SampleStore(folder, described, size=size)

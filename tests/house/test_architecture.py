@@ -16,7 +16,8 @@ import pytest
 
 from tests.conftest import ROOT
 
-OURS = ("utils", "native", "dataset", "language", "tokenizer", "autoregressive", "evaluations", "benchmarks", "tests")
+OURS = ("utils", "native", "dataset", "language", "tokenizer", "autoregressive", "evaluations", "compatibility",
+        "benchmarks", "tests")
 FILES = sorted(path.relative_to(ROOT) for top in OURS[:-1] for path in (ROOT / top).rglob("*.py"))
 SOURCES = [path for path in FILES if path.name != "__init__.py"]
 
@@ -34,6 +35,7 @@ MAY_IMPORT = {
     "evaluations": {"utils", "dataset", "evaluations"},  # image sets only; who makes images may ask how good they are
     "tokenizer": {"utils", "native", "dataset", "evaluations", "tokenizer"},
     "autoregressive": {"utils", "native", "dataset", "evaluations", "language", "tokenizer", "autoregressive"},
+    "compatibility": {"utils", "dataset", "tokenizer", "autoregressive", "compatibility"},  # LlamaGen's names of them
     "benchmarks": set(OURS[:-1]),
 }
 MODEL_FILES = [Path("tokenizer/tokenizer_image") / name for name in

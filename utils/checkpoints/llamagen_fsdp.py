@@ -40,7 +40,7 @@ def folder_of(path: Path) -> Path | None:
     return folder if (folder / MODEL).is_file() and not sharded.is_sharded(folder) else None
 
 
-def read(folder: Path) -> dict[str, Any]:
+def read_consolidated(folder: Path) -> dict[str, Any]:
     """{"model": …, "ema": … if there, "steps": …}. Raises ValueError where nothing tells the step."""
     content = {"model": containers.weights(containers.read_file(folder / MODEL), folder / MODEL),
                "steps": step_of(folder)}

@@ -70,7 +70,7 @@ class TrainingState:
             folder = sharded.is_sharded(path)
             of_fsdp = llamagen_fsdp.folder_of(path)
             content = sharded.read_facts(path) if folder else (
-                containers.read(path) if of_fsdp is None else llamagen_fsdp.read(of_fsdp))
+                containers.read(path) if of_fsdp is None else llamagen_fsdp.read_consolidated(of_fsdp))
             values = None if folder else self.flat(content, path)
         lacking = self.add_moments(values, of_fsdp)
         if lacking:
