@@ -15,6 +15,7 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -45,7 +46,27 @@ class ExtractFlags(CodePathFlags, DataFlags, TokenizerFlags, BatchFlags, SeedFla
     crop_range: float | None = flag(None, "crops are cut from a centre crop this many times larger; "
                                           "None: 1.1 with --ten-crop, else 1")
     mirror: bool = flag(True, "also the mirror image of each view; --no-mirror suits writing, flags and clocks")
-    debug: bool = flag(False, f"extract the first {DEBUG_IMAGES} images only, to try a command")
+    debug: bool = flag(False, f"extract {DEBUG_IMAGES} images only, drawn by --global-seed, to try a command")
+
+
+class DrawnImages:
+    """`count` images of a data set, drawn by a seed, in its order: a data set too, with the same classes."""
+
+    def __init__(self, data: ImageDataset, count: int, *, seed: int) -> None:
+        self.data, self.classes = data, data.classes
+        self.indices = np.sort(np.random.default_rng(seed).choice(len(data), count, replace=False))
+        self.labels = data.labels[self.indices]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def image(self, index: int) -> Image.Image:
+        """See `ImageDataset`."""
+        return self.data.image(int(self.indices[index]))
+
+    def name(self, index: int) -> str:
+        """See `ImageDataset`."""
+        return self.data.name(int(self.indices[index]))
 
 
 class Views(Dataset):
@@ -113,7 +134,9 @@ def main(flags: ExtractFlags) -> None:
     data = build_dataset(flags.dataset, flags.data_path, size=outer)
     name, tokenizer = load_tokenizer(flags, device=process.device)
     grid = check_image_size(flags.image_size, tokenizer.downsample)
-    count = min(DEBUG_IMAGES, len(data)) if flags.debug else len(data)
+    if flags.debug and len(data) > DEBUG_IMAGES:
+        data = DrawnImages(data, DEBUG_IMAGES, seed=flags.global_seed)
+    count = len(data)
     views = (5 if flags.ten_crop else 1) * (1 + flags.mirror)
     size = "x".join(map(str, flags.image_size if flags.image_size[0] != flags.image_size[1] else flags.image_size[:1]))
     folder = Path(flags.code_path) / f"{flags.dataset}{size}_codes"
@@ -125,6 +148,8 @@ def main(flags: ExtractFlags) -> None:
               "classes": data.classes, "tokenizer": {"name": name, "downsample": tokenizer.downsample,
                                                      "codebook_size": tokenizer.codebook_size,
                                                      "weights_sha256": fingerprint(tokenizer)}}
+    if flags.debug:
+        recipe["debug"] = {"images": DEBUG_IMAGES, "global_seed": flags.global_seed}
     if process.is_main:
         code_writer.begin(folder, recipe)
     dist.barrier()
