@@ -54,7 +54,9 @@ def folder_name(described: dict, flags: SampleSetFlags, *, earlier: bool = False
     With --from-fsdp the checkpoint is called by its folder's name, since all files are called consolidated.pth.
     """
     path = resolve(flags.gpt_ckpt)
-    checkpoint = path.absolute().parent.name if flags.from_fsdp and path.is_file() and not earlier else path.stem
+    checkpoint = path.stem
+    if not earlier and (flags.from_fsdp or path.is_dir()):
+        checkpoint = (path if path.is_dir() else path.absolute().parent).name
     interval = f"-interval-{flags.cfg_interval}" if flags.cfg_interval > -1 else ""
     mode = f"-{flags.label_mode}" if flags.label_mode != "random" or earlier else ""
     return (f"{described['gpt_model']}-{checkpoint}-size-{cli.shown_size(described['image_size'])}"

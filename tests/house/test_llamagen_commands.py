@@ -10,10 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conftest import ROOT
-from tests.tokenizer.test_reconstructors import consistency_folder, vae_folder  # noqa: F401 (fixtures)
+from tests.conftest import ROOT, write_images
+from tests.tokenizer.test_reconstructors import (  # noqa: F401 (two fixtures)
+    consistency_folder,
+    save_lightning,
+    taming_shapes,
+    vae_folder,
+)
+from tokenizer.vqgan.model import VQGANS
 from utils import cli
-from utils.checkpoints.containers import newest
+from utils.checkpoints import containers
 
 BLOCKS = re.split(r"\n(?=\w)", (ROOT / "tests" / "data" / "llamagen_flags.txt").read_text())[1:]
 FLAGS = {block.splitlines()[0]: dict(row.split(maxsplit=1) for row in block.splitlines()[1:]) for block in BLOCKS}
@@ -117,32 +123,36 @@ def test_llamagens_scripts_run_to_their_end(image_folder, vae_folder, consistenc
         return run(tmp_path, "bash", script, *flags, processes=processes)
 
     bash(tokenizer / "train_vq.sh", "--cloud-save-path", "cloud", *data, *training, *vq, "--disc-start", 1)
-    trained = newest(tmp_path / "cloud" / "000-VQ-4-S" / "checkpoints")
+    trained = containers.newest(tmp_path / "cloud" / "000-VQ-4-S" / "checkpoints")
     bash(tokenizer / "train_vq_finetune.sh", *data, "--cloud-save-path", "cloud", *training, *vq, "--vq-ckpt", trained)
-    finetuned = newest(tmp_path / "cloud" / "001-VQ-4-S" / "checkpoints")
+    finetuned = containers.newest(tmp_path / "cloud" / "001-VQ-4-S" / "checkpoints")
     said = bash(tokenizer / "train_vq_finetune_continue.sh", *data, "--cloud-save-path", "cloud", *training, *vq,
                 "--epochs", 2, "--vq-ckpt", finetuned)
     assert "at step 3" in said
     (tmp_path / "pretrained_models").mkdir()
-    content = {"model": {name: value.clone() for name, value in read_model(finetuned).items()}}
-    torch.save(content, tmp_path / "pretrained_models" / "vq_ds16_c2i.pt")  # as LlamaGen releases it
+    released = {"model": containers.read(finetuned)["model"]}  # as LlamaGen releases it
+    torch.save(released, tmp_path / "pretrained_models" / "vq_ds16_c2i.pt")
 
     released = ["--vq-model", "VQ-4-S", "--codebook-size", 256]
     for script, flags in (("val", []), ("reconstruction_vae", ["--local-weights", vae_folder]),
                           ("reconstruction_vq", [*released, "--vq-ckpt", "./pretrained_models/vq_ds16_c2i.pt"]),
                           ("reconstruction_consistency_decoder", ["--local-weights", consistency_folder])):
         bash(tokenizer / f"{script}.sh", *data, "--dataset", "imagenet", *small, *flags)
+    shapes = taming_shapes(VQGANS["vqgan_imagenet_f16_16384"])  # of the published size; its values take no room
+    weights = save_lightning(tmp_path / "last.ckpt", {k: torch.full((1,), 0.01).expand(v) for k, v in shapes.items()})
+    bash(tokenizer / "reconstruction_vqgan.sh", "--data-path", write_images(tmp_path / "few", count=1), "--image-size",
+         32, "--num-workers", 0, "--local-weights", weights)
     made = {path.name for path in (tmp_path / "reconstructions").iterdir()}
     vq_name = "VQ-4-S-imagenet-size-24-size-24-codebook-size-256-dim-8-seed-0"
     assert {"val_imagenet.npz", f"{vq_name}.npz", f"{vq_name}_results.txt",
-            "sd-vae-ft-mse-imagenet-size-24-seed-0.npz"} <= made
+            "sd-vae-ft-mse-imagenet-size-24-seed-0.npz", "vqgan_imagenet_f16_16384-imagenet-size-32-seed-0.npz"} <= made
 
     bash(autoregressive / "extract_codes_c2i.sh", *data, "--code-path", "codes", "--ten-crop", "--crop-range", 1.1,
          *small, *released, processes=2)
     gpt = ["--code-path", "codes", "--gpt-model", "GPT-S", *training]
     bash(autoregressive / "train_c2i.sh", "--cloud-save-path", "cloud", *gpt)
     bash(autoregressive / "train_c2i_fsdp.sh", "--cloud-save-path", "cloud", *gpt, processes=2)
-    checkpoints = newest(tmp_path / "cloud" / "004-GPT-S" / "checkpoints")  # three tokenizers were before
+    checkpoints = containers.newest(tmp_path / "cloud" / "004-GPT-S" / "checkpoints")  # three tokenizers were before
     said = bash(autoregressive / "train_c2i_fsdp.sh", "--cloud-save-path", "cloud", *gpt, "--epochs", 2, "--gpt-resume",
                 checkpoints)
     assert "at step 3" in said
@@ -162,9 +172,3 @@ def test_llamagens_scripts_run_to_their_end(image_folder, vae_folder, consistenc
     run(tmp_path, "python3", ROOT / "autoregressive/train/train_c2i_fsdp.py", *gpt, "--code-path", "codes2",
         "--no-local-save", "--cloud-save-path", "cloud2")
     assert list((tmp_path / "cloud2").glob("*-GPT-S/checkpoints/0000003/state.json"))
-
-
-def read_model(path: Path) -> dict[str, torch.Tensor]:
-    """The weights of one of our checkpoints."""
-    from utils.checkpoints.containers import read
-    return read(path)["model"]

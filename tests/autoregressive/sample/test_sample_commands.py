@@ -247,11 +247,12 @@ def test_a_set_has_llamagens_name(models, gpt_ckpt, vq_ckpt, tmp_path):
     assert sample_set(tmp_path / "a", *models, *few).name == f"GPT-S-{gpt_ckpt.stem}-{settings}-seed-0"
     balanced = sample_set(tmp_path / "b", *models, *few, "--label-mode", "balanced", "--cfg-interval", "3.0")
     assert balanced.name == f"GPT-S-{gpt_ckpt.stem}-{settings}-interval-3-balanced-seed-0"
-    (tmp_path / "0000123").mkdir()
-    torch.save(containers.read(gpt_ckpt)["ema"], tmp_path / "0000123" / "consolidated.pth")
+    step = tmp_path / "my.run"
+    step.mkdir()
+    torch.save(containers.read(gpt_ckpt)["ema"], step / "consolidated.pth")
     foreign = ["--gpt-model", "GPT-S", "--image-size", 16, "--vq-ckpt", vq_ckpt, "--from-fsdp", *few, "--gpt-ckpt"]
-    for i, path in enumerate((tmp_path / "0000123" / "consolidated.pth", tmp_path / "0000123")):
-        assert sample_set(tmp_path / str(i), *foreign, path).name == f"GPT-S-0000123-{settings}-seed-0"
+    for i, path in enumerate((step / "consolidated.pth", step)):
+        assert sample_set(tmp_path / str(i), *foreign, path).name == f"GPT-S-my.run-{settings}-seed-0"
 
 
 def test_a_set_that_an_earlier_version_began_is_gone_on_with(models, tmp_path, capsys):
