@@ -85,7 +85,7 @@ def test_the_rotary_table_and_the_rotation():
         torch.testing.assert_close(table[2 + place], expected)
     x = torch.randn(2, 11, 3, 16)
     turned = torch.view_as_complex(x.unflatten(-1, (8, 2))) * torch.view_as_complex(table)[None, :, None]
-    torch.testing.assert_close(apply_rotary_emb(x, table), torch.view_as_real(turned).flatten(-2))
+    torch.testing.assert_close(apply_rotary_emb(x, freqs_cis=table), torch.view_as_real(turned).flatten(-2))
 
 
 def test_a_block_is_built_and_called_as_in_llamagen():

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from utils.checkpoints import containers, sharded
+from utils.checkpoints.sharded import CONSOLIDATED
 
-MODEL, AVERAGES, STEP = "consolidated.pth", "consolidated_ema.pth", "resume_step.txt"
+AVERAGES, STEP = "consolidated_ema.pth", "resume_step.txt"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -36,13 +37,13 @@ class Pieces:
 
 def folder_of(path: Path) -> Path | None:
     """The folder of this layout that a path means: itself, or that of its consolidated.pth; None: it is none."""
-    folder = path.parent if path.name == MODEL else path
-    return folder if (folder / MODEL).is_file() and not sharded.is_sharded(folder) else None
+    folder = path.parent if path.name == CONSOLIDATED else path
+    return folder if (folder / CONSOLIDATED).is_file() and not sharded.is_sharded(folder) else None
 
 
 def read_consolidated(folder: Path) -> dict[str, Any]:
     """{"model": …, "ema": … if there, "steps": …}. Raises ValueError where nothing tells the step."""
-    content = {"model": containers.weights(containers.read_file(folder / MODEL), folder / MODEL),
+    content = {"model": containers.weights(containers.read_file(folder / CONSOLIDATED), folder / CONSOLIDATED),
                "steps": step_of(folder)}
     if (folder / AVERAGES).is_file():
         content["ema"] = containers.weights(containers.read_file(folder / AVERAGES), folder / AVERAGES)

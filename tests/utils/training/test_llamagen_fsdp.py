@@ -115,13 +115,13 @@ def test_pieces_of_real_fsdp_are_the_moments_of_a_plain_training(folder, plain):
 
 
 @pytest.mark.processes
-@pytest.mark.parametrize("given", ["folder", "file"])
+@pytest.mark.parametrize("given", ["folder", "file", "run"])
 def test_a_further_step_is_that_of_the_plain_training(given, folder, plain, code_store, tmp_path, monkeypatch, capsys):
     gradients = []
     step = trainer.step_unless
     monkeypatch.setattr(trainer, "step_unless", lambda optimizer, bad: (gradients.append(
         [p.grad.clone() for group in optimizer.param_groups for p in group["params"]]), step(optimizer, bad)))
-    path = folder if given == "folder" else folder / "consolidated.pth"
+    path = {"folder": folder, "file": folder / "consolidated.pth", "run": folder.parent}[given]
     call("train_gpt", "--code-path", code_store, *GO_ON, "--ema", "--gpt-resume", path, "--results-dir", tmp_path)
     said = capsys.readouterr().out
     assert "at step 2" in said and "anew" not in said and len(gradients) == 1
