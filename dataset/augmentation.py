@@ -8,6 +8,8 @@ import math
 import numpy as np
 from PIL import Image
 
+from utils.compatible import missing_names
+
 MOST_RESIZED = 2**25  # pixels, 100 MB: of a picture that would become larger only the crop is resized
 MAX_CROP_RATIO = 1.25  # random crop: the smaller side is first drawn between 1x and 1.25x of the crop
 
@@ -72,3 +74,6 @@ def code_views(image: Image.Image, size: tuple[int, int], *, ten_crop: bool, cro
     places = [*corners, (round(bottom / 2), round(right / 2))]
     return np.stack([side[top:top + size[0], left:left + size[1]]
                      for side in (base, base[:, ::-1])[:1 + mirror] for top, left in places])
+
+
+__getattr__ = missing_names(__name__)  # LlamaGen's center_crop_arr, random_crop_arr

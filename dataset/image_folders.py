@@ -51,10 +51,10 @@ class ImageFiles:
         """The path, for reports."""
         return self.files.name(index)
 
-    def states(self, count: int) -> dict[str, str]:
-        """{"image_sizes", "image_times": hash} of the first `count` files: they change when an image is replaced."""
+    def states(self) -> dict[str, str]:
+        """{"image_sizes", "image_times": hash} of the files: one of them changes when an image is replaced."""
         with ThreadPoolExecutor(16) as pool:  # network disks answer slowly and to many
-            found = np.array(list(pool.map(self.state, range(count), chunksize=1024)), np.int64).reshape(-1, 2)
+            found = np.array(list(pool.map(self.state, range(len(self)), chunksize=1024)), np.int64).reshape(-1, 2)
         return {name: hashlib.sha256(np.ascontiguousarray(column).tobytes()).hexdigest()
                 for name, column in zip(("image_sizes", "image_times"), found.T, strict=True)}
 

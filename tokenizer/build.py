@@ -2,6 +2,7 @@
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -15,6 +16,7 @@ from utils.checkpoints import containers
 from utils.cli import flag
 from utils.finite import finite_images
 
+RELEASED = "pretrained_models"  # the folder in which LlamaGen's scripts look for its weights
 CHUNK = {"cpu": 8, "cuda": 16}  # images at a time
 PIXELS = 2**18  # at a time where results do not depend on the batch: 4 images of 256 pixels, about 0.5 GiB
 
@@ -58,6 +60,10 @@ def load_tokenizer(flags: TokenizerFlags, *, device: torch.device) -> tuple[str,
     """The tokenizer of --vq-ckpt, in eval mode on `device`: (name, model). Its EMA weights if it has them."""
     if flags.vq_ckpt is None:
         raise ValueError("--vq-ckpt is missing: which tokenizer checkpoint?")
+    if Path(flags.vq_ckpt).parent.name == RELEASED and not containers.resolve(flags.vq_ckpt).exists():
+        raise FileNotFoundError(f"no checkpoint at {flags.vq_ckpt}, where LlamaGen's scripts look for its released "
+                                f"weights: put the tokenizer {Path(flags.vq_ckpt).name} there (below the folder that "
+                                "the command is started in), or give yours by --vq-ckpt")
     content = containers.read(flags.vq_ckpt)
     state = containers.weights(content, flags.vq_ckpt)
     if "quantize.embedding.weight" not in state:

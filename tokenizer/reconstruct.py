@@ -10,7 +10,8 @@ reference for rFID.
 
 With --image-size-eval reconstructions are resized (bicubic, no antialias) before they become 8-bit; PSNR, SSIM and
 LPIPS compare them with inputs that are resized in the same way and stay floats. The reference set for their rFID is
-cropped to that size, not resized (val.sh with --image-size). All this is LlamaGen's (arXiv 2406.06525).
+cropped to that size, not resized (val.sh with --image-size). All this is LlamaGen's (arXiv 2406.06525), whose names of
+the npz and of a file of results are there too: see tokenizer/original_names.py.
 
 In results.json `psnr` is the mean in dB over the images that the reconstruction changed (the PSNR of an identical one
 is infinite; null if all are identical), `identical` counts the others; `ssim` has the data range 1, `ssim_llamagen` 2
@@ -40,10 +41,11 @@ from dataset.build import DataFlags, ImageDataset, build_dataset
 from dataset.loader import CentreCrops, PassedOver, split_readable, worker_count
 from evaluations.similarity import psnr, ssim, unit_range
 from tokenizer.build import check_image_size, in_chunks
+from tokenizer.original_names import give_original_name, original_name
 from tokenizer.reconstructors import Reconstructor, ReconstructorFlags, build_reconstructor
 from tokenizer.tokenizer_image.lpips import LPIPSFlags, perceptual_loss
 from tokenizer.tokenizer_image.quantize import USAGE_WINDOW
-from tokenizer.vae import VAE
+from tokenizer.vae.model import VAE
 from utils import cli, dist, images
 from utils.checkpoints.containers import content_hash, resolve
 from utils.cli import flag
@@ -127,13 +129,19 @@ def origin(flags: ReconstructFlags, reconstructor: Reconstructor, *, lpips: bool
             "checkpoint_sha256": reconstructor.weights and content_hash(reconstructor.weights),
             "lpips_backbone_sha256": flags.lpips_backbone and file_hash(flags.lpips_backbone),
             "dataset": flags.dataset, "exif_orientation": flags.exif_orientation, "image_size": list(flags.image_size),
-            "image_size_eval": list(flags.image_size_eval or flags.image_size), "seed": flags.global_seed,
+            "image_size_eval": list(size_for_scoring(flags)), "seed": flags.global_seed,
             "versions": {package: importlib.metadata.version(package) for package in packages}}
+
+
+def size_for_scoring(flags: ReconstructFlags) -> tuple[int, int]:
+    """Height and width of what is kept. Of LlamaGen's scripts only that of VQ resizes where nothing is said."""
+    return flags.scored_size(flags.image_size) if flags.reconstructor == "vq" else \
+        flags.image_size_eval or flags.image_size
 
 
 def set_folder(flags: ReconstructFlags, name: str) -> Path:
     """The folder of the set, named by its settings and weights."""
-    size, size_eval = cli.shown(flags.image_size), cli.shown(flags.image_size_eval or flags.image_size)
+    size, size_eval = cli.shown(flags.image_size), cli.shown(size_for_scoring(flags))
     weights = flags.vq_ckpt if flags.reconstructor == "vq" else flags.local_weights
     return Path(flags.sample_dir) / "-".join([
         f"val_{flags.dataset}" if flags.reconstructor == "identity" else f"{name}-{flags.dataset}",
@@ -169,7 +177,11 @@ def main(flags: ReconstructFlags) -> None:
                **origin(flags, reconstructor, lpips=lpips)}
     with replacing(folder / "results.json") as temporary:
         temporary.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
-    print(f"{told(results)}; {folder}")
+    name = original_name(flags, reconstructor, dataset=flags.dataset, size=flags.image_size,
+                         scored=size_for_scoring(flags))
+    measured = {} if flags.reconstructor == "identity" else {"psnr": results["psnr"], "ssim": results["ssim_llamagen"]}
+    said = give_original_name(folder, name, **measured)
+    print(f"{told(results)}; {folder}" + (f"\n{said}" if said else ""))
 
 
 @torch.no_grad()
@@ -177,7 +189,7 @@ def reconstruct_share(flags: ReconstructFlags, data: ImageDataset, reconstructor
                       perceptual: Callable[[Tensor, Tensor], Tensor] | None, folder: Path,
                       process: dist.Process) -> tuple[Tensor, list[int], CodebookUsage | None]:
     """Reconstruct and save this process's images → (sums of `scores`, unreadable images, usage if there are codes)."""
-    size = flags.image_size_eval or flags.image_size
+    size = size_for_scoring(flags)
     sums, broken = torch.zeros(6, dtype=torch.float64, device=process.device), []
     usage, passed_over = None, PassedOver()
     if reconstructor.codebook_size:

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from tokenizer.build import TokenizerFlags, check_image_size, encode_images, in_chunks, load_tokenizer
 from tokenizer.tokenizer_image.vq_model import VQModel
-from tokenizer.vae import VAE, VAES, ConsistencyDecoder
-from tokenizer.vqgan import VQGANS, load_vqgan
+from tokenizer.vae.model import VAE, VAES, ConsistencyDecoder
+from tokenizer.vqgan.model import VQGANS, load_vqgan
 from utils.cli import flag
 from utils.finite import finite_images
 from utils.options import SeedFlags

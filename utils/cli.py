@@ -188,7 +188,8 @@ def image_size(text: str) -> tuple[int, int]:
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong with a command line in one line, without the usage. --a_b means --a-b.
 
-    The flags of a --recipe count as typed before those of the command line, so the latter win.
+    The flags of a --recipe count as typed before those of the command line, so the latter win. Flags before a lone `--`
+    are a launch script's own defaults: a recipe wins over them.
     """
 
     recipe_sections: tuple[str, ...] = ()  # of a recipe; none: the command takes no recipes
@@ -197,11 +198,13 @@ class _Parser(argparse.ArgumentParser):
     def parse_known_args(self, args=None, namespace=None):
         """Parse --a_b as --a-b, which is how some of LlamaGen's scripts spell their flags."""
         words = [hyphenated(word) for word in (sys.argv[1:] if args is None else args)]
+        end = words.index("--") if "--" in words else -1
+        defaults, words = words[:max(end, 0)], words[end + 1:]
         try:
             supplied = self.recipe_words(words) if self.recipe_sections else []
         except (ValueError, OSError) as error:
             fail(message(error), quiet=dist.env_rank() > 0)
-        return super().parse_known_args([*supplied, *words], namespace)
+        return super().parse_known_args([*defaults, *supplied, *words], namespace)
 
     def recipe_words(self, words: list[str]) -> list[str]:
         """The flags of the recipe that `words` name, as one would type them. Raises ValueError for wrong ones."""
@@ -262,6 +265,11 @@ def scalar(hint: Any) -> type:
 def shown(default: Any) -> str:
     """A default as one would type it."""
     return "x".join(map(str, default)) if isinstance(default, tuple) else str(default)
+
+
+def shown_size(size: tuple[int, int]) -> str:
+    """An image size as it stands in names of folders: 256, or 256x384."""
+    return shown(tuple(size) if size[0] != size[1] else size[0])
 
 
 def checked(parse: Callable[[str], Any]) -> Callable[[str], Any]:

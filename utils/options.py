@@ -4,6 +4,8 @@ from typing import ClassVar, Literal
 
 from utils.cli import flag, image_size
 
+SCORED_AT = 256  # pixels: LlamaGen's default of --image-size-eval
+
 
 @dataclass(kw_only=True)
 class SeedFlags:
@@ -65,8 +67,15 @@ class SetFlags:
     """The set of images that is written."""
 
     sample_dir: str = flag("samples", "folder for image sets; each is named by its settings")
-    image_size_eval: tuple[int, int] | None = flag(None, "resize (bicubic) to this for scoring; None: as made",
-                                                   parse=image_size)
+    image_size_eval: tuple[int, int] | None = flag(
+        None, "resize (bicubic) to this for scoring; None: squares of more than 256 pixels to 256, as LlamaGen does "
+        "(samples, and reconstructions by vq), all else stays as made", parse=image_size)
+
+    def scored_size(self, made: tuple[int, int]) -> tuple[int, int]:
+        """Height and width at which images of size `made` are kept for scoring. Smaller ones are never enlarged."""
+        if self.image_size_eval is None and made[0] == made[1] > SCORED_AT:
+            return SCORED_AT, SCORED_AT
+        return self.image_size_eval or made
 
 
 @dataclass(kw_only=True)

@@ -1,4 +1,6 @@
 """Transformer blocks in Llama's layout: RMSNorm, grouped-query attention with rotary positions, SwiGLU."""
+from typing import Protocol
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,7 +13,7 @@ from autoregressive.models.rope import apply_rope
 class RMSNorm(nn.Module):
     """x / rms(x) * weight; the statistic in fp32, cast back before the scale."""
 
-    def __init__(self, dim: int, *, eps: float = 1e-5) -> None:
+    def __init__(self, dim: int, eps: float = 1e-5) -> None:
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
@@ -107,18 +109,33 @@ def cached_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Te
     return (weights.flatten(2, 3) @ v).unflatten(2, grouped.shape[2:4]).flatten(1, 2)  # (B, H, T, K)
 
 
+class BlockArgs(Protocol):
+    """What shapes a block: a part of ModelArgs (gpt.py)."""
+
+    dim: int
+    n_head: int
+    n_kv_head: int
+    hidden: int
+    norm_eps: float
+    resid_dropout_p: float
+    ffn_dropout_p: float
+    attn_dropout_p: float
+
+
 class TransformerBlock(nn.Module):
     """Pre-norm residual block: attention, then feed-forward, each with stochastic depth (arXiv 1603.09382)."""
 
-    def __init__(self, dim: int, heads: int, kv_heads: int, hidden: int, *, norm_eps: float, resid_dropout: float,
-                 ffn_dropout: float, attn_dropout: float, drop_path: float) -> None:
+    def __init__(self, config: BlockArgs, drop_path: float) -> None:
         super().__init__()
-        self.attention = Attention(dim, heads, kv_heads, dropout=resid_dropout, attn_dropout=attn_dropout)
-        self.feed_forward = FeedForward(dim, hidden, dropout=ffn_dropout)
-        self.attention_norm = RMSNorm(dim, eps=norm_eps)
-        self.ffn_norm = RMSNorm(dim, eps=norm_eps)
+        self.attention = Attention(config.dim, config.n_head, config.n_kv_head, dropout=config.resid_dropout_p,
+                                   attn_dropout=config.attn_dropout_p)
+        self.feed_forward = FeedForward(config.dim, config.hidden, dropout=config.ffn_dropout_p)
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor, rope: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int) -> Tensor:
+    def forward(self, x: Tensor, rope: Tensor, cache: KVCache | None = None, mask: Tensor | None = None,
+                layer: int = 0) -> Tensor:
+        """x (B, T, D) → (B, T, D); rope, mask and cache: see `Attention`. `layer`: its number in the cache."""
         x = x + self.drop_path(self.attention(x, self.attention_norm, rope, mask, cache, layer))
         return x + self.drop_path(self.feed_forward(x, self.ffn_norm))

@@ -20,6 +20,7 @@ from autoregressive.models.engine import Engine, TorchEngine
 from autoregressive.models.gpt import Transformer
 from autoregressive.models.native_engine import NativeEngine, fitting_kernels
 from autoregressive.models.sampling import Settings, check_sampling, choose
+from utils.compatible import missing_names
 from utils.finite import NotFiniteError
 
 Decode = Literal["auto", "sequential", "jacobi"]
@@ -46,7 +47,7 @@ class Statistics:
 
 @torch.no_grad()  # not inference_mode: its results cannot be used in training
 def generate(model: Transformer, cond: Tensor, max_new_tokens: int, emb_masks: Tensor | None = None,
-             cfg_scale: float | Sequence[float] = 1.0, cfg_interval: int = -1,
+             cfg_scale: float | Sequence[float] = 1.0, cfg_interval: float = -1,
              temperature: float | Sequence[float] = 1.0, top_k: int | Sequence[int] = 0,
              top_p: float | Sequence[float] = 1.0, sample_logits: bool = True,
              generators: list[torch.Generator] | None = None, decode: Decode = "auto", window: int | None = None,
@@ -151,7 +152,7 @@ def check_logits(broken: list[int]) -> None:
 class _Run:
     """The state of one call: cached tokens, each image's position, which codes are drafts."""
 
-    def __init__(self, model: Transformer, engine: Engine, settings: Settings, guided: list[int], interval: int,
+    def __init__(self, model: Transformer, engine: Engine, settings: Settings, guided: list[int], interval: float,
                  length: int, window: int) -> None:
         self.model, self.engine, self.settings = model, engine, settings
         self.length, self.window = length, window
@@ -164,7 +165,8 @@ class _Run:
         self.partner[settings.scale <= 1] = -1
         self.no_partner = torch.full_like(self.partner, -1)
         self.place = torch.ones(1, dtype=torch.long, device=device)  # of the next code, the same for all images
-        self.guided_until = length if interval < 0 else interval + 2  # the first position without guidance
+        bounded = -1 < interval < length
+        self.guided_until = math.floor(interval) + 2 if bounded else length  # the first position without guidance
         self.codes = torch.zeros(images, length + window, dtype=torch.long, device=device)
         rope, prefix = model.rope(device), model.config.cls_token_num
         self.rope = rope[prefix:]
@@ -338,3 +340,5 @@ def _per_image(name: str, value: float | Sequence[float] | Tensor, batch: int, *
 
 def _extended(x: Tensor, extra: int) -> Tensor:
     return torch.cat([x, x[-1:].expand(extra, *x.shape[1:])])
+
+__getattr__ = missing_names(__name__)  # LlamaGen's other names: sample, …

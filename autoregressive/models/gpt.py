@@ -19,9 +19,15 @@ from autoregressive.models.kv_cache import KVCache
 from autoregressive.models.lean import Dropout
 from autoregressive.models.linear_cross_entropy import linear_cross_entropy
 from autoregressive.models.rope import rope_table
+from utils.compatible import missing_names
 from utils.seeding import derive_seed
 
 UNCONDITIONAL = "cls_embedding.uncond_embedding"
+
+
+def find_multiple(n: int, k: int) -> int:
+    """The smallest multiple of k that is not below n."""
+    return k * -(-n // k)
 
 
 @dataclass
@@ -33,6 +39,7 @@ class ModelArgs:
     n_head: int = 12
     n_kv_head: int | None = None
     multiple_of: int = 256
+    ffn_dim_multiplier: float | None = None
     rope_base: float = 10000.0
     norm_eps: float = 1e-5
     initializer_range: float = 0.02
@@ -73,8 +80,8 @@ class ModelArgs:
 
     @property
     def hidden(self) -> int:
-        """Feed-forward width: 8/3 of dim, rounded up to a multiple of `multiple_of`."""
-        return self.multiple_of * math.ceil(int(8 * self.dim / 3) / self.multiple_of)
+        """Feed-forward width: 8/3 of dim, times ffn_dim_multiplier, rounded up to a multiple of `multiple_of`."""
+        return find_multiple(int((self.ffn_dim_multiplier or 1) * int(8 * self.dim / 3)), self.multiple_of)
 
 
 class Idle(list):
@@ -99,9 +106,7 @@ class Transformer(nn.Module):
         self.tok_dropout = Dropout(config.token_dropout_p)
         rates = torch.linspace(0, config.drop_path_rate, config.n_layer, device="cpu").tolist()
         self.layers = nn.ModuleList(
-            TransformerBlock(config.dim, config.n_head, config.n_kv_head, config.hidden, norm_eps=config.norm_eps,
-                             resid_dropout=config.resid_dropout_p, ffn_dropout=config.ffn_dropout_p,
-                             attn_dropout=config.attn_dropout_p, drop_path=rate) for rate in rates)
+            TransformerBlock(config, rate) for rate in rates)
         self.norm = RMSNorm(config.dim, eps=config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
         self._rope: dict[torch.device, Tensor] = {}  # not a buffer: the table must stay fp32 and must not be saved
@@ -150,7 +155,7 @@ class Transformer(nn.Module):
         """Run the layers on embeddings x (B, T, D) with rotary rows `rope` (T, K/2, 2) or (B, T, K/2, 2) → (B, T, D),
         normed. mask and cache: see `Attention`."""
         for i, layer in enumerate(self.layers):
-            x = layer(x, rope, mask, cache, i)
+            x = layer(x, rope, cache, mask, i)
         return self.norm(x)
 
     def forward(self, idx: Tensor, cond_idx: Tensor, targets: Tensor | None = None, mask: Tensor | None = None,
@@ -201,3 +206,5 @@ PRESETS: dict[str, dict[str, int]] = {
     "GPT-7B": {"n_layer": 32, "n_head": 32, "dim": 4096},  # 6.6B
 }
 GPT_models: dict[str, Callable[..., Transformer]] = {name: partial(_build, size) for name, size in PRESETS.items()}
+
+__getattr__ = missing_names(__name__)  # LlamaGen's other names: GPT_B, …

@@ -1,4 +1,5 @@
 """Flags of the sampling commands."""
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -7,6 +8,14 @@ from tokenizer.build import TokenizerFlags
 from utils.cli import flag
 from utils.dist import Precision
 from utils.options import CompileFlags
+
+
+def interval(text: str) -> float:
+    """Parse a number of decoding steps, which may be 3, 3.0 or 2.5. Whole ones become int: 3.0 is the set of 3."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError("expected a number of steps, or -1")
+    return int(value) if value.is_integer() else value
 
 
 @dataclass(kw_only=True)
@@ -22,7 +31,8 @@ class SampleFlags(GPTFlags, TokenizerFlags, GuidanceFlags, CompileFlags):
     decode: Literal["auto", "sequential", "jacobi"] = flag(
         "auto", "code by code, or windows of drafts (Jacobi); the codes are the same, auto takes the faster",
         choices=("auto", "sequential", "jacobi"))
-    cfg_interval: int = flag(-1, "guide only while the decoding step is at most this; -1: always")
+    cfg_interval: float = flag(-1, "guide only while the index of the decoding step is at most this; -1: always",
+                               parse=interval)
     temperature: float = flag(1.0, "logits are divided by it")
     top_k: int = flag(0, "keep the k best codes; 0: all")
     top_p: float = flag(1.0, "keep the best codes up to this probability mass")

@@ -50,7 +50,7 @@ def check(flags: SampleAndScoreFlags, process: dist.Process, *, size: tuple[int,
     """Raise, before anything is sampled, the errors that the evaluator would raise for samples of `size`."""
     metrics, reference = chosen_metrics(flags), open_image_set(flags.fid_reference)
     network = load_network(flags, device=process.device)
-    planned = ImageSet("samples", flags.num_fid_samples, flags.image_size_eval or size)
+    planned = ImageSet("samples", flags.num_fid_samples, flags.scored_size(size))
     check_sets(reference, planned, metrics, network=network)
     if preset(flags):
         check_preset(preset(flags), reference, planned, known_as=None)

@@ -48,33 +48,77 @@ class SampleSetFlags(SampleFlags, SeedFlags, BatchFlags, SetFlags, RecipeFlags):
     cfg_scale: float = 1.5
 
 
-def folder_name(described: dict, flags: SampleSetFlags) -> str:
-    """The name of the sample set: its settings."""
-    def size(value) -> str:
-        return str(value[0]) if value[0] == value[1] else "x".join(map(str, value))
+def folder_name(described: dict, flags: SampleSetFlags, *, earlier: bool = False) -> str:
+    """The name of the sample set: its settings, as LlamaGen has them; `earlier`: as earlier versions of ours had them.
 
+    With --from-fsdp the checkpoint is called by its folder's name, since all files are called consolidated.pth.
+    """
+    path = resolve(flags.gpt_ckpt)
+    checkpoint = path.stem
+    if not earlier and (flags.from_fsdp or path.is_dir()):
+        checkpoint = (path if path.is_dir() else path.absolute().parent).name
     interval = f"-interval-{flags.cfg_interval}" if flags.cfg_interval > -1 else ""
-    return (f"{described['gpt_model']}-{resolve(flags.gpt_ckpt).stem}-size-{size(described['image_size'])}"
-            f"-size-{size(described['image_size_eval'])}-{described['vq_model']}-topk-{flags.top_k}-topp-{flags.top_p}"
-            f"-temperature-{flags.temperature}-cfg-{flags.cfg_scale}{interval}-{flags.label_mode}"
-            f"-seed-{flags.global_seed}")
+    mode = f"-{flags.label_mode}" if flags.label_mode != "random" or earlier else ""
+    return (f"{described['gpt_model']}-{checkpoint}-size-{cli.shown_size(described['image_size'])}"
+            f"-size-{cli.shown_size(described['image_size_eval'])}-{described['vq_model']}-topk-{flags.top_k}"
+            f"-topp-{flags.top_p}-temperature-{flags.temperature}-cfg-{flags.cfg_scale}{interval}{mode}-seed-{flags.global_seed}")
 
 
-def claim(folder: Path, described: dict, *, warnings: list[str]) -> None:
+def choose_folder(described: dict, flags: SampleSetFlags) -> tuple[Path, str]:
+    """(the set's folder, what to say of it or "").
+
+    A set that an earlier version has begun, under the name that it had then, is gone on with where it is: nothing is
+    renamed, so whatever else points there keeps working. One whose images were not resized then is pointed out.
+    """
+    root = Path(flags.sample_dir)
+    folder, old = root / folder_name(described, flags), root / folder_name(described, flags, earlier=True)
+    if folder.with_name(f"{folder.name}.npz").exists() or next(folder.glob("*"), None) is not None:
+        return folder, ""
+    if config_of(old) is not None and not differing(described, config_of(old)):
+        return old, f"going on with {old}, the name that an earlier version gave to this set; today's is {folder.name}"
+    whole = {**described, "image_size_eval": described["image_size"]}
+    unresized = root / folder_name(whole, flags, earlier=True)
+    if flags.image_size_eval is None and config_of(unresized) is not None and whole != described:
+        side = cli.shown_size(described["image_size"])
+        return folder, (f"{unresized} is left as it is: it holds images of {side} pixels; without --image-size-eval "
+                        f"they are now resized to {described['image_size_eval'][0]}, as by LlamaGen. To go on with "
+                        f"that folder, give --image-size-eval {side}")
+    return folder, ""
+
+
+def config_of(folder: Path) -> dict | None:
+    """What config.json of a sample set says; None where there is none that can be read."""
+    try:
+        found = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def differing(described: dict, other: dict) -> list[str]:
+    """The settings in which two descriptions of a set differ."""
+    return [key for key, value in described.items() if other.get(key) != value]
+
+
+def claim(store: SampleStore, described: dict, *, warnings: list[str]) -> None:
     """Write config.json: how the images are made, and why they may be bad.
 
-    Raises ValueError if the folder holds images made in another way.
+    Raises ValueError if images made in another way are there.
+    LlamaGen's sampler gives its sets the same name, and no config.json: they are not ours to complete or replace.
     """
-    path = folder / "config.json"
-    if not path.is_file() and any(folder.glob("*.png")):
-        raise ValueError(f"{folder} holds PNGs but no config.json that says how they were made: give another "
-                         "--sample-dir or remove it")
+    folder, path = store.folder, store.folder / "config.json"
+    foreign = store.npz.exists() and not store.is_ours(store.npz)
+    if not path.is_file() and (foreign or any(folder.glob("*.png"))):
+        raise ValueError(f"{store.npz if foreign else folder} holds images, but there is no {path} that says how they "
+                         "were made (LlamaGen writes none): give another --sample-dir")
     if path.is_file():
-        other = json.loads(path.read_text())
-        differs = [key for key, value in described.items() if other.get(key) != value]
+        other = config_of(folder)
+        if other is None:
+            raise ValueError(f"{path} is damaged, so that nothing says how the images there were made: give another "
+                             "--sample-dir")
+        differs = differing(described, other)
         if differs:
-            raise ValueError(f"{folder} holds images made with another {', '.join(differs)}: give another --sample-dir "
-                             "or remove it")
+            raise ValueError(f"{folder} holds images made with another {', '.join(differs)}: give another --sample-dir")
         if other.get("warnings", []) == warnings:
             return
     with replacing(path) as temporary:
@@ -87,10 +131,13 @@ def main(flags: SampleSetFlags, pipeline: Pipeline | None = None) -> Path:
     if flags.num_fid_samples < 1 or flags.per_proc_batch_size < 0:
         raise ValueError("--num-fid-samples must be at least 1, --per-proc-batch-size at least 0 (what memory holds)")
     pipeline = pipeline or load_pipeline(flags, device=process.device)
-    size = flags.image_size_eval or pipeline.image_size
+    size = flags.scored_size(pipeline.image_size)
     described = {**pipeline.described, "image_size_eval": list(size), "label_mode": flags.label_mode,
                  "seed": flags.global_seed}
-    store = SampleStore(Path(flags.sample_dir) / folder_name(described, flags), described, size=size)
+    folder, said = dist.broadcast_object(choose_folder(described, flags) if process.is_main else None)
+    if said and process.is_main:
+        print(said, flush=True)
+    store = SampleStore(folder, described, size=size)
     try:
         with store.locked() if process.is_main else contextlib.nullcontext():
             complete_set(store, flags, pipeline, process, described=described)
@@ -104,7 +151,7 @@ def complete_set(store: SampleStore, flags: SampleSetFlags, pipeline: Pipeline, 
     """Complete the set to --num-fid-samples images and print what was done."""
     count = flags.num_fid_samples
     if process.is_main:
-        claim(store.folder, described, warnings=pipeline.warnings)
+        claim(store, described, warnings=pipeline.warnings)
         store.sweep()
     finished = dist.broadcast_object(process.is_main and store.is_finished(count))
     if not finished:

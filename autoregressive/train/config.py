@@ -48,7 +48,8 @@ class GPTTrainFlags(TrainFlags, ParallelFlags, GPTFlags, FinetuneFlags, Tokenize
                     GuidanceFlags, MonitorFlags):
     """The GPT's training command. --vq-ckpt is for previews and --eval-every: without it there are none."""
 
-    gpt_resume: str | None = flag(None, "the same as --resume CHECKPOINT (LlamaGen's name for it when sharded)")
+    gpt_resume: str | None = flag(None, "the same as --resume CHECKPOINT (LlamaGen's name for it when sharded); takes "
+                                        "LlamaGen's folders with consolidated.pth too")
     cfg_scale: float = 2.0
     dataset: str = "imagenet_code"  # with --image-size: the store <code-path>/<name><size>_codes
     dropout_p: float = 0.1

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -47,7 +48,27 @@ class ExtractFlags(CodePathFlags, DataFlags, TokenizerFlags, BatchFlags, SeedFla
     crop_range: float | None = flag(None, "crops are cut from a centre crop this many times larger; "
                                           "None: 1.1 with --ten-crop, else 1")
     mirror: bool = flag(True, "also the mirror image of each view; --no-mirror suits writing, flags and clocks")
-    debug: bool = flag(False, f"extract the first {DEBUG_IMAGES} images only, to try a command")
+    debug: bool = flag(False, f"extract {DEBUG_IMAGES} images only, drawn by --global-seed, to try a command")
+
+
+class DrawnImages:
+    """`count` images of a data set, drawn by a seed, in its order: a data set too, with the same classes."""
+
+    def __init__(self, data: ImageDataset, count: int, *, seed: int) -> None:
+        self.data, self.classes = data, data.classes
+        self.indices = np.sort(np.random.default_rng(seed).choice(len(data), count, replace=False))
+        self.labels = data.labels[self.indices]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def image(self, index: int) -> Image.Image:
+        """See `ImageDataset`."""
+        return self.data.image(int(self.indices[index]))
+
+    def name(self, index: int) -> str:
+        """See `ImageDataset`."""
+        return self.data.name(int(self.indices[index]))
 
 
 class Views(Dataset):
@@ -128,7 +149,9 @@ def main(flags: ExtractFlags) -> None:
     check_readable(data)
     name, tokenizer = load_tokenizer(flags, device=process.device)
     grid = check_image_size(flags.image_size, tokenizer.downsample)
-    count = min(DEBUG_IMAGES, len(data)) if flags.debug else len(data)
+    if flags.debug and len(data) > DEBUG_IMAGES:
+        data = DrawnImages(data, DEBUG_IMAGES, seed=flags.global_seed)
+    count = len(data)
     views = (5 if flags.ten_crop else 1) * (1 + flags.mirror)
     size = "x".join(map(str, flags.image_size if flags.image_size[0] != flags.image_size[1] else flags.image_size[:1]))
     folder = Path(flags.code_path) / f"{flags.dataset}{size}_codes"
@@ -136,10 +159,12 @@ def main(flags: ExtractFlags) -> None:
               "image_names": image_names(data, count, root=flags.data_path), "image_size": list(flags.image_size),
               "grid": list(grid), "views": views,
               "exif_orientation": flags.exif_orientation,
-              **(data.states(count) if process.is_main and isinstance(data, ImageFiles) else {}),
+              **(data.states() if process.is_main and isinstance(data, ImageFiles) else {}),
               "crop": {"ten_crop": flags.ten_crop, "range": crop_range, "mirror": flags.mirror},
               "dtype": str(code_writer.code_dtype(tokenizer.codebook_size)),
               "classes": data.classes, "tokenizer": describe_tokenizer(name, tokenizer)}
+    if flags.debug:
+        recipe["debug"] = {"images": DEBUG_IMAGES, "global_seed": flags.global_seed}
     if process.is_main:
         code_writer.begin(folder, recipe)
     dist.barrier()

@@ -6,6 +6,7 @@ Either set may be an npz (`arr_0`) or a folder of PNGs. Stored statistics (`mu`,
 where a file has them. Writes <sample>.json with every number and how it was computed, <sample>.txt with ADM's lines.
 """
 import json
+import os
 import platform
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -52,6 +53,7 @@ class EvaluatorFlags(MetricFlags, PictureFlags, SeedFlags, BatchFlags, OutputFla
 
 def origin_of(sample: Path, name: str) -> dict[str, Any] | None:
     """What the sampler wrote about the images, in file `name` of the folder or of the folder that the npz packs."""
+    sample = sample.resolve()  # of a link (LlamaGen's name of a set of ours) the set that it leads to
     folder = sample if sample.is_dir() else sample.with_suffix("")
     try:
         found = json.loads((folder / name).read_text())
@@ -84,9 +86,12 @@ def tell(warnings: list[str], process: dist.Process) -> None:
 
 
 def report_path(flags: EvaluatorFlags) -> Path:
-    """--output, else the sample's path as .json. Raises ValueError for an --output that is no .json."""
+    """--output, else the sample's path as .json: the path that was given, beside a link and not where it leads to.
+
+    Raises ValueError for an --output that is no .json.
+    """
     if flags.output is None:
-        sample = Path(flags.sample).resolve()
+        sample = Path(os.path.abspath(flags.sample))
         return sample.parent / f"{sample.name.removesuffix('.npz')}.json"
     if not flags.output.endswith(".json"):
         raise ValueError(f"--output {flags.output}: expected a name that ends in .json (.txt goes beside it)")

@@ -3,7 +3,6 @@ take it, every file says what it is.
 """
 import ast
 import dataclasses
-import functools
 import graphlib
 import importlib
 import re
@@ -15,8 +14,10 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
+from tests.house import flag_reads
 
-OURS = ("utils", "native", "dataset", "language", "tokenizer", "autoregressive", "evaluations", "benchmarks", "tests")
+OURS = ("utils", "native", "dataset", "language", "tokenizer", "autoregressive", "evaluations", "compatibility",
+        "benchmarks", "tests")
 FILES = sorted(path.relative_to(ROOT) for top in OURS[:-1] for path in (ROOT / top).rglob("*.py"))
 SOURCES = [path for path in FILES if path.name != "__init__.py"]
 
@@ -34,6 +35,7 @@ MAY_IMPORT = {
     "evaluations": {"utils", "dataset", "evaluations"},  # image sets only; who makes images may ask how good they are
     "tokenizer": {"utils", "native", "dataset", "evaluations", "tokenizer"},
     "autoregressive": {"utils", "native", "dataset", "evaluations", "language", "tokenizer", "autoregressive"},
+    "compatibility": {"utils", "dataset", "tokenizer", "autoregressive", "compatibility"},  # LlamaGen's names of them
     "benchmarks": set(OURS[:-1]),
 }
 MODEL_FILES = [Path("tokenizer/tokenizer_image") / name for name in
@@ -109,91 +111,69 @@ def test_no_flag_is_declared_twice():
     assert not {name: places for name, places in flag_declarations().items() if len(places) > 1}
 
 
-# ---- what a command reads of its flags: in `main`, and in every function and class that is named in code it reaches
+# ---- what a command reads of its flags
 
 
 ENTRIES = [(module_name(path), found[1]) for path in SOURCES
            if (found := re.search(r"^    cli\.run\(main, (\w+)\)", (ROOT / path).read_text(), flags=re.MULTILINE))]
-Definition = tuple[str, ast.stmt]  # (module, what defines a name at its top level)
-
-
-@functools.cache
-def top_level(module: str) -> dict[str, ast.stmt | tuple[str, str]]:
-    """The names that a module defines, and those that it imports from another of ours: (module, name)."""
-    tree, names = ast.parse((ROOT / f"{module.replace('.', '/')}.py").read_text()), {}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] in OURS:
-            names |= {alias.asname or alias.name: (node.module, alias.name) for alias in node.names}
-    for node in tree.body:
-        for target in getattr(node, "targets", [getattr(node, "target", node)]):
-            names[getattr(target, "id", getattr(target, "name", ""))] = node
-    return names
-
-
-def defined(module: str, name: str) -> Definition | str | None:
-    """What a name in a module stands for: a definition of ours, a module's name, or None for all else."""
-    if (ROOT / f"{module}.{name}".replace(".", "/")).with_suffix(".py").is_file():
-        return f"{module}.{name}"
-    found = top_level(module).get(name) if (ROOT / f"{module.replace('.', '/')}.py").is_file() else None
-    return defined(*found) if isinstance(found, tuple) else (module, found) if found else None
-
-
-def reached(module: str) -> list[Definition]:
-    """The definitions that a module's `main` can reach."""
-    todo, seen = [defined(module, "main")], {}
-    while todo:
-        home, node = todo.pop()
-        if node in seen:
-            continue
-        seen[node] = home
-        for part in ast.walk(node):
-            found = defined(home, part.id) if isinstance(part, ast.Name) else None
-            if isinstance(part, ast.Attribute) and isinstance(part.value, ast.Name):
-                owner = defined(home, part.value.id)
-                found = defined(owner, part.attr) if isinstance(owner, str) else None
-            if isinstance(found, tuple):
-                todo.append(found)
-    return [(home, node) for node, home in seen.items()]
-
-
-def fields_read(node: ast.stmt) -> set[str]:
-    """x of every `flags.x`, and all strings where `getattr(flags, …)` is called; `flags`: what is named or typed so."""
-    typed = {part.arg for part in ast.walk(node) if isinstance(part, ast.arg)
-             and re.search(r"Flags\b", ast.unparse(part.annotation or ast.Constant("")))}
-    if isinstance(node, ast.ClassDef) and node.name.endswith("Flags"):
-        typed.add("self")
-
-    def is_flags(owner: ast.expr) -> bool:
-        name = getattr(owner, "id", getattr(owner, "attr", ""))
-        return name in typed or name == "flags" or name.endswith("_flags")
-
-    found = set()
-    for part in ast.walk(node):
-        if isinstance(part, ast.Attribute) and isinstance(part.ctx, ast.Load) and is_flags(part.value):
-            found.add(part.attr)
-        if isinstance(part, ast.Call) and getattr(part.func, "id", "") == "getattr" and is_flags(part.args[0]):
-            found |= {text.value for text in ast.walk(node) if isinstance(text, ast.Constant)}
-    return found
-
-
-# `recipe` is read by utils/cli.py.
-READ_NOWHERE = {"autoregressive.train.extract_codes": {"global_seed"}}  # LlamaGen's scripts give it; nothing is random
 
 
 @pytest.mark.parametrize(("module", "flags"), ENTRIES, ids=[module for module, _ in ENTRIES])
 def test_a_command_reads_every_flag_it_takes(module, flags):
     taken = {field.name for field in dataclasses.fields(getattr(importlib.import_module(module), flags))}
-    read = {"recipe"}.union(*(fields_read(node) for _, node in reached(module)))
-    assert taken - read == READ_NOWHERE.get(module, set())
+    assert taken - flag_reads.read_fields(module) <= {"recipe"}  # utils/cli.py reads that one
 
 
 def test_what_reads_flags_is_found():
     assert len(ENTRIES) == sum((ROOT / path).read_text().count("cli.run(main") for path in SOURCES) > 15
-    names = {f"{home}.{node.name}" for home, node in reached("autoregressive.train.doctor") if hasattr(node, "name")}
+    reached = flag_reads.reached("autoregressive.train.doctor")
+    names = {f"{home}.{node.name}" for home, node in reached if hasattr(node, "name")}
     assert {"autoregressive.train.train.build_model", "tokenizer.build.load_tokenizer"} <= names
     assert "autoregressive.train.train.main" not in names and "utils.training.trainer.Trainer" not in names
-    function, = ast.parse("def f(c: XFlags, flags): c.a + flags.b + c.d.e + self.flags.g + other.h").body
-    assert fields_read(function) == {"a", "b", "d", "g"}
+
+
+FOLLOWED = """
+from utils.lower import BaseFlags, Kept, Other, called, never, recorded
+class Flags(BaseFlags): ...
+def made(flags):
+    return OtherFlags(**{k: v for k, v in vars(flags).items()})
+def main(flags: Flags):
+    flags.direct + flags.method() + called(1, options=flags)
+    kept = Kept(flags)
+    kept.look(lambda: flags.in_lambda)
+    other = Other()
+    other.not_these + other.flags.nor_these + recorded(flags)
+    for name in ("looped", *MORE):
+        getattr(flags, name)
+    made(flags).through_a_copy
+class OtherFlags: ...
+MORE = ("of_a_constant",)
+"""
+LOWER = """
+class BaseFlags:
+    def method(self): return self.in_a_method + self.in_a_property
+    @property
+    def in_a_property(self): return self.deeper
+    def never(self): return self.only_where_nobody_calls
+class Kept:
+    def __init__(self, given): self.a, self.flags = 1, given
+    def look(self, f): return self.flags.kept + self.a.not_that
+class Other:
+    def __init__(self): self.settings = 2
+    def look_there(self): return self.flags.of_another_object + self.settings.nothing
+def called(x, options): return options.passed + x.not_x
+def never(flags): return flags.uncalled
+def recorded(flags): return {field.name: getattr(flags, field.name) for field in fields(flags)}
+"""
+
+
+def test_flags_are_followed_and_nothing_else(monkeypatch):
+    """Not what another object has of the same name, not what is merely recorded, not what nobody calls."""
+    texts = {"top.entry": FOLLOWED, "utils.lower": LOWER}
+    monkeypatch.setattr(flag_reads, "source", texts.get)
+    read = flag_reads.Reads("top.entry").fields
+    assert read == {"direct", "method", "passed", "kept", "in_lambda", "looped", "of_a_constant", "through_a_copy",
+                    "in_a_method", "in_a_property", "deeper"}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=str)

@@ -49,7 +49,7 @@ def commands(text: str) -> list[list[str]]:
 
 def entry_of(script: Path) -> tuple[str, list[str]]:
     """The entry that a launch script runs, and the flags it adds."""
-    launch = shlex.split(script.read_text().splitlines()[-1])
+    launch = shlex.split(script.read_text().replace("\\\n", " ").splitlines()[-1])
     target = next(word for word in launch if word.endswith(".py"))
     extra = launch[launch.index(target) + 1:-1]
     return target, extra

@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 
 from dataset.augmentation import center_crop
 from tests.conftest import ROOT, write_images
-from tokenizer import reconstruct, vqgan
-from tokenizer.vae import VAE, ConsistencyDecoder
+from tokenizer import reconstruct
+from tokenizer.vae.model import VAE, ConsistencyDecoder
+from tokenizer.vqgan import model as vqgan
 from utils import cli, files
 from utils.checkpoints import containers
 from utils.images import load_png, to_float, to_uint8

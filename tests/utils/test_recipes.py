@@ -182,6 +182,17 @@ def test_a_wrong_reference_is_refused_before_sampling(models, sets, tmp_path, ca
 
 
 @pytest.mark.usefixtures("own_cache", "stand_in")
+def test_large_samples_are_checked_and_scored_at_llamagens_size(models, image_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("utils.options.SCORED_AT", 8)  # in place of 256, for samples of 16 pixels
+    reference = tmp_path / "ref.npz"
+    call("reference", "--data-path", image_folder, "--image-size", 8, "--num-workers", 0, "--output", reference)
+    few = [*models, "--fid-reference", reference, "--num-fid-samples", 4, "--metrics", "fid"]
+    assert score(tmp_path / "samples", *few)["measured"]["fid"] > 0
+    with pytest.raises(SystemExit):
+        score(tmp_path / "whole", *few, "--image-size-eval", 16)
+
+
+@pytest.mark.usefixtures("own_cache", "stand_in")
 def test_another_image_size_is_refused_before_sampling(models, image_folder, tmp_path, capsys):
     reference = tmp_path / "ref.npz"
     call("reference", "--data-path", image_folder, "--image-size", 24, "--num-workers", 0, "--output", reference)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tokenizer.tokenizer_image.layers import Decoder, Encoder, PointwiseConv
 from tokenizer.tokenizer_image.quantize import CodebookLosses, VectorQuantizer
+from utils.compatible import missing_names
 from utils.finite import NotFiniteError, fault
 
 
@@ -117,3 +118,5 @@ PRESETS: dict[str, VQConfig] = {
                        codebook_size=256),
 }
 VQ_models: dict[str, Callable[..., VQModel]] = {name: partial(_build, preset) for name, preset in PRESETS.items()}
+
+__getattr__ = missing_names(__name__)  # LlamaGen's other names: VQ_16, …

@@ -30,6 +30,7 @@ FORMAT = "llamagen-checkpoint-1"
 FACTS = {"steps": int, "config": dict, "files": dict}  # what state.json must have, of which type
 MAY_BE = {"flags": dict, "identity": dict, "meter": dict, "skipped_in_a_row": int}
 STATE, INDEX = "state.json", ".metadata"
+CONSOLIDATED = "consolidated.pth"  # the whole model in a folder of LlamaGen's (utils/checkpoints/llamagen_fsdp.py)
 INDEX_CLASSES = {  # all that DCP's index of tensors is made of
     "torch.distributed.checkpoint.metadata": {
         "Metadata", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata", "MetadataIndex", "StorageMeta",
@@ -78,10 +79,14 @@ def shard_files(index: Metadata) -> set[str]:
 
 
 def candidates(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, newest first, unfinished ones left out; .pt files of earlier versions count."""
+    """The checkpoints in a folder, newest first, unfinished ones left out.
+
+    .pt files of earlier versions count, and so do folders that LlamaGen's FSDP wrote.
+    """
     names = names_in(folder)
     files = [folder / name for name in names if name.endswith(".pt") and name.removesuffix(".pt").isdigit()]
-    folders = [folder / name for name in names if name.isdigit() and is_sharded(folder / name)]
+    folders = [folder / name for name in names if name.isdigit() and (
+        is_sharded(folder / name) or exists(folder / name / CONSOLIDATED))]
     return sorted(files + folders, key=lambda path: (int(path.stem), path.is_dir()), reverse=True)
 
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from utils import dist
-from utils.checkpoints import containers, sharded
+from utils.checkpoints import containers, llamagen_fsdp, sharded
+from utils.files import first_line
 from utils.finite import check_finite
 from utils.training import parallel
 from utils.training.ema import EMA
@@ -60,21 +61,29 @@ class TrainingState:
                 for name, value in found.items()}
 
     def load(self, path: Path) -> dict[str, Any]:
-        """Fill everything from a training checkpoint, a folder of ours or a file of LlamaGen's → its other facts.
+        """Fill everything from a training checkpoint, a folder of ours, LlamaGen's file or FSDP folder → other facts.
 
         All processes call this together, and raise together: ValueError naming what does not fit or is not finite.
         Averages start at the weights when the checkpoint has none; a process that the checkpoint does not know takes
-        process 0's buffers.
+        process 0's buffers. The moments of an FSDP folder without a whole optimizer stay as they are, and the facts
+        have a "note" about it.
         """
         with dist.failing_together():
             folder = sharded.is_sharded(path)
-            content = sharded.read_facts(path) if folder else containers.read(path)
+            of_fsdp = llamagen_fsdp.folder_of(path)
+            content = sharded.read_facts(path) if folder else (
+                containers.read(path) if of_fsdp is None else llamagen_fsdp.read_consolidated(of_fsdp))
             values = None if folder else self.flat(content, path)
+        lacking = self.add_moments(values, of_fsdp)
+        if lacking:
+            content["note"] = f"the optimizer begins anew, its moments could not be taken from {of_fsdp}: {lacking}"
+        with dist.failing_together():
             sizes = sharded.sizes_in(path) if values is None else {name: value.shape for name, value in values.items()}
             self.check(sizes, content, path)
             averaged = any(name.startswith("ema.") for name in sizes)
             wanted = {name: own for name, own in self.tensors().items()
                       if not (name.startswith("ema.") and not averaged)
+                      and not (name.startswith("optimizer.") and lacking)
                       and not (name.startswith("scaler.") and name not in sizes)}  # trained in another precision
             self.compare(wanted, sizes, path)
             sources = {name: of_rank if (of_rank := _name_of_rank(name, self.rank)) in sizes else name
@@ -83,7 +92,8 @@ class TrainingState:
             sharded.load_into(path, {sources[name]: own for name, own in wanted.items()})
         else:
             for name, own in wanted.items():
-                parallel.copy_whole_into(own, values[sources[name]])
+                value = values[sources[name]]
+                parallel.copy_whole_into(own, value.whole() if isinstance(value, llamagen_fsdp.Pieces) else value)
         with dist.failing_together():
             check_finite({name: parallel.local_part(own) for name, own in wanted.items()}, path)
         if self.ema is not None and not averaged:
@@ -94,7 +104,7 @@ class TrainingState:
         """Raise ValueError for what is no training checkpoint of this kind."""
         for name in self.modules:
             there = [any(key.startswith(f"{part}.") for key in sizes) for part in (name, OPTIMIZER_KEYS[name])]
-            if "steps" not in content or not all(there):
+            if "steps" not in content or not (all(there) or (there[0] and "note" in content)):
                 raise ValueError(f"{path} has no {name} with its optimizer: it is no training checkpoint of this kind "
                                  f"({FRESH_START})")
 
@@ -107,6 +117,26 @@ class TrainingState:
         problems += [f"{name} is {tuple(sizes[name])}, expected {tuple(own.shape)}"
                      for name, own in wanted.items() if name in sizes and sizes[name] != own.shape]
         containers.refuse(problems, path, "this run")
+
+    def add_moments(self, values: dict[str, Any] | None, folder: Path | None) -> str:
+        """Add the optimizer's tensors of LlamaGen's FSDP folder, if it is one, to `values`.
+
+        Returns why there are none to take, the same on all processes; "" if they are there, or `folder` is none.
+        """
+        if folder is None:
+            return ""
+        shapes = {name: p.shape for name, p in self.modules["model"].named_parameters() if p.requires_grad}
+        found, lacking = {}, []
+        try:
+            found = llamagen_fsdp.moments(folder, shapes)
+        except (OSError, ValueError) as error:
+            lacking = [first_line(error)]
+        except (LookupError, TypeError, AttributeError) as error:
+            lacking = [f"its optimizer files are no AdamW state dicts ({type(error).__name__}: {first_line(error)})"]
+        lacking = dist.gather_lists(lacking)
+        if not lacking:
+            values |= {f"optimizer.{name}": value for name, value in found.items()}
+        return lacking[0] if lacking else ""
 
     def flat(self, content: dict[str, Any], path: Path) -> dict[str, Tensor]:
         """The tensors of a one-file checkpoint ({"model", "optimizer", …}) by our names."""

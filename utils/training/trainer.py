@@ -184,6 +184,8 @@ class Trainer:
         changed = [f"--{name.replace('_', '-')} {now[name]} (was {value})" for name, value in before.items()
                    if name in now and now[name] != value and name not in ("resume", "results_dir", "num_workers")]
         self.say(f"continuing from {path} at step {self.step}" + (f", with {', '.join(changed)}" if changed else ""))
+        if "note" in facts:
+            self.say(facts["note"])
 
     def save(self) -> None:
         """Begin to write the checkpoint of this step; it is there after `writer.wait`."""

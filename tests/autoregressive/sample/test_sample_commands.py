@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from autoregressive.models.generate import generate
 from autoregressive.sample import sample_c2i, sample_ddp
 from autoregressive.sample.options import SampleFlags
 from autoregressive.sample.pipeline import labels_for, load_pipeline
@@ -235,3 +236,90 @@ def test_wrong_checkpoints_are_refused(gpt_ckpt, vq_ckpt, tmp_path, capsys):
     del content["ema"]["tok_embeddings.weight"]
     torch.save(content, tmp_path / "cut.pt")
     assert "no token embeddings" in attempt(tmp_path / "cut.pt", vq_ckpt)
+
+
+# ---- as LlamaGen has it: names and defaults
+
+
+def test_a_set_has_llamagens_name(models, gpt_ckpt, vq_ckpt, tmp_path):
+    settings = "size-16-size-16-VQ-4-S-topk-0-topp-1.0-temperature-1.0-cfg-1.5"
+    few = ["--num-fid-samples", 1, "--no-png"]
+    assert sample_set(tmp_path / "a", *models, *few).name == f"GPT-S-{gpt_ckpt.stem}-{settings}-seed-0"
+    balanced = sample_set(tmp_path / "b", *models, *few, "--label-mode", "balanced", "--cfg-interval", "3.0")
+    assert balanced.name == f"GPT-S-{gpt_ckpt.stem}-{settings}-interval-3-balanced-seed-0"
+    step = tmp_path / "my.run"
+    step.mkdir()
+    torch.save(containers.read(gpt_ckpt)["ema"], step / "consolidated.pth")
+    foreign = ["--gpt-model", "GPT-S", "--image-size", 16, "--vq-ckpt", vq_ckpt, "--from-fsdp", *few, "--gpt-ckpt"]
+    for i, path in enumerate((step / "consolidated.pth", step)):
+        assert sample_set(tmp_path / str(i), *foreign, path).name == f"GPT-S-my.run-{settings}-seed-0"
+
+
+def test_a_set_that_an_earlier_version_began_is_gone_on_with(models, tmp_path, capsys):
+    folder = sample_set(tmp_path, *models, "--num-fid-samples", 3)
+    old = folder.with_name(folder.name.replace("-seed-", "-random-seed-"))
+    folder.rename(old)
+    folder.with_name(f"{folder.name}.npz").rename(old.with_name(f"{old.name}.npz"))
+    capsys.readouterr()
+    assert sample_set(tmp_path, *models, "--num-fid-samples", 3) == old
+    said = capsys.readouterr().out
+    assert f"going on with {old}" in said and "finished already, nothing to sample" in said
+    assert sample_set(tmp_path, *models, "--num-fid-samples", 4) == old
+    assert "1 sampled" in capsys.readouterr().out
+    # one that was made in another way is another set
+    (old / "config.json").write_text((old / "config.json").read_text().replace('"dtype": "torch', '"dtype": "other'))
+    cli.run(sample_ddp.main, sample_ddp.SampleSetFlags,
+            ["--sample-dir", str(tmp_path), *models, "--num-fid-samples", "1"])
+    assert folder.is_dir() and "going on" not in capsys.readouterr().out
+
+
+def test_images_of_llamagen_are_neither_completed_nor_replaced(models, tmp_path, capsys):
+    folder = sample_set(tmp_path / "ours", *models, "--num-fid-samples", 1)
+    theirs = tmp_path / "theirs" / folder.name
+    theirs.mkdir(parents=True)
+    np.savez(theirs.with_name(f"{theirs.name}.npz"), arr_0=np.zeros((2, 16, 16, 3), np.uint8))
+    before = theirs.with_name(f"{theirs.name}.npz").read_bytes()
+    message = refused(capsys, sample_set, tmp_path / "theirs", *models, "--num-fid-samples", 1)
+    assert f"{theirs.name}.npz holds images" in message and "give another --sample-dir" in message
+    assert theirs.with_name(f"{theirs.name}.npz").read_bytes() == before
+    theirs.with_name(f"{theirs.name}.npz").unlink()
+    (folder / "000000.png").rename(theirs / "000000.png")
+    assert "holds images" in refused(capsys, sample_set, tmp_path / "theirs", *models, "--num-fid-samples", 1)
+
+
+@pytest.mark.parametrize(("asked", "made", "kept"), [
+    (None, (384, 384), (256, 256)), (None, (512, 512), (256, 256)), (None, (256, 256), (256, 256)),
+    (None, (48, 48), (48, 48)), (None, (384, 512), (384, 512)), ((384, 384), (384, 384), (384, 384)),
+    ((256, 256), (48, 48), (256, 256))])
+def test_the_size_for_scoring(asked, made, kept):
+    assert sample_ddp.SampleSetFlags(image_size_eval=asked).scored_size(made) == kept
+
+
+def test_large_images_are_kept_at_256_pixels_unless_asked_otherwise(models, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("utils.options.SCORED_AT", 8)  # of 16 pixels, in place of 256 of 384
+    few = ["--num-fid-samples", 1]
+    old = sample_set(tmp_path, *models, *few, "--image-size-eval", 16)
+    old = old.rename(old.with_name(old.name.replace("-seed-", "-random-seed-")))
+    capsys.readouterr()
+    cli.run(sample_ddp.main, sample_ddp.SampleSetFlags,
+            ["--sample-dir", str(tmp_path), *models, "--num-fid-samples", "1"])
+    folder, = (path for path in tmp_path.iterdir() if path.is_dir() and path != old)
+    assert "-size-16-size-8-" in folder.name
+    assert np.load(folder.with_name(f"{folder.name}.npz"))["arr_0"].shape == (1, 8, 8, 3)
+    said = capsys.readouterr().out
+    assert f"{old} is left as it is: it holds images of 16 pixels" in said and "--image-size-eval 16" in said
+
+
+def test_intervals_of_guidance(models, pipeline, tmp_path, capsys):
+    def codes(interval) -> list:
+        settings = {**pipeline.settings, "cfg_interval": interval}
+        generators = [sample_generator(0, i) for i in range(2)]
+        return generate(pipeline.gpt, torch.tensor([0, 1]), 16, generators=generators,
+                        **{**settings, "cfg_scale": 500.0}).tolist()
+
+    assert codes(-1.0) == codes(-1) == codes(99.5) == codes(14) != codes(2)
+    assert codes(2.5) == codes(2) == codes(2.0) != codes(3)
+    assert codes(-0.5) != codes(0)  # the prefill alone is guided
+    for word in ("-1.0", "2.5", "-1", "1e0"):
+        grid(*models, "--cfg-interval", word, "--output", tmp_path / "x.png")
+    assert "--cfg-interval" in refused(capsys, grid, *models, "--cfg-interval", "nan")

@@ -49,7 +49,7 @@ def test_the_manifest_says_all_about_the_codes(code_store, image_folder, tokeniz
     assert len(manifest.pop("labels_sha256")) == len(shards[0]["sha256"]) == 64
     names = "\n".join(f"/{path.relative_to(image_folder)}" for path in class_tree(image_folder).files)
     assert manifest.pop("image_names") == hashlib.sha256(names.encode()).hexdigest()
-    assert {key: manifest.pop(key) for key in ("image_sizes", "image_times")} == class_tree(image_folder).states(36)
+    assert {key: manifest.pop(key) for key in ("image_sizes", "image_times")} == class_tree(image_folder).states()
     assert manifest == {
         "format": "llamagen-codes-1", "dataset": "imagenet", "images": 36, "count": 36, "skipped": [],
         "exif_orientation": True,
@@ -189,9 +189,24 @@ def test_codes_do_not_depend_on_batch_or_workers(extract, code_store, flags):
     assert {name: made[name] for name in made} == {name: content(code_store / STORE)[name] for name in made}
 
 
-def test_debug_takes_the_first_images_only(extract, monkeypatch):
+def test_debug_draws_some_images_by_the_seed(extract, code_store, image_folder, monkeypatch, capsys):
     monkeypatch.setattr(extract_codes, "DEBUG_IMAGES", 5)
-    assert len(codes.open_store(extract("debug", "--debug"))) == 5
+    whole = codes.open_store(code_store / STORE)
+    drawn = {}
+    for seed in (0, 1):
+        folder = extract(f"debug{seed}", "--debug", "--global-seed", seed)
+        store = codes.open_store(folder)
+        rows = np.sort(np.random.default_rng(seed).choice(36, 5, replace=False))
+        assert np.array_equal(store.read(np.arange(5), view := np.zeros(5, int)), whole.read(rows, view))
+        assert np.array_equal(store.labels, whole.labels[rows]) and store.classes == whole.classes
+        manifest = json.loads((folder / "manifest.json").read_text())
+        assert manifest["debug"] == {"images": 5, "global_seed": seed} and manifest["images"] == 5
+        drawn[seed] = rows.tolist()
+    assert drawn[0] != drawn[1] and len(set(whole.labels[drawn[0]])) > 1
+    with pytest.raises(SystemExit):
+        extract("debug0", "--debug", "--global-seed", 1)
+    assert "debug" in capsys.readouterr().err
+    assert "debug" not in json.loads((code_store / STORE / "manifest.json").read_text())
 
 
 @pytest.mark.parametrize("rows", [1024, 4], ids=["one part", "a part without a readable image"])
