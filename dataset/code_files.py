@@ -10,7 +10,6 @@ label is in a file of its own. It is read once and kept in the user's cache unti
 import math
 import os
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from dataset.code_index import Arrays, FolderIndex
 from dataset.code_layouts import MOST_CLASSES, CodeStore, check_labels, class_folders, labels_of
 from dataset.mapped import NO_ARRAY
 from dataset.path_list import PathList
-from utils import dist
+from utils import cli
 from utils.files import file_hash
 from utils.pickles import why_no_array
 
@@ -162,8 +161,8 @@ def few(names: Sequence[str]) -> str:
 def tell_passed_over(folder: Path, found: Arrays) -> None:
     """Name what an index has passed over, if there is any."""
     passed = str(found["passed"])
-    if passed and dist.env_rank() == 0:
-        print(f"note: passed over in {folder}: {passed} (hidden, or no .npy)", file=sys.stderr)
+    if passed:
+        cli.warn(f"passed over in {folder}: {passed} (hidden, or no .npy)", kind="note")
 
 
 def read_labels(labels: Path, count: int) -> np.ndarray:

@@ -4,7 +4,6 @@
     stores = open_stores("/data/imagenet,/data/mine", weights=(1.0, 20.0))       # other images
 """
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -99,12 +98,11 @@ def open_stores(paths: str, *, subfolder: str | None = None, grid: tuple[int, in
     names = paths.split(",")
     stores = [open_store(name, subfolder=subfolder, grid=grid, corrupt=corrupt, remembered=remembered)
               for name in names]
-    if weights is None and dist.env_rank() == 0:
-        for name, sibling in other_crops(names, subfolder):
-            print(f"note: {sibling} lies beside {name}: LlamaGen draws from both, here only what is named is read; "
-                  f"--code-path {paths},{sibling} takes both", file=sys.stderr)
     if weights is not None:
         return Mixture(names, stores, weights)
+    for name, sibling in other_crops(names, subfolder):
+        cli.warn(f"{sibling} lies beside {name}: LlamaGen draws from both, here only what is named is read; "
+                 f"--code-path {paths},{sibling} takes both", kind="note")
     if len(stores) > 1:
         return OtherViews(names, stores)
     stores[0].leave_out(stores[0].damaged)

@@ -2,7 +2,6 @@
 import hashlib
 import json
 import os
-import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +15,7 @@ from PIL import Image
 
 from dataset.path_list import PathList
 from dataset.pictures import PictureReader, endings
-from utils import dist
+from utils import cli
 
 SPLIT_NAMES = {"train", "val", "valid", "validation", "test"}
 SYSTEM_NAMES = {  # what archives, network storage and desktops leave behind; in small letters
@@ -177,14 +176,14 @@ class Search:
         return f" (passed over: {found})" if found else ""
 
     def tell(self) -> None:
-        """Say in one line, on the first process, what was passed over."""
+        """Say in one line what was passed over."""
         others = told_endings(sum(self.others.values(), Counter()))
         said = [f"{len(names)} {what} ({', '.join(names[:NAMED])}{', …' if len(names) > NAMED else ''})"
                 for names, what in ((self.hidden, "hidden or system files and folders"),
                                     (self.links, "links to folders that are visited anyway")) if names]
         said += [f"{others}, which are no pictures or in no class folder"] if others else []
-        if said and dist.env_rank() == 0:
-            print(f"note: passed over below {self.root}: {'; '.join(said)}", file=sys.stderr, flush=True)
+        if said:
+            cli.warn(f"passed over below {self.root}: {'; '.join(said)}", kind="note")
 
 
 def told_endings(counts: Counter[str]) -> str:

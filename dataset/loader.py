@@ -3,7 +3,6 @@ import atexit
 import multiprocessing
 import os
 import signal
-import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
@@ -17,7 +16,7 @@ from dataset.augmentation import center_crop, train_view
 from dataset.build import ImageDataset
 from dataset.order import EndlessOrder
 from dataset.pictures import UnreadableError
-from utils import dist
+from utils import cli, dist
 from utils.images import to_float
 from utils.seeding import derive_seed
 
@@ -113,7 +112,7 @@ class PassedOver:
             self.told.add(reason)
             if len(self.told) <= MOST_TOLD:
                 more = ", further ones are counted only" if len(self.told) == MOST_TOLD else ""
-                print(f"warning: passed over: {reason}; {len(self.told)} so far{more}", file=sys.stderr, flush=True)
+                cli.warn(f"passed over: {reason}; {len(self.told)} so far{more}", every_rank=True)
 
 
 def split_readable(batch: list[tuple[int, np.ndarray | str]],

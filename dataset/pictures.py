@@ -7,7 +7,6 @@ import errno
 import functools
 import os
 import stat
-import sys
 import warnings
 from pathlib import Path
 
@@ -15,7 +14,8 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from utils.files import first_line
+from utils import cli
+from utils.files import first_line, what_it_is
 
 # Pillow knows these formats by name only: they need a program or a library that it does not bring, or (EPS) would run
 # Ghostscript on a stranger's file.
@@ -72,7 +72,7 @@ class PictureReader:
         except Exception as error:  # damaged data makes decoders raise anything
             if isinstance(error, OSError) and error.errno in OUT_OF_RESOURCES:
                 raise
-            raise UnreadableError(f"{path} cannot be read as an image ({reason(error)})") from None
+            raise UnreadableError(f"{path} cannot be read as an image ({reason(error, path)})") from None
 
     def converted(self, image: Image.Image, path: str | Path) -> Image.Image:
         """8-bit RGB, opaque and upright, of an opened file."""
@@ -106,14 +106,14 @@ class PictureReader:
         """Say that transparent parts become white, unless it was said."""
         if not self.found_transparency:
             self._told[0] = 1
-            print(f"note: {path} has transparent parts: they are laid on white, here and in any other picture",
-                  file=sys.stderr, flush=True)
+            cli.warn(f"{path} has transparent parts: they are laid on white, here and in any other picture",
+                     kind="note", every_rank=True)
 
 
-def reason(error: Exception) -> str:
+def reason(error: Exception, path: str | Path) -> str:
     """Why a picture cannot be read, in a few words that do not repeat its name."""
     if isinstance(error, UnidentifiedImageError):
-        return "it is no picture that Pillow can read"
+        return f"it is {what_it_is(path) or 'no picture that Pillow can read'}"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return first_line(error)[:200]

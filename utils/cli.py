@@ -147,10 +147,10 @@ def fail(text: str, *, quiet: bool) -> NoReturn:
     sys.exit(2)
 
 
-def warn(text: str) -> None:
-    """Print a warning, in one line, on rank 0."""
-    if dist.env_rank() == 0:
-        print("warning: " + one_line(text), file=sys.stderr, flush=True)
+def warn(text: str, *, kind: str = "warning", every_rank: bool = False) -> None:
+    """Print a warning, or another `kind` of remark ("note"), in one line; on rank 0, unless each has its own."""
+    if every_rank or dist.env_rank() == 0:
+        print(f"{kind}: {one_line(text)}", file=sys.stderr, flush=True)
 
 
 def one_line(text: str) -> str:

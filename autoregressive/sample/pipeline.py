@@ -4,7 +4,6 @@ Image (seed, index) comes from its own random stream, so it does not depend on t
 """
 import csv
 import re
-import sys
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -94,9 +93,9 @@ class Pipeline:
         number = int(word) if re.fullmatch(r"[+-]?[0-9]{1,18}", word) else None
         if self.classes and word in self.classes:
             label = self.classes.index(word)
-            if number not in (None, label) and 0 <= number < self.num_classes and dist.env_rank() == 0:
-                print(f"note: class {word} is taken as the class of that name, whose number is {label}; number {word} "
-                      f"is named {self.classes[number]}", file=sys.stderr)
+            if number not in (None, label) and 0 <= number < self.num_classes:
+                cli.warn(f"class {word} is taken as the class of that name, whose number is {label}; number {word} is "
+                         f"named {self.classes[number]}", kind="note")
             return label
         if number is None:
             known = f"choose from {', '.join(self.classes[:20])} (in double quotes where there is a comma in a name)" \

@@ -11,7 +11,6 @@ import glob
 import hashlib
 import json
 import os
-import sys
 import zipfile
 import zlib
 from collections import deque
@@ -24,7 +23,7 @@ from tqdm import tqdm
 
 from dataset.pictures import PictureReader
 from evaluations.c2i.image_sets import NpzImages, small_array
-from utils import images
+from utils import cli, images
 from utils.checkpoints.damage import WRONG_CONTENT
 from utils.files import sweep
 
@@ -121,7 +120,7 @@ class SampleStore:
             except (*BROKEN_ZIP, OSError) as error:
                 if isinstance(error, OSError) and error.errno != errno.EINVAL:  # that is a damaged offset
                     raise
-                print(f"warning: {path.name} is removed, its images are made again: {error}", file=sys.stderr)
+                cli.warn(f"{path.name} is removed, its images are made again: {error}", every_rank=True)
                 path.unlink()
         return held
 
@@ -145,7 +144,7 @@ class SampleStore:
                 if picture.shape[:2] != self.size:
                     raise ValueError(f"{self.png(index)} is {picture.shape[0]}x{picture.shape[1]}")
             except ValueError as error:
-                print(f"warning: {error}: it is made again", file=sys.stderr)
+                cli.warn(f"{error}: it is made again", every_rank=True)
                 self.png(index).unlink()
                 continue
             yield index, picture

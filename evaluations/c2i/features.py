@@ -31,7 +31,7 @@ from evaluations.c2i.inception_weights import (
 )
 from evaluations.c2i.metrics import FeatureStatistics, InceptionScore
 from utils import dist
-from utils.cli import flag, message
+from utils.cli import flag, message, warn
 from utils.files import cache_folder, file_hash, first_line, replacing
 from utils.finite import NotFiniteError, check_finite
 from utils.seeding import derive_seed
@@ -261,7 +261,7 @@ def remember(measured: Measured, path: Path) -> None:
         with replacing(path) as temporary:
             save_file({name: value.contiguous() for name, value in tensors.items()}, temporary)
     except (OSError, SafetensorError) as error:
-        print(f"warning: the reference's features could not be kept for the next time: {error}", file=sys.stderr)
+        warn(f"the reference's features could not be kept for the next time: {error}")
 
 
 def recall(path: Path) -> Measured | None:
@@ -274,5 +274,5 @@ def recall(path: Path) -> Measured | None:
             name.removesuffix(".mean"): (value, tensors[f"{name.removesuffix('.mean')}.covariance"])
             for name, value in tensors.items() if name.endswith(".mean")}, tensors.get("features"))
     except (SafetensorError, OSError, KeyError) as error:
-        print(f"warning: {path} is damaged and will be made again: {error}", file=sys.stderr)
+        warn(f"{path} is damaged and will be made again: {error}")
         return None

@@ -120,7 +120,7 @@ def main(flags: T2IEvaluationFlags) -> None:
         inception, weights_file = load_inception(flags.inception, device=process.device)
     notes = remarks(flags, samples=len(files), padding=padding, reference=len(reference) if reference else None)
     for note in notes if process.is_main else ():
-        print(f"warning: {note}", file=sys.stderr)
+        cli.warn(note)
 
     result: dict[str, Any] = {"eval_res": flags.eval_res, "notes": notes}
     if clip is not None:

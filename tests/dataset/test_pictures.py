@@ -300,7 +300,7 @@ def test_what_is_no_file_is_refused_at_once(tmp_path):
     os.mkfifo(tmp_path / "pipe.jpg")  # reading it would wait for ever
     (tmp_path / "link.jpg").symlink_to("nowhere.jpg")
     (tmp_path / "text.jpg").write_text("hello")
-    for name, why in (("pipe.jpg", "no file"), ("link.jpg", "No such file"), ("text.jpg", "no picture")):
+    for name, why in (("pipe.jpg", "no file"), ("link.jpg", "No such file"), ("text.jpg", "a text file")):
         with pytest.raises(UnreadableError, match=f"{name}.*{why}"):
             PictureReader()(tmp_path / name)
 

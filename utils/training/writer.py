@@ -34,7 +34,8 @@ class CheckpointWriter:
     def __init__(self, folders: list[Path], *, keep: int, is_main: bool) -> None:
         """The first of `folders` is written, the others get copies; `keep` newest stay in each, 0 keeps all."""
         self.folders, self.keep, self.is_main = folders, keep, is_main
-        warnings.filterwarnings("ignore", message="TypedStorage is deprecated")  # DCP's own, with torch <= 2.10
+        # DCP's own: with torch <= 2.10, and where one process is meant
+        warnings.filterwarnings("ignore", message="TypedStorage is deprecated|torch.distributed is disabled")
         # the writing thread and the training must not meet in one group; and disks may be slow without being dead
         self.group = dist.new_cpu_group(timeout=PATIENCE)
         self.publisher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
