@@ -141,15 +141,15 @@ def eight_bits(image: Image.Image) -> Image.Image:
     values = np.asarray(image).astype(np.float64)
     if not np.isfinite(values).all():
         raise UnreadableError("it holds values that are no numbers, or infinite")
-    low, high = value_range(image, values)
+    low, high = black_and_white(image, values)
     scaled = np.rint((values - low) * (255 / (high - low))).clip(0, 255).astype(np.uint8)
     if white_is_zero(image):
         scaled = 255 - scaled
     return Image.fromarray(scaled).convert("RGB")
 
 
-def value_range(image: Image.Image, values: np.ndarray) -> tuple[float, float]:
-    """(black, white) of an image of mode I, I;16 or F."""
+def black_and_white(image: Image.Image, values: np.ndarray) -> tuple[float, float]:
+    """The values of an image of mode I, I;16 or F that are black and white."""
     tags = getattr(image, "tag_v2", {})
     for smallest, largest in RANGES:
         low, high = (number(tags.get(tag)) for tag in (smallest, largest))

@@ -12,6 +12,7 @@ import dataclasses
 import importlib.util
 import inspect
 import json
+import multiprocessing
 import os
 import sys
 import types
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import torch
+from tqdm import tqdm
 
 from utils import dist
 from utils.files import plain, replacing
@@ -150,7 +152,8 @@ def fail(text: str, *, quiet: bool) -> NoReturn:
 def warn(text: str, *, kind: str = "warning", every_rank: bool = False) -> None:
     """Print a warning, or another `kind` of remark ("note"), in one line; on rank 0, unless each has its own."""
     if every_rank or dist.env_rank() == 0:
-        print(f"{kind}: {one_line(text)}", file=sys.stderr, flush=True)
+        write = print if multiprocessing.parent_process() else tqdm.write  # a loading process may not take tqdm's lock
+        write(f"{kind}: {one_line(text)}", file=sys.stderr)
 
 
 def one_line(text: str) -> str:

@@ -129,7 +129,7 @@ def test_unreadable_images_are_told_once_and_counted(tmp_path, capsys):
     root = write_images(tmp_path / "images", count=4)
     (root / "red" / "01.png").write_bytes(b"no image")
     call("train_vq", "--data-path", root, *QUICK_VQ, "--epochs", 2, "--results-dir", tmp_path / "results")
-    assert capsys.readouterr().err.count("skipping unreadable image") == 1
+    assert capsys.readouterr().err.count("passed over: ") == 1
     shares = [row["unreadable"] for row in rows(tmp_path / "results" / "000-VQ-4-S")]
     assert len(shares) == 4
     assert sum(share > 0 for share in shares) == 2  # met once in each epoch of two steps
