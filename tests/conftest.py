@@ -41,6 +41,11 @@ def pytest_configure(config) -> None:
         torch.set_num_threads(threads)
 
 
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """Name bytes by their number: what is compressed holds the time, and all workers must call a test alike."""
+    return f"{len(val)} bytes" if isinstance(val, bytes) else None
+
+
 def pytest_collection_modifyitems(items) -> None:
     """Files that start processes come first, so that no worker is left alone with a long one at the end."""
     long = {item.path for item in items if item.get_closest_marker("processes")}
