@@ -1,4 +1,5 @@
 """Image folders as data sets: trees with a folder per class, flat folders, JSON lists of paths."""
+import contextlib
 import hashlib
 import json
 import os
@@ -52,18 +53,20 @@ class ImageFiles:
 
     def states(self) -> dict[str, str]:
         """{"image_sizes", "image_times": hash} of the files: one of them changes when an image is replaced."""
+        groups = (range(start, min(start + 1024, len(self))) for start in range(0, len(self), 1024))
         with ThreadPoolExecutor(16) as pool:  # network disks answer slowly and to many
-            found = np.array(list(pool.map(self.state, range(len(self)), chunksize=1024)), np.int64).reshape(-1, 2)
+            found = np.concatenate(list(pool.map(self.states_of, groups)))  # (N, 2)
         return {name: hashlib.sha256(np.ascontiguousarray(column).tobytes()).hexdigest()
                 for name, column in zip(("image_sizes", "image_times"), found.T, strict=True)}
 
-    def state(self, index: int) -> tuple[int, int]:
-        """(size in bytes, time of change) of a file, -1 for what cannot be told."""
-        try:
-            found = os.stat(self.files.name(index))
-        except OSError:
-            return -1, -1
-        return found.st_size, found.st_mtime_ns
+    def states_of(self, indices: range) -> np.ndarray:
+        """(size in bytes, time of change) of each file, (B, 2) int64; -1 for what cannot be told."""
+        found = np.full((len(indices), 2), -1, np.int64)
+        for row, index in enumerate(indices):
+            with contextlib.suppress(OSError):
+                state = os.stat(self.files.name(index))
+                found[row] = state.st_size, state.st_mtime_ns
+        return found
 
 
 def class_tree(root: str | Path, *, reader: PictureReader | None = None) -> ImageFiles:

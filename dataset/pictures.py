@@ -22,7 +22,7 @@ from utils.files import first_line, what_it_is
 NO_DECODER = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}  # says nothing about the file
 ORIENTATION, PHOTOMETRIC, BITS = 0x0112, 262, 258  # tags of EXIF and TIFF
-RANGES = ((340, 341), (280, 281))  # tags of TIFF: smallest and largest sample
+RANGE, STATISTICS = (340, 341), (280, 281)  # tags of TIFF: smallest and largest sample, of the kind and of this picture
 WHITE_IS_ZERO = 0
 TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
          5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
@@ -113,7 +113,8 @@ class PictureReader:
 def reason(error: Exception, path: str | Path) -> str:
     """Why a picture cannot be read, in a few words that do not repeat its name."""
     if isinstance(error, UnidentifiedImageError):
-        return f"it is {what_it_is(path) or 'no picture that Pillow can read'}"
+        found = what_it_is(path) or "no picture that Pillow can read"
+        return f"it begins as {found} and is damaged" if found.endswith(" picture") else f"it is {found}"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return first_line(error)[:200]
@@ -121,9 +122,11 @@ def reason(error: Exception, path: str | Path) -> str:
 
 def transparent_colour(image: Image.Image) -> int | tuple[int, ...] | bytes | None:
     """The colour, in the image's own numbers, that stands for "transparent"; None if there is none. Before loading."""
-    key = image.info.get("transparency")
-    if isinstance(key, tuple) and image.tile and image.tile[0][3] == "RGB;16B":  # Pillow keeps the high bytes
+    key, stored = image.info.get("transparency"), image.tile[0][3] if image.tile else None
+    if isinstance(key, tuple) and stored == "RGB;16B":  # Pillow keeps the high bytes
         return tuple(value >> 8 for value in key)
+    if isinstance(key, int) and stored in ("L;2", "L;4"):  # Pillow spreads these over 0 to 255
+        return key * {"L;2": 85, "L;4": 17}[stored]
     return key
 
 
@@ -151,11 +154,12 @@ def eight_bits(image: Image.Image) -> Image.Image:
 def black_and_white(image: Image.Image, values: np.ndarray) -> tuple[float, float]:
     """The values of an image of mode I, I;16 or F that are black and white."""
     tags = getattr(image, "tag_v2", {})
-    for smallest, largest in RANGES:
-        low, high = (number(tags.get(tag)) for tag in (smallest, largest))
+    unsigned = image.mode.startswith("I;16") and image.format != "FITS"  # whose integers Pillow takes for unsigned ones
+    for pair in (RANGE,) if unsigned else (RANGE, STATISTICS):
+        low, high = (number(tags.get(tag)) for tag in pair)
         if low is not None and high is not None and low < high:
             return low, high
-    if image.mode.startswith("I;16"):
+    if unsigned:
         bits = number(tags.get(BITS)) or 16
         return 0.0, 2.0**bits - 1
     if image.mode == "I" and image.format in ("PNG", "PPM"):  # files of 16 bits in a wider mode
@@ -163,9 +167,9 @@ def black_and_white(image: Image.Image, values: np.ndarray) -> tuple[float, floa
     lowest, highest = float(values.min()), float(values.max())
     if image.mode == "F" and lowest >= 0 and highest <= 1:
         return 0.0, 1.0
-    kind = "floats" if image.mode == "F" else "integers of 32 bits"
+    kind = "floats" if image.mode == "F" else "integers"
     raise UnreadableError(f"it holds {kind} from {lowest:g} to {highest:g}, and which of them are black and white is "
-                          "not known: save it with 8 or 16 bits")
+                          "not known: save it as a PNG of 8 or 16 bits")
 
 
 def number(tag: object) -> float | None:

@@ -1,5 +1,7 @@
 """Folders as people have them: what hides among the classes, links, files that are no pictures, damaged ones."""
+import hashlib
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from PIL import Image
 from autoregressive.sample.pipeline import Pipeline
 from dataset.image_folders import class_tree, flat_folder
 from dataset.loader import CentreCrops, PassedOver, check_readable, split_readable
+from dataset.pictures import endings
 
 
 def picture(path, colour="red"):
@@ -85,7 +88,8 @@ def test_two_names_of_one_folder_are_refused(tree):
 
 
 def test_every_ending_that_pillow_reads_counts_and_the_rest_is_said(tree, capsys):
-    for name in ("x.jfif", "y.AVIF", "z.tga", "w.JPG"):
+    newest = "y.AVIF" if ".avif" in endings() else "y.WEBP"  # older Pillows do not know it
+    for name in ("x.jfif", newest, "z.tga", "w.JPG"):
         kind = {"jfif": "JPEG", "JPG": "JPEG"}.get(name.split(".")[1])
         Image.new("RGB", (16, 16)).save(tree / "apples" / name, kind)
     (tree / "apples" / "notes.txt").write_text("")
@@ -94,7 +98,7 @@ def test_every_ending_that_pillow_reads_counts_and_the_rest_is_said(tree, capsys
     picture(tree / "beside.png")
     data = class_tree(tree)
     assert sorted(name for name, label in names(data) if label == "apples") == [
-        "0.png", "1.png", "2.png", "w.JPG", "x.jfif", "y.AVIF", "z.tga"]
+        "0.png", "1.png", "2.png", "w.JPG", "x.jfif", newest, "z.tga"]
     check_readable(data)
     said = capsys.readouterr().err
     assert "4 files (" in said and ".txt 1" in said and "no ending 1" in said and ".png 1" in said
@@ -204,3 +208,17 @@ def test_names_may_hold_commas_and_blanks():
             sampler.parse_classes(text)
     with pytest.raises(ValueError, match="use numbers"):
         Sampler(None, 4).parse_classes("goldfish")
+
+
+def test_the_states_of_many_files_are_asked_for_in_groups(tmp_path, monkeypatch):
+    """A task for each file cost 2 kB and 40 microseconds: 2.4 GB for ImageNet."""
+    for i in range(2500):
+        (tmp_path / f"{i:04d}.png").write_bytes(bytes(i % 7))
+    tasks, submit = [], ThreadPoolExecutor.submit
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", lambda *given: tasks.append(given) or submit(*given))
+    data = flat_folder(tmp_path)
+    (tmp_path / "0003.png").unlink()
+    sizes = np.arange(2500) % 7
+    sizes[3] = -1
+    assert data.states()["image_sizes"] == hashlib.sha256(sizes.tobytes()).hexdigest()
+    assert len(tasks) == 3
