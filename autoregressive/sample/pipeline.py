@@ -78,20 +78,28 @@ class Pipeline:
     def parse_classes(self, text: str) -> list[int]:
         """Comma-separated names or numbers of classes → labels; what is a known name means that name.
 
-        A name with commas goes in double quotes. Raises ValueError for what the model does not know.
+        A name with commas, line breaks or blanks at its ends goes in double quotes. Raises ValueError for what the
+        model does not know.
         """
-        if self.classes and text.strip() in self.classes:
-            return [self.label_of(text.strip())]
-        words = [word.strip() for word in next(csv.reader([text], skipinitialspace=True), [])]
-        labels = [self.label_of(word) for word in words if word]
+        names = self.classes or ()
+        if text in names or text.strip() in names:
+            return [self.label_of(text)]
+        try:
+            words = next(csv.reader([text], skipinitialspace=True), [])
+        except csv.Error:
+            raise ValueError(f"classes {text!r} are no list of names: put each name with a comma or a line break in "
+                             "double quotes") from None
+        labels = [self.label_of(word) for word in words if word.strip()]
         if not labels:
             raise ValueError("no class given")
         return labels
 
     def label_of(self, word: str) -> int:
         """The label of one class, by its name or its number; says which where a name is another class's number."""
+        names = self.classes or ()
+        word = word if word in names else word.strip()
         number = int(word) if re.fullmatch(r"[+-]?[0-9]{1,18}", word) else None
-        if self.classes and word in self.classes:
+        if word in names:
             label = self.classes.index(word)
             if number not in (None, label) and 0 <= number < self.num_classes:
                 cli.warn(f"class {word} is taken as the class of that name, whose number is {label}; number {word} is "

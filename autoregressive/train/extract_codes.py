@@ -127,11 +127,21 @@ def tell_complete(made: dict[str, Any], recipe: dict[str, Any], folder: Path) ->
     when = "image_times"
     if when not in recipe:
         print(f"{folder} is complete: nothing to do")
+    elif when not in made:  # an older version's
+        print(f"{folder} is complete: nothing to do. It does not say of which size and time the image files were, and "
+              "contents are not compared: if pictures were replaced, extract to another --code-path")
     elif made.get(when) == recipe[when]:
         print(f"{folder} is complete: nothing to do (names, sizes and times of the image files are those of then)")
     else:
         print(f"{folder} is complete: nothing to do. Names and sizes of the image files are those of then, their times "
               "are not, and contents are not compared: if pictures were replaced, extract to another --code-path")
+
+
+def tell_other_times(begun: dict[str, Any], recipe: dict[str, Any]) -> None:
+    """Warn if image files have other times than when an extraction began. `begun`: its recipe; `recipe`: as of now."""
+    if begun.get("image_times", now := recipe.get("image_times")) != now:
+        cli.warn("some image files have other times than when this extraction began, and contents are not compared: "
+                 "if pictures were replaced, extract to another --code-path")
 
 
 def main(flags: ExtractFlags) -> None:
@@ -173,7 +183,10 @@ def main(flags: ExtractFlags) -> None:
             tell_complete(read_manifest(folder), recipe, folder)
         return
 
-    rows = code_writer.layout(code_writer.extraction_recipe(folder))["part_rows"]
+    begun = code_writer.extraction_recipe(folder)
+    if process.is_main:
+        tell_other_times(begun, recipe)
+    rows = code_writer.layout(begun)["part_rows"]
     parts = [range(first, min(first + rows, count)) for first in range(0, count, rows)]
     mine = [i for i in range(process.rank, len(parts), process.world_size) if not code_writer.is_done(folder, i)]
     with tqdm(total=sum(len(parts[i]) for i in mine), desc=f"{name} codes", unit="image", mininterval=1.0,

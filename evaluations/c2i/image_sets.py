@@ -259,7 +259,8 @@ class FolderImages(ImageFile):
     """The pictures of a folder (not of folders in it), in natural order of their names: 2.png before 10.png."""
 
     def __init__(self, path: Path, reader: PictureReader) -> None:
-        names = sorted((name for name in os.listdir(path) if not is_hidden(name)), key=natural)
+        names = sorted((entry.name for entry in os.scandir(path) if not (is_hidden(entry.name) or entry.is_dir())),
+                       key=natural)
         self.files = [path / name for name in names if ending(name) in endings()]
         others = Counter(ending(name) for name in names if ending(name) not in endings())
         if not self.files:

@@ -26,14 +26,16 @@ class MonitorFlags(MetricFlags):
 class Monitor:
     """Holds the feature network and the measured reference; all processes call it with the images to evaluate."""
 
-    def __init__(self, flags: MonitorFlags, process: dist.Process, *, reconstructs: tuple[int, int] | None) -> None:
+    def __init__(self, flags: MonitorFlags, process: dist.Process, *, reconstructs: tuple[int, int] | None,
+                 exif_orientation: bool = True) -> None:
         if flags.eval_reference is None:
             raise ValueError("--eval-every needs --eval-reference: the images to compare the model's with")
         if flags.eval_images <= NEIGHBOURS:
             raise ValueError(f"--eval-images is {flags.eval_images}, expected more than {NEIGHBOURS}")
         self.metrics, self.process, self.pr_dtype = chosen_metrics(flags), process, flags.pr_dtype
-        reference = self.reference = open_image_set(flags.eval_reference)
+        reference = self.reference = open_image_set(flags.eval_reference, exif_orientation=exif_orientation)
         sha256 = dist.broadcast_object(reference.sha256() if process.is_main else None)
+        sha256 += "" if exif_orientation else " as stored"
         if reconstructs:
             if reference.stored or reference.size is None:
                 raise ValueError(f"--eval-reference {flags.eval_reference} holds statistics of a training set: give "
@@ -54,14 +56,17 @@ class Monitor:
 
     @classmethod
     def wanted(cls, flags: MonitorFlags, process: dist.Process, *,
-               reconstructs: tuple[int, int] | None = None) -> "Monitor | None":
+               reconstructs: tuple[int, int] | None = None, exif_orientation: bool = True) -> "Monitor | None":
         """A monitor if --eval-every asks for one.
 
-        `reconstructs`: it will see the reference's first images, of this size, reconstructed.
+        `reconstructs`: it will see the reference's first images, of this size, reconstructed. `exif_orientation`: turn
+        the pictures of a reference folder upright.
         """
         if flags.eval_every < 0:
             raise ValueError(f"--eval-every is {flags.eval_every}, expected steps, or 0 for never")
-        return cls(flags, process, reconstructs=reconstructs) if flags.eval_every else None
+        if not flags.eval_every:
+            return None
+        return cls(flags, process, reconstructs=reconstructs, exif_orientation=exif_orientation)
 
     def __call__(self, images: ImageSet) -> dict[str, float]:
         """{"eval_fid": …} of the metrics of --metrics."""

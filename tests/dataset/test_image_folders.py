@@ -202,6 +202,11 @@ def test_names_may_hold_commas_and_blanks():
     assert sampler.parse_classes('"tench, Tinca tinca",goldfish') == [1, 0]
     assert sampler.parse_classes('goldfish , "tench, Tinca tinca", 0,3') == [0, 1, 0, 3]
     assert sampler.parse_classes("the 'big\" one") == [2]
+    blanks = Sampler(["a", " b ", "c\nd"], 3)
+    assert blanks.parse_classes(" b ") == [1] and blanks.parse_classes("c\nd") == [2]
+    assert blanks.parse_classes('" b ", "c\nd",a ') == [1, 2, 0]
+    with pytest.raises(ValueError, match="double quotes"):
+        blanks.parse_classes("a,c\nd")
     for text, says in (("tench", "double quotes"), ("4", "out of range"), ("-1", "out of range"), (" , ", "no class"),
                        ("1.5", "unknown"), ("²", "unknown")):
         with pytest.raises(ValueError, match=says):

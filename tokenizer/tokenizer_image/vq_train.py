@@ -184,7 +184,7 @@ def main(flags: VQTrainFlags) -> None:
     check_flags(flags, world_size=process.world_size)
     if flags.finetune and flags.vq_ckpt is None:
         raise ValueError("--finetune needs --vq-ckpt")
-    monitor = Monitor.wanted(flags, process, reconstructs=flags.image_size)
+    monitor = Monitor.wanted(flags, process, reconstructs=flags.image_size, exif_orientation=flags.exif_orientation)
     data = open_images(flags)
     torch.manual_seed(flags.global_seed)
     content = {} if flags.vq_ckpt is None else containers.read(flags.vq_ckpt)

@@ -1,6 +1,8 @@
 """Extraction of codes: what the store says and holds, kills, ranks, unreadable images, other images in its place."""
+import contextlib
 import hashlib
 import json
+import os
 import shutil
 
 import numpy as np
@@ -175,6 +177,37 @@ def test_codes_of_other_images_are_not_gone_on_with(image_folder, vq_ckpt, tmp_p
     path.write_text(json.dumps(manifest))
     extract(moved)
     assert "complete: nothing to do" in capsys.readouterr().out
+
+
+def test_what_is_known_of_images_that_were_replaced_is_said(image_folder, vq_ckpt, small_parts, tmp_path, monkeypatch,
+                                                            capsys):
+    images = shutil.copytree(image_folder, tmp_path / "images")
+    picture, manifest = images / "red" / "00.jpg", tmp_path / "codes" / STORE / "manifest.json"
+
+    def said(*flags) -> str:
+        with contextlib.suppress(SystemExit):
+            call("extract", "--data-path", images, "--code-path", tmp_path / "codes", "--vq-ckpt", vq_ckpt, *TINY,
+                 *flags)
+        written = capsys.readouterr()
+        return written.out + written.err
+
+    with monkeypatch.context() as patch:
+        write = code_writer.write_part
+        patch.setattr(code_writer, "write_part", lambda folder, part, *rest: (
+            _ for _ in ()).throw(KeyboardInterrupt) if part else write(folder, part, *rest))
+        assert "other times" not in said()
+    os.utime(picture, (1, 1))  # another picture of the same size
+    assert "have other times than when this extraction began, and contents are not compared" in said()
+    assert "their times are not, and contents are not compared" in said()
+    assert "made with another exif_orientation" in said("--no-exif-orientation")
+    content = picture.read_bytes()
+    picture.write_bytes(content + b"more")
+    assert "some files have been replaced since (they have other sizes)" in said()
+    picture.write_bytes(content)
+    made = json.loads(manifest.read_text())
+    del made["image_times"], made["image_sizes"]  # as stores were before
+    manifest.write_text(json.dumps(made))
+    assert "does not say of which size and time" in said()
 
 
 def test_codes_are_not_extracted_to_a_url(image_folder, vq_ckpt, capsys):

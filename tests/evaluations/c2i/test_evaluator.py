@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from PIL import Image
 from scipy.special import rel_entr
 from torch import nn
 
@@ -87,6 +88,34 @@ def test_what_is_said_of_the_number_of_images_while_training(flags, says, stand_
             dist.Process(0, 1, torch.device("cpu")), reconstructs=None)
     warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
     assert len(warnings) == len(says) and all(text in line for text, line in zip(says, warnings, strict=True))
+
+
+def sideways_folder(folder: Path) -> Path:
+    """Five pictures that are stored sideways, a folder that is called like one, and what is hidden."""
+    (folder / "sub.png").mkdir(parents=True)
+    (folder / "._0.png").write_bytes(b"")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for i, picture in enumerate(pictures(5, seed=0)):
+        Image.fromarray(picture).save(folder / f"{i}.png", exif=exif)
+    return folder
+
+
+def test_folders_are_read_upright_or_as_stored_and_the_report_says_which(sets, tmp_path):
+    folder, stored = sideways_folder(tmp_path / "pictures"), pictures(5, seed=0)
+    for flag, expected in ((True, np.rot90(stored, -1, axes=(1, 2))), (False, stored)):
+        (_, found), = open_image_set(folder, exif_orientation=flag).batches(8)
+        np.testing.assert_array_equal(found, expected)
+        report = evaluate(sets[0], folder, *TINY, *([] if flag else ["--no-exif-orientation"]))
+        assert report["protocol"]["exif_orientation"] is flag and report["protocol"]["sample"]["images"] == 5
+
+
+def test_the_reference_of_a_training_is_read_as_its_pictures_are(stand_in, own_cache, tmp_path):
+    flags = MonitorFlags(eval_every=1, eval_reference=str(sideways_folder(tmp_path / "pictures")))
+    process = dist.Process(0, 1, torch.device("cpu"))
+    upright, stored = (Monitor.wanted(flags, process, reconstructs=(16, 16), exif_orientation=choice).measured
+                       .statistics["pooled"][0] for choice in (True, False))
+    assert not torch.allclose(upright, stored)
 
 
 def expected_distance(a: np.ndarray, b: np.ndarray) -> float:
