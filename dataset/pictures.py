@@ -3,14 +3,18 @@
 Whatever Pillow can decode comes out as 8-bit RGB, upright and opaque: turned as its EXIF orientation says, transparent
 parts on white, integers and floats scaled by their own range. Everything else is an UnreadableError with its reason.
 """
+import ctypes
 import errno
 import functools
+import logging
+import math
 import os
 import stat
 import warnings
 from pathlib import Path
 
 import numpy as np
+import PIL
 import torch
 from PIL import Image, UnidentifiedImageError
 
@@ -24,6 +28,7 @@ OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}  # says nothing ab
 ORIENTATION, PHOTOMETRIC, BITS = 0x0112, 262, 258  # tags of EXIF and TIFF
 RANGE, STATISTICS = (340, 341), (280, 281)  # tags of TIFF: smallest and largest sample, of the kind and of this picture
 WHITE_IS_ZERO = 0
+BAND = 2**20  # pixels that are scaled at a time: of a whole picture of 100 megapixels the floats would be 2.4 GB
 TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
          5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
          8: Image.Transpose.ROTATE_90}
@@ -38,6 +43,11 @@ def formats() -> tuple[str, ...]:
     """The formats that Pillow can decode here, in the order in which it tries them."""
     Image.init()
     warnings.filterwarnings("ignore", module="PIL")  # what is wrong with a picture is said in a line of ours
+    logging.getLogger("PIL").addHandler(logging.NullHandler())
+    for library in Path(PIL.__file__).parents[1].glob("[Pp]illow.libs/libtiff*"):  # in wheels for Linux
+        libtiff = ctypes.CDLL(str(library))
+        libtiff.TIFFSetErrorHandler(None)  # it would print up to a line for each row of a damaged picture
+        libtiff.TIFFSetWarningHandler(None)
     known = set(Image.registered_extensions().values()) - NO_DECODER
     return tuple(name for name in Image.ID if name in known)
 
@@ -141,30 +151,34 @@ def stored_orientation(image: Image.Image) -> int:
 
 def eight_bits(image: Image.Image) -> Image.Image:
     """RGB of a grey image of 16-bit or 32-bit integers or floats. Raises UnreadableError if its range is unknown."""
-    values = np.asarray(image).astype(np.float64)
-    if not np.isfinite(values).all():
+    values = np.asarray(image)
+    lowest, highest = float(values.min()), float(values.max())  # NaN if one is
+    if not math.isfinite(lowest + highest):
         raise UnreadableError("it holds values that are no numbers, or infinite")
-    low, high = black_and_white(image, values)
-    scaled = np.rint((values - low) * (255 / (high - low))).clip(0, 255).astype(np.uint8)
+    low, high = black_and_white(image, lowest, highest)
+    scaled = np.empty(values.shape, np.uint8)
+    step = max(1, BAND // image.width)
+    for row in range(0, len(values), step):
+        band = values[row:row + step].astype(np.float64)
+        scaled[row:row + step] = np.rint((band - low) * (255 / (high - low))).clip(0, 255)
     if white_is_zero(image):
         scaled = 255 - scaled
     return Image.fromarray(scaled).convert("RGB")
 
 
-def black_and_white(image: Image.Image, values: np.ndarray) -> tuple[float, float]:
-    """The values of an image of mode I, I;16 or F that are black and white."""
+def black_and_white(image: Image.Image, lowest: float, highest: float) -> tuple[float, float]:
+    """The values of an image of mode I, I;16 or F that are black and white; its own are `lowest` to `highest`."""
     tags = getattr(image, "tag_v2", {})
     unsigned = image.mode.startswith("I;16") and image.format != "FITS"  # whose integers Pillow takes for unsigned ones
     for pair in (RANGE,) if unsigned else (RANGE, STATISTICS):
         low, high = (number(tags.get(tag)) for tag in pair)
-        if low is not None and high is not None and low < high:
+        if low is not None and high is not None and -math.inf < low < high < math.inf:
             return low, high
     if unsigned:
         bits = number(tags.get(BITS)) or 16
         return 0.0, 2.0**bits - 1
     if image.mode == "I" and image.format in ("PNG", "PPM"):  # files of 16 bits in a wider mode
         return 0.0, 65535.0
-    lowest, highest = float(values.min()), float(values.max())
     if image.mode == "F" and lowest >= 0 and highest <= 1:
         return 0.0, 1.0
     kind = "floats" if image.mode == "F" else "integers"

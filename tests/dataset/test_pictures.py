@@ -2,7 +2,9 @@
 import io
 import os
 import struct
+import tracemalloc
 import zlib
+from pathlib import Path
 
 import numpy as np
 import PIL
@@ -95,6 +97,23 @@ def test_floats_from_0_to_1_and_of_a_range_that_the_file_states(tmp_path):
 def test_a_range_that_is_not_known_is_refused_by_name(tmp_path, values):
     path = saved(tmp_path / "a.tif", values.astype(np.int32 if values.dtype == np.int32 else np.float32))
     with pytest.raises(UnreadableError, match=r"a\.tif cannot be read as an image \(it holds (floats|integers|values)"):
+        PictureReader()(path)
+
+
+def test_a_large_picture_is_scaled_in_bands(tmp_path):
+    """4 megapixels took 128 MB of floats, more than ten times the picture."""
+    path = saved(tmp_path / "a.tif", np.tile(RAMP, (125, 125)))
+    tracemalloc.start()
+    found = grey(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    np.testing.assert_array_equal(found, np.tile(EIGHT, (125, 125)))
+    assert peak < 70e6
+
+
+def test_an_infinite_range_is_none(tmp_path):
+    path = saved(tmp_path / "a.tif", RAMP.astype(np.float32), tiffinfo=tiff_tags(smallest=0.0, largest=float("inf")))
+    with pytest.raises(UnreadableError, match="floats from 0 to 65535"):
         PictureReader()(path)
 
 
@@ -296,6 +315,20 @@ def test_damaged_files_are_one_line_or_a_picture(tmp_path, name):
     assert all(line.startswith(f"{path} cannot be read as an image (") and "\n" not in line for line in refused)
     path.write_bytes(whole)
     assert reader(path).size == image.size or name in ("ICNS", "ICO")  # which are written in sizes of their own
+
+
+@pytest.mark.parametrize("compression", ["tiff_lzw", "tiff_adobe_deflate"])
+def test_libtiff_prints_nothing_about_damaged_files(tmp_path, capfd, compression):
+    if not list(Path(PIL.__file__).parents[1].glob("[Pp]illow.libs/libtiff*")):
+        pytest.skip("this Pillow uses the system's libtiff, which prints what it likes")
+    rng = np.random.default_rng(0)
+    path = saved(tmp_path / "a.tif", rng.integers(0, 256, (64, 64, 3), dtype=np.uint8), compression=compression)
+    content = bytearray(path.read_bytes())
+    content[100:2000] = rng.bytes(1900)
+    path.write_bytes(content)
+    with pytest.raises(UnreadableError, match=r"a\.tif"):
+        PictureReader()(path)
+    assert capfd.readouterr().err == ""
 
 
 def test_a_decoder_may_raise_anything(tmp_path, monkeypatch):
