@@ -65,10 +65,10 @@ def begin(folder: Path, recipe: dict[str, Any]) -> None:
     declared, columns = (columns_of(content) for content in (existing, recipe))
     if differs == ["image_sizes"]:
         raise ValueError(f"{folder} already holds codes of these images, but some files have been replaced since (they "
-                         "have other sizes): give another --code-path or remove it")
+                         "have other sizes): give another --code-path")
     if differs or declared != columns:
         raise ValueError(f"{folder} already holds codes made with another {', '.join(differs or ['columns'])}: give "
-                         "another --code-path or remove it")
+                         "another --code-path")
     if made:
         remove_parts(folder)
     else:

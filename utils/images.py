@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from tqdm import tqdm
 
-from utils.files import replacing
+from utils.files import plain, replacing
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
@@ -36,7 +36,7 @@ def grid(images: np.ndarray, *, columns: int, labels: Sequence[str] | None = Non
         x, y = gap + (i % columns) * cell_w, gap + (i // columns) * cell_h
         sheet.paste(Image.fromarray(image), (x, y))
         if labels:
-            text = labels[i]
+            text = plain(labels[i])
             while text and pen.textlength(text, font=font) > width:
                 text = text[:-1]
             pen.text((x, y + height), text, fill="black", font=font)

@@ -22,7 +22,8 @@ def interval(text: str) -> float:
 class SampleFlags(GPTFlags, TokenizerFlags, GuidanceFlags, CompileFlags):
     """Which models, and how codes are drawn."""
 
-    from_fsdp: bool = flag(False, "--gpt-ckpt is a bare state dict (read without this flag too; with it, demanded)")
+    from_fsdp: bool = flag(False, "--gpt-ckpt is a bare state dict, or of an FSDP training of ours (read without this "
+                                  "flag too; with it, demanded)")
     precision: Precision = flag("bf16", "type of the GPT's weights; none is fp32, as is fp16 on a CPU",
                                 choices=("none", "fp16", "bf16"))
     quantize: Literal["int8", "int4"] | None = flag(None, "keep the GPT's weights in fewer bits: faster for few images "

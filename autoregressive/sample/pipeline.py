@@ -169,8 +169,9 @@ def load_gpt(flags: SampleFlags, *, device: torch.device) -> tuple[Transformer, 
         raise ValueError("--gpt-type t2i: this command takes classes")
     content = containers.read(flags.gpt_ckpt)
     state = containers.weights(content, flags.gpt_ckpt)
-    if flags.from_fsdp and state.keys() != content.keys():
-        raise ValueError(f"--from-fsdp: {flags.gpt_ckpt} is no bare state dict")
+    ours = isinstance(content.get("flags"), dict) and content["flags"].get("data_parallel") == "fsdp"
+    if flags.from_fsdp and state.keys() != content.keys() and not ours:
+        raise ValueError(f"--from-fsdp: {flags.gpt_ckpt} is no bare state dict: leave the flag out")
     if not {"cls_embedding.embedding_table.weight", "tok_embeddings.weight"} <= state.keys():
         hint = " (it looks like a tokenizer: --vq-ckpt?)" if "quantize.embedding.weight" in state else ""
         raise ValueError(f"{flags.gpt_ckpt} is no class-conditional GPT checkpoint: it has no class table "

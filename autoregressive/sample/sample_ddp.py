@@ -72,9 +72,9 @@ def choose_folder(described: dict, flags: SampleSetFlags) -> tuple[Path, str]:
     """
     root = Path(flags.sample_dir)
     folder, old = root / folder_name(described, flags), root / folder_name(described, flags, earlier=True)
-    if folder.with_name(f"{folder.name}.npz").exists() or next(folder.glob("*"), None) is not None:
+    if is_begun(folder, described):
         return folder, ""
-    if config_of(old) is not None and not differing(described, config_of(old)):
+    if is_begun(old, described):
         return old, f"going on with {old}, the name that an earlier version gave to this set; today's is {folder.name}"
     whole = {**described, "image_size_eval": described["image_size"]}
     unresized = root / folder_name(whole, flags, earlier=True)
@@ -84,6 +84,12 @@ def choose_folder(described: dict, flags: SampleSetFlags) -> tuple[Path, str]:
                         f"they are now resized to {described['image_size_eval'][0]}, as by LlamaGen. To go on with "
                         f"that folder, give --image-size-eval {side}")
     return folder, ""
+
+
+def is_begun(folder: Path, described: dict) -> bool:
+    """Whether a folder is that of the described set, or only its npz is left."""
+    found, store = config_of(folder), SampleStore(folder, described, size=tuple(described["image_size_eval"]))
+    return store.is_ours(store.npz) if found is None else not differing(described, found)
 
 
 def config_of(folder: Path) -> dict | None:

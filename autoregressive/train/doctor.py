@@ -32,6 +32,7 @@ from dataset.codes import CodeStore, CorruptShards, StoreFlags
 from tokenizer.build import ImageTokenizer, TokenizerFlags, decode_images, describe_tokenizer, load_tokenizer
 from utils import cli, dist, images
 from utils.cli import flag
+from utils.files import plain
 from utils.options import OutputFlags, RecipeFlags, SeedFlags
 from utils.training.flags import RateFlags
 from utils.training.logger import read_metrics
@@ -292,7 +293,7 @@ def main(doctor_flags: DoctorFlags) -> None:
         images.save_png(folder / "codes.png", decoded(store, sample, tokenizer))
     plot(folder, store, sample, run)
     for finding in found:
-        print(f"{finding.grade:<8}{finding.topic:<12}{finding.text}")
+        print(f"{finding.grade:<8}{finding.topic:<12}{plain(finding.text)}")
     print(f"pictures: {folder}")
     if run:
         print(f"verdict: {conclusion(run, found, sample.entropy)}")

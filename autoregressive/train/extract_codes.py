@@ -34,6 +34,7 @@ from tokenizer.build import TokenizerFlags, check_image_size, describe_tokenizer
 from tokenizer.tokenizer_image.vq_model import VQModel
 from utils import cli, dist, images
 from utils.cli import flag
+from utils.files import plain
 from utils.options import BatchFlags, RecipeFlags, SeedFlags, WorkerFlags
 
 DEBUG_IMAGES = 64
@@ -203,7 +204,7 @@ def main(flags: ExtractFlags) -> None:
     if process.is_main:
         manifest = code_writer.finish(folder, len(parts))
         skipped = manifest["skipped"]
-        more = f"; {len(skipped)} unreadable images left out, such as {skipped[0]}" if skipped else ""
+        more = f"; {len(skipped)} unreadable images left out, such as {plain(skipped[0])}" if skipped else ""
         print(f"{manifest['count']} images x {views} views of {grid[0]}x{grid[1]} codes in {folder}{more}")
     dist.barrier()
 

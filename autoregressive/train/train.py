@@ -130,7 +130,7 @@ def corrupt(codes: Tensor, share: float, *, vocab_size: int) -> Tensor:
 
 
 def open_codes(flags: GPTTrainFlags) -> CodeStore:
-    """The store of --code-path, checked against the flags that describe_tokenizer it."""
+    """The store of --code-path, checked against the flags that describe it."""
     grid = subfolder = None
     if flags.image_size is not None:
         height, width = flags.image_size

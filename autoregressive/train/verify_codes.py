@@ -19,6 +19,7 @@ from dataset.code_manifest import Column, same_tokenizer, tokenizer_name
 from dataset.codes import StoreFlags, open_stores
 from tokenizer.build import TokenizerFlags, decode_images, describe_tokenizer, load_tokenizer
 from utils import cli, dist, images
+from utils.files import plain
 from utils.options import SeedFlags
 
 ROWS = 24
@@ -45,7 +46,7 @@ def main(flags: VerifyFlags) -> None:
     rng = np.random.default_rng(flags.global_seed)
     rows = np.sort(rng.choice(len(store.labels), min(ROWS, len(store.labels)), replace=False))
     for name, column in store.columns.items():
-        print(f"column {name}, {describe(column, store.column(name, rows))}")
+        print(f"column {plain(name)}, {describe(column, store.column(name, rows))}")
     if tokenizer is None:
         return
     codes = torch.from_numpy(store.read(rows, rng.integers(store.views, size=len(rows)))).to(process.device)

@@ -34,7 +34,7 @@ from dataset.loader import PassedOver
 from dataset.pictures import UnreadableError
 from utils import cli, dist
 from utils.cli import flag
-from utils.files import file_hash, replacing
+from utils.files import file_hash, plain, replacing
 from utils.images import to_float
 from utils.options import OutputFlags, SeedFlags
 from utils.seeding import derive_seed
@@ -179,12 +179,13 @@ def evaluate_samples(
 
 def format_table(result: dict) -> str:
     """Lay out what `evaluate_samples` returned as one line per class, with the classes most often seen instead."""
-    names = list(result["per_class"])
+    names = [plain(name) for name in result["per_class"]]
     lines = [f"{'class':<12}{'held-out':>10}{'samples':>10}{'count':>7}   taken for"]
-    for i, (name, row) in enumerate(result["per_class"].items()):
+    for i, row in enumerate(result["per_class"].values()):
         wrong = sorted(((n, names[j]) for j, n in enumerate(result["confusion"][i]) if n and j != i), reverse=True)
         shares = (f"{'-' if row[key] is None else format(row[key], '.1%'):>10}" for key in ("heldout", "samples"))
-        lines.append(f"{name:<12}{''.join(shares)}{row['count']:>7}   {', '.join(f'{n} {c}' for n, c in wrong[:3])}")
+        taken = ", ".join(f"{n} {c}" for n, c in wrong[:3])
+        lines.append(f"{names[i]:<12}{''.join(shares)}{row['count']:>7}   {taken}")
     lines.append(f"{'all':<12}{result['heldout_accuracy']:>10.1%}{result['sample_accuracy']:>10.1%}")
     return "\n".join(lines)
 

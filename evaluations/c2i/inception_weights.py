@@ -5,7 +5,6 @@ without TensorFlow: the tensorboard package brings its message format. Nothing i
 """
 import hashlib
 import os
-import sys
 import warnings
 import zipfile
 from collections.abc import Iterator
@@ -18,11 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from evaluations.c2i.inception import FIDInception
-from utils import files
+from utils import cli, files
 from utils.checkpoints import containers
 from utils.checkpoints.damage import WRONG_CONTENT
 from utils.cli import flag
-from utils.dist import env_rank
 from utils.files import first_line, what_it_is
 
 VARIABLE = "LLAMAGEN_INCEPTION"
@@ -94,9 +92,9 @@ def load_inception(path: str | Path | None, *, device: torch.device) -> tuple[FI
     described = {"file": path.name, "format": kind, "sha256": files.file_hash(path)}
     digest = hashlib.md5(path.read_bytes()).hexdigest() if kind == GRAPH else described["sha256"]
     described["known"] = KNOWN.get(digest, "no")
-    if digest not in KNOWN and env_rank() == 0:
-        print(f"warning: {path} (sha256 {described['sha256'][:12]}…) is none of the published Inception files: the "
-              "numbers compare with each other, but not with published ones", file=sys.stderr)
+    if digest not in KNOWN:
+        cli.warn(f"{path} (sha256 {described['sha256'][:12]}…) is none of the published Inception files: the "
+                 "numbers compare with each other, but not with published ones")
     described["weights_sha256"] = weights_hash(network)
     network = network.eval().requires_grad_(False).to(device)
     return network.to(memory_format=torch.channels_last), described

@@ -192,3 +192,11 @@ def test_report_of_an_unfinished_run_says_what_is_missing(run_dir, capsys):
     assert caught.value.code == 2
     assert "run scripts/quickstart.sh to its end" in capsys.readouterr().err
     assert not (run_dir / "report.html").exists()
+
+
+def test_the_table_spells_out_control_characters():
+    row = {"heldout": 1.0, "samples": 0.0, "count": 2}
+    result = {"per_class": {"a\x1b[31m": row, "two\nlines": row}, "confusion": [[0, 2], [2, 0]],
+              "heldout_accuracy": 1.0, "sample_accuracy": 0.0}
+    table = class_accuracy.format_table(result)
+    assert "\x1b" not in table and len(table.splitlines()) == 4 and r"2 a\x1b[31m" in table

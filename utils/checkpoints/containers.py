@@ -20,10 +20,19 @@ from utils.checkpoints import sharded
 from utils.checkpoints.damage import is_damage, unreadable
 from utils.checkpoints.file_index import INDEX_END, check_file, homes_of, index_of, index_over
 from utils.checkpoints.lora import merge_lora
-from utils.files import exists, file_hash, first_line, replacing
+from utils.files import exists, file_hash, first_line, replacing, what_it_is
 from utils.finite import check_finite
 
 SINGLE = ("model.safetensors", "consolidated.pth", "pytorch_model.bin", "diffusion_pytorch_model.safetensors")
+CONFIG_VALUES = {  # what a config in our form may say, and a stranger may have written
+    **dict.fromkeys(("gpt_model", "vq_model"), ("a name", lambda value: isinstance(value, str))),
+    **dict.fromkeys(("codebook_size", "codebook_embed_dim"),
+                    ("a whole number", lambda value: type(value) is int and value > 0)),
+    "grid": ("two whole numbers", lambda value: isinstance(value, list | tuple) and len(value) == 2 and all(
+        type(side) is int and side > 0 for side in value)),
+    "classes": ("a list of names", lambda value: isinstance(value, list) and all(
+        isinstance(name, str) for name in value)),
+}
 WEIGHT_KEYS = ("ema", "model", "module", "state_dict")  # in order of preference
 
 # Checkpoints of old pytorch-lightning (taming-transformers') name this class as a key. An empty one stands in for it.
@@ -50,18 +59,28 @@ def read(path: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(f"no checkpoint at {path}")
     if path.is_dir():
         if sharded.is_sharded(path):
-            return sharded.read_folder(path)
+            return with_sound_config(sharded.read_folder(path), path)
         inside = single_file(path) or index_of(path)
         if inside is None:
             raise FileNotFoundError(f"no checkpoint in the folder {path}: expected {sharded.STATE}, {SINGLE[0]}, "
                                     f"{', '.join(SINGLE[1:])} or *{INDEX_END}, or a run's folder")
         path = inside
     if path.name.endswith(INDEX_END):
-        return described(path, read_files_of(path))
+        return with_sound_config(described(path, read_files_of(path)), path)
     index = index_over(path)
     if index is not None:
         raise ValueError(f"{path} is one of several files of a checkpoint: give {index}")
-    return read_file(path)
+    return with_sound_config(read_file(path), path)
+
+
+def with_sound_config(content: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The content. Raises ValueError if its config, where it is in our form, has values that can mean nothing."""
+    config = saved_config(content)
+    for key in CONFIG_VALUES.keys() & config.keys() if "kind" in config else ():
+        expected, is_sound = CONFIG_VALUES[key]
+        if config[key] is not None and not is_sound(config[key]):
+            raise ValueError(f"the config of {path} says that its {key} is {config[key]!r:.60}, expected {expected}")
+    return content
 
 
 def single_file(folder: Path) -> Path | None:
@@ -111,7 +130,11 @@ def is_safetensors(path: Path) -> bool:
 def described(path: Path, state: dict[str, Tensor]) -> dict[str, Any]:
     """A state dict with what a config.json of ours beside its file says of it."""
     beside = path.with_name("config.json")
-    config = json.loads(beside.read_text()) if beside.is_file() else {}
+    try:
+        config = json.loads(beside.read_text()) if beside.is_file() else {}
+    except (ValueError, RecursionError) as error:
+        found = what_it_is(beside) or f"damaged ({first_line(error)})"
+        raise ValueError(f"{beside}, which describes {path.name}, is {found}") from None
     return {"model": state, "config": config} if isinstance(config, dict) and "kind" in config else state
 
 
@@ -126,7 +149,7 @@ def _can_be_mapped(path: Path) -> bool:
 def weights(content: dict[str, Any], source: str | Path, *, prefer: tuple[str, ...] = WEIGHT_KEYS) -> dict[str, Tensor]:
     """The state dict inside a container, wrapper prefixes removed, LoRA merged. ValueError when there is none."""
     inner: Any = next((content[key] for key in prefer if isinstance(content.get(key), dict)), content)
-    state = {name: value for name, value in inner.items() if isinstance(value, Tensor)}
+    state = {name: value for name, value in inner.items() if isinstance(name, str) and isinstance(value, Tensor)}
     if not state or len(state) != len(inner):
         raise ValueError(f"{source} holds no model weights: its keys are {', '.join(map(str, list(content)[:8]))}")
     for prefix in ("module.", "_orig_mod.", "module."):  # DDP, compile, and the one in the other

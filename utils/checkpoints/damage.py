@@ -50,8 +50,8 @@ def unreadable(path: Path, error: Exception) -> str:
     if found is not None:
         return f"{path} is {found}"
     if isinstance(error, pickle.UnpicklingError):
-        lines = [line for line in str(error).splitlines() if re.search("error: |GLOBAL|Unsupported", line)]
-        reason = first_line(ValueError(*lines[:1] or [error]))[:160]
+        said = re.split(r"error:\s*", str(error))[-1].split(" Please use ")[0]  # torch's advice is to trust the file
+        reason = first_line(ValueError(said)).rstrip(".")[:160]
         return f"{path} is refused: it is damaged, or no checkpoint ({reason})"
     return f"{path} cannot be read as a checkpoint: {first_line(error)[:200]}"
 

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from utils import dist
 from utils.checkpoints.damage import DamagedError, is_damage
-from utils.files import exists, file_hash, first_line, names_in
+from utils.files import exists, file_hash, first_line, names_in, what_it_is
 
 FORMAT = "llamagen-checkpoint-1"
 FACTS = {"steps": int, "config": dict, "files": dict}  # what state.json must have, of which type
@@ -116,8 +116,15 @@ def read_facts(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise DamagedError(f"{path / STATE} is missing") from None
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:  # odd JSON raises any of them
-        raise DamagedError(f"{path / STATE} is damaged ({first_line(error)[:200]})") from None
+        reason = _what_became(path / STATE, first_line(error)[:200])
+        raise DamagedError(f"{path / STATE} is damaged ({reason})") from None
     return facts
+
+
+def _what_became(path: Path, otherwise: str = "changed") -> str:
+    """What a damaged file is now, where that says more: files of a repository may be Git LFS pointers."""
+    found = what_it_is(path) or ""
+    return found if found.startswith(("a Git LFS", "an HTML", "empty", "nothing but")) else otherwise
 
 
 def check_files(path: Path, *, rank: int = 0, world_size: int = 1) -> None:
@@ -131,7 +138,7 @@ def check_files(path: Path, *, rank: int = 0, world_size: int = 1) -> None:
             if not exists(path / name):
                 raise DamagedError(f"{path} is damaged: {name} is missing")
             if file_hash(path / name) != expected:
-                raise DamagedError(f"{path} is damaged: {name} is changed")
+                raise DamagedError(f"{path} is damaged: {name} is {_what_became(path / name)}")
         unknown = shard_files(SafeReader(path).read_metadata()) - recorded.keys()
         if unknown:
             raise DamagedError(f"{path} is damaged: {min(unknown)} is missing")

@@ -1,5 +1,7 @@
 """The sampling commands: the same pictures for any batch and number of processes, and refusals in one line."""
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -255,6 +257,19 @@ def test_a_set_has_llamagens_name(models, gpt_ckpt, vq_ckpt, tmp_path):
         assert sample_set(tmp_path / str(i), *foreign, path).name == f"GPT-S-my.run-{settings}-seed-0"
 
 
+def test_what_our_fsdp_training_wrote_is_sampled_with_llamagens_flag(models, gpt_ckpt, tmp_path, capsys):
+    step = tmp_path / "run" / "checkpoints" / "0000009"
+    shutil.copytree(gpt_ckpt, step)
+    facts = json.loads((step / "state.json").read_text())
+    facts["flags"]["data_parallel"] = "fsdp"
+    (step / "state.json").write_text(json.dumps(facts))
+    given = ["--num-fid-samples", 1, "--from-fsdp", "--gpt-ckpt", step]
+    assert sample_set(tmp_path / "samples", *models, *given).name.startswith("GPT-S-0000009-")
+    torch.save({"model": containers.read(gpt_ckpt)["model"]}, tmp_path / "ddp.pt")
+    said = refused(capsys, sample_set, tmp_path, *models, "--from-fsdp", "--gpt-ckpt", tmp_path / "ddp.pt")
+    assert "ddp.pt is no bare state dict: leave the flag out" in said
+
+
 def test_a_set_that_an_earlier_version_began_is_gone_on_with(models, tmp_path, capsys):
     folder = sample_set(tmp_path, *models, "--num-fid-samples", 3)
     old = folder.with_name(folder.name.replace("-seed-", "-random-seed-"))
@@ -266,6 +281,18 @@ def test_a_set_that_an_earlier_version_began_is_gone_on_with(models, tmp_path, c
     assert f"going on with {old}" in said and "finished already, nothing to sample" in said
     assert sample_set(tmp_path, *models, "--num-fid-samples", 4) == old
     assert "1 sampled" in capsys.readouterr().out
+    # images of LlamaGen, which have today's name, and a removed folder of PNGs change nothing
+    folder.mkdir()
+    (folder / "000000.png").write_bytes((old / "000000.png").read_bytes())
+    cli.run(sample_ddp.main, sample_ddp.SampleSetFlags,
+            ["--sample-dir", str(tmp_path), *models, "--num-fid-samples", "4"])
+    assert f"going on with {old}" in capsys.readouterr().out
+    shutil.rmtree(folder)
+    kept = (old / "config.json").read_text()
+    shutil.rmtree(old)
+    capsys.readouterr()
+    assert sample_set(tmp_path, *models, "--num-fid-samples", 4) == old
+    assert "nothing to sample" in capsys.readouterr().out and (old / "config.json").read_text() == kept
     # one that was made in another way is another set
     (old / "config.json").write_text((old / "config.json").read_text().replace('"dtype": "torch', '"dtype": "other'))
     cli.run(sample_ddp.main, sample_ddp.SampleSetFlags,

@@ -11,13 +11,14 @@ import torch
 from PIL import Image
 from torchvision.transforms.functional import ten_crop, to_tensor
 
-from autoregressive.train import extract_codes
+from autoregressive.train import doctor, extract_codes
 from dataset import code_check, code_writer, codes
 from dataset.augmentation import center_crop, code_views
 from dataset.image_folders import class_tree
 from tests.conftest import TINY, TINY_GPT, call, write_images
 from tests.dataset.codes import STORE, content, every_code
 from tokenizer.build import TokenizerFlags, encode_images, fingerprint, load_tokenizer
+from utils import cli
 from utils.images import to_float
 
 
@@ -273,3 +274,19 @@ def test_images_need_not_be_square(extract, tmp_path):
          "--results-dir", tmp_path / "results")
     config = json.loads((tmp_path / "results" / "000-GPT-S" / "config.json").read_text())
     assert config["model"]["grid"] == [4, 6]
+
+
+def test_names_of_strangers_folders_do_nothing_to_a_terminal_and_end_no_command(vq_ckpt, tmp_path, capsys):
+    root = write_images(tmp_path / "images", count=4)
+    for name, path in zip(("a\x1b[31mred", "two\nlines", "turned\u202eround"), sorted(root.iterdir()), strict=True):
+        (path / "br\x1b[33moken.png").write_bytes(b"x")
+        path.rename(root / name)
+    given = ["--vq-ckpt", vq_ckpt, "--code-path", tmp_path / "codes"]
+    call("extract", "--data-path", root, *given, *TINY)
+    call("verify", *given)
+    with pytest.raises(SystemExit):  # random codes are found to be a problem
+        cli.run(doctor.main, doctor.DoctorFlags, [str(word) for word in (*given, "--output", tmp_path / "doctor")])
+    call("train_gpt", *given, "--results-dir", tmp_path / "results", *TINY_GPT, "--epochs", 1)
+    said = "".join(capsys.readouterr())
+    assert r"br\x1b[33moken.png" in said and "pictures: " in said
+    assert not [letter for letter in said.replace("\x1b[A", "") if letter in "\x1b\u202e\a"]

@@ -1,12 +1,15 @@
 """Checkpoints: every container read strictly and safely, ours written whole or not at all."""
 import argparse
 import gzip
+import json
 import pickle
 import random
 import resource
+import shutil
 import stat
 import zipfile
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -136,6 +139,54 @@ def test_a_file_that_is_something_else_is_called_that(name, content, said, tmp_p
     path.write_bytes(content)
     with pytest.raises(ValueError, match=rf"{path.name} is {said}"):
         containers.read(path if path.parent == tmp_path else path.parent)
+
+
+@pytest.mark.parametrize(("content", "said"), [
+    (pickle.dumps({"a": 1}, protocol=4), "Unsupported operand"), (b"\xd5" * 99, "Unsupported operand 213")])
+def test_the_reason_is_torchs_own_without_its_advice(content, said, tmp_path):
+    (tmp_path / "x.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"x\.pt is refused: it is damaged, or no checkpoint \({said}"):
+        containers.read(tmp_path / "x.pt")
+    torch.save({"model": np.zeros(3)}, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=r"GLOBAL numpy.*_reconstruct was not an allowed global by default\)$"):
+        containers.read(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize(("content", "said"), [(POINTER, "a Git LFS pointer"), (PAGE, "an HTML page"), ("", "empty")])
+def test_of_a_checkpoint_in_a_folder_the_wrong_file_is_named(content, said, vq_ckpt, tmp_path):
+    exported, trained = tmp_path / "exported", shutil.copytree(vq_ckpt, tmp_path / vq_ckpt.name)
+    exported.mkdir()
+    save_file(small().state_dict(), exported / "model.safetensors")
+    (exported / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=rf"config\.json, which describes model\.safetensors, is {said}"):
+        containers.read(exported)
+    shard = min(trained.glob("*.distcp"))
+    shard.write_text(content)
+    with pytest.raises(ValueError, match=rf"{shard.name} is {said}"):
+        containers.read(trained)
+    (trained / "state.json").write_text(content)
+    with pytest.raises(ValueError, match=rf"state\.json is damaged \({said}"):
+        containers.read(trained)
+
+
+@pytest.mark.parametrize(("key", "value"), [
+    ("codebook_size", "x"), ("codebook_embed_dim", -8), ("vq_model", 5), ("gpt_model", ["GPT-S"]), ("grid", "x"),
+    ("grid", [6]), ("grid", [6, 6.5]), ("grid", 5), ("classes", 5), ("classes", [1, 2])])
+def test_a_config_that_can_mean_nothing_is_refused(key, value, tmp_path):
+    save_file(small().state_dict(), tmp_path / "model.safetensors")
+    torch.save({"model": small().state_dict(), "config": {"kind": "gpt", key: value}}, tmp_path / "x.pt")
+    for content in ({key: value}, {"kind": "gpt", key: None}):  # no config of ours, and nothing said
+        (tmp_path / "config.json").write_text(json.dumps(content))
+        containers.read(tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"kind": "gpt", key: value}))
+    for path in (tmp_path / "model.safetensors", tmp_path / "x.pt"):
+        with pytest.raises(ValueError, match=rf"the config of .*{path.name} says that its {key} is .*, expected"):
+            containers.read(path)
+
+
+def test_names_that_are_no_texts_are_no_weights():
+    with pytest.raises(ValueError, match=r"x holds no model weights: its keys are 3"):
+        containers.weights({3: torch.ones(1)}, "x")
 
 
 def test_an_archive_of_something_else_is_called_that(tmp_path):
