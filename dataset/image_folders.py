@@ -174,25 +174,26 @@ class Search:
         return True
 
     def passed_over(self, folder: Path) -> str:
-        """" (passed over: 3 files .txt)" of what lies in a folder beside its pictures."""
+        """" (passed over: 3 files: .txt 3)" of what lies in a folder beside its pictures."""
         found = told_endings(self.others.get(str(folder), Counter()))
         return f" (passed over: {found})" if found else ""
 
     def tell(self) -> None:
         """Say in one line what was passed over."""
         others = told_endings(sum(self.others.values(), Counter()))
-        said = [f"{len(names)} {what} ({', '.join(names[:NAMED])}{', …' if len(names) > NAMED else ''})"
-                for names, what in ((self.hidden, "hidden or system files and folders"),
+        said = [f"{what} ({len(names)}: {', '.join(names[:NAMED])}{', …' if len(names) > NAMED else ''})"
+                for names, what in ((self.hidden, "what is hidden or a system's own"),
                                     (self.links, "links to folders that are visited anyway")) if names]
-        said += [f"{others}, which are no pictures or in no class folder"] if others else []
+        said += [f"what is no picture or in no class folder ({others})"] if others else []
         if said:
             cli.warn(f"passed over below {self.root}: {'; '.join(said)}", kind="note")
 
 
 def told_endings(counts: Counter[str]) -> str:
-    """"5 files (.txt 3, .npy 2)"; empty for none."""
+    """"5 files: .txt 3, .npy 2"; empty for none."""
     most = ", ".join(f"{name or 'no ending'} {count}" for name, count in counts.most_common(2 * NAMED))
-    return f"{counts.total()} files ({most}{', …' if len(counts) > 2 * NAMED else ''})" if counts else ""
+    files = "1 file" if counts.total() == 1 else f"{counts.total()} files"
+    return f"{files}: {most}{', …' if len(counts) > 2 * NAMED else ''}" if counts else ""
 
 
 def is_hidden(name: str) -> bool:

@@ -117,10 +117,25 @@ def encode_part(tokenizer: VQModel, batches: Iterable[Batch], *, device: torch.d
     return (np.concatenate(parts) if parts else np.empty((0, 0, 0))), read, broken
 
 
-def image_names(data: ImageDataset, count: int, *, root: str | None) -> str:
-    """Hash of the first `count` images' names below `root`: another for other images, not for a moved folder."""
-    above = "" if root is None else str(Path(root))
-    return code_writer.names_hash(data.name(index).removeprefix(above) for index in range(count))
+def store_recipe(flags: ExtractFlags, data: ImageDataset, *, crop_range: float,
+                 grid: tuple[int, int]) -> dict[str, Any]:
+    """What a store of these images is made by, for its manifest; without the tokenizer.
+
+    The hash of the names is another for other images, not for a moved folder. Only rank 0 asks the disk for the files'
+    sizes and times.
+    """
+    above = "" if flags.data_path is None else str(Path(flags.data_path))
+    recipe = {"format": FORMAT, "dataset": flags.dataset, "images": len(data),
+              "image_names": code_writer.names_hash(data.name(i).removeprefix(above) for i in range(len(data))),
+              "image_size": list(flags.image_size), "exif_orientation": flags.exif_orientation, "grid": list(grid),
+              "views": (5 if flags.ten_crop else 1) * (1 + flags.mirror),
+              "crop": {"ten_crop": flags.ten_crop, "range": crop_range, "mirror": flags.mirror},
+              "classes": data.classes}
+    if isinstance(data, ImageFiles) and dist.env_rank() == 0:
+        recipe |= data.states()
+    if flags.debug:
+        recipe["debug"] = {"images": DEBUG_IMAGES, "global_seed": flags.global_seed}
+    return recipe
 
 
 def tell_complete(made: dict[str, Any], recipe: dict[str, Any], folder: Path) -> None:
@@ -163,19 +178,10 @@ def main(flags: ExtractFlags) -> None:
     if flags.debug and len(data) > DEBUG_IMAGES:
         data = DrawnImages(data, DEBUG_IMAGES, seed=flags.global_seed)
     count = len(data)
-    views = (5 if flags.ten_crop else 1) * (1 + flags.mirror)
     size = "x".join(map(str, flags.image_size if flags.image_size[0] != flags.image_size[1] else flags.image_size[:1]))
     folder = Path(flags.code_path) / f"{flags.dataset}{size}_codes"
-    recipe = {"format": FORMAT, "dataset": flags.dataset, "images": count,
-              "image_names": image_names(data, count, root=flags.data_path), "image_size": list(flags.image_size),
-              "grid": list(grid), "views": views,
-              "exif_orientation": flags.exif_orientation,
-              **(data.states() if process.is_main and isinstance(data, ImageFiles) else {}),
-              "crop": {"ten_crop": flags.ten_crop, "range": crop_range, "mirror": flags.mirror},
-              "dtype": str(code_writer.code_dtype(tokenizer.codebook_size)),
-              "classes": data.classes, "tokenizer": describe_tokenizer(name, tokenizer)}
-    if flags.debug:
-        recipe["debug"] = {"images": DEBUG_IMAGES, "global_seed": flags.global_seed}
+    recipe = store_recipe(flags, data, crop_range=crop_range, grid=grid) | {
+        "dtype": str(code_writer.code_dtype(tokenizer.codebook_size)), "tokenizer": describe_tokenizer(name, tokenizer)}
     if process.is_main:
         code_writer.begin(folder, recipe)
     dist.barrier()
@@ -187,7 +193,7 @@ def main(flags: ExtractFlags) -> None:
     begun = code_writer.extraction_recipe(folder)
     if process.is_main:
         tell_other_times(begun, recipe)
-    rows = code_writer.layout(begun)["part_rows"]
+    rows, views = code_writer.layout(begun)["part_rows"], recipe["views"]
     parts = [range(first, min(first + rows, count)) for first in range(0, count, rows)]
     mine = [i for i in range(process.rank, len(parts), process.world_size) if not code_writer.is_done(folder, i)]
     with tqdm(total=sum(len(parts[i]) for i in mine), desc=f"{name} codes", unit="image", mininterval=1.0,

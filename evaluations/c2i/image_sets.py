@@ -264,14 +264,14 @@ class FolderImages(ImageFile):
         self.files = [path / name for name in names if ending(name) in endings()]
         others = Counter(ending(name) for name in names if ending(name) not in endings())
         if not self.files:
-            beside = f", but {told_endings(others)}" if others else ""
+            beside = f" (but {told_endings(others)})" if others else ""
             raise ValueError(f"{path} holds no images{beside}: expected PNGs (for a tree of folders build a reference "
                              "with evaluations/c2i/reference.py)")
         self.reader = reader
         super().__init__(f"{path.resolve().name}/", len(self.files), self.pixels(self.files[0]).shape[:2])
         self.path = path
         if others:
-            self.notes.append(f"passed over in {path}: {told_endings(others)}, which are no pictures")
+            self.notes.append(f"passed over in {path} what is no picture ({told_endings(others)})")
         lossy = sum(ending(file.name) in LOSSY for file in self.files)
         if lossy:
             self.notes.append(f"{lossy} of {self.count} files in {path} are lossy (such as JPEG): compression moves "

@@ -47,7 +47,7 @@ def test_hidden_and_system_folders_are_no_classes_and_said_once(tree, capsys):
     assert names(data) == HERE
     said = capsys.readouterr().err
     assert said.count("\n") == 1
-    assert f"{2 * len(left_behind) + 2} hidden or system files and folders" in said
+    assert f"what is hidden or a system's own ({2 * len(left_behind) + 2}: " in said
     assert len(flat_folder(tree)) == 6
 
 
@@ -68,7 +68,7 @@ def test_links_lead_nowhere_twice(tree, link, target, capsys):
     targets = {"root": tree, "above": tree.parent, "far above": "/", "pears": tree / "pears", "itself": place.parent}
     place.symlink_to(targets[target], target_is_directory=True)
     assert names(class_tree(tree)) == HERE
-    assert "1 links to folders that are visited anyway" in capsys.readouterr().err
+    assert "links to folders that are visited anyway (1: " in capsys.readouterr().err
     assert len(flat_folder(tree)) == 6
 
 
@@ -101,16 +101,16 @@ def test_every_ending_that_pillow_reads_counts_and_the_rest_is_said(tree, capsys
         "0.png", "1.png", "2.png", "w.JPG", "x.jfif", newest, "z.tga"]
     check_readable(data)
     said = capsys.readouterr().err
-    assert "4 files (" in said and ".txt 1" in said and "no ending 1" in said and ".png 1" in said
+    assert "4 files: " in said and ".txt 1" in said and "no ending 1" in said and ".png 1" in said
 
 
 def test_a_folder_without_pictures_says_what_it_holds(tree):
     (tree / "quinces").mkdir()
     (tree / "quinces" / "0.npy").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"quinces holds no pictures \(passed over: 1 files \(\.npy 1\)\)") as caught:
+    with pytest.raises(ValueError, match=r"quinces holds no pictures \(passed over: 1 file: \.npy 1\)") as caught:
         class_tree(tree)
     assert "remove" not in str(caught.value)
-    with pytest.raises(ValueError, match=r"no images below .*passed over: 1 files"):
+    with pytest.raises(ValueError, match=r"no images below .*passed over: 1 file: "):
         flat_folder(tree / "quinces")
 
 
