@@ -147,6 +147,7 @@ class Tally:
 
     def __init__(self, images: ImageSet, wanted: set[str], *, device: torch.device, seed: int) -> None:
         self.images, self.wanted, self.device = images, wanted, device
+        self.statistics_wanted = wanted & {"pooled", "spatial"}
         self.count = 0
         self.dims: dict[str, int] = {}
         self.statistics: dict[str, FeatureStatistics] = {}
@@ -162,7 +163,7 @@ class Tally:
         if not bool(features.pooled.isfinite().all()):
             raise ValueError(f"{self.images.name}: features of images {indices[0]} to {indices[-1]} are not finite")
         places = torch.from_numpy(indices)
-        for name in self.wanted & {"pooled", "spatial"}:
+        for name in self.statistics_wanted:
             values = getattr(features, name)
             self.dims[name] = values.shape[1]
             self.statistics.setdefault(name, FeatureStatistics(self.dims[name], device=self.device)).update(values)
@@ -177,9 +178,12 @@ class Tally:
         result = Measured(int(dist.total(torch.tensor(self.count, device=self.device))))
         if not result.count:
             raise ValueError(f"none of the {self.images.count} images of {self.images.name} can be read")
+        if result.count == 1 and self.statistics_wanted:
+            raise ValueError(f"{self.images.name} has 1 image that can be read, expected at least 2: statistics are of "
+                             "several")
         for dims in dist.gather_lists([self.dims]):  # this process may have had no image
             self.dims |= dims
-        for name in sorted(self.wanted & {"pooled", "spatial"}):
+        for name in sorted(self.statistics_wanted):
             values = self.statistics.get(name) or FeatureStatistics(self.dims[name], device=self.device)
             values.merge()
             result.statistics[name] = values.mean(), values.covariance()

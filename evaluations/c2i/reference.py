@@ -69,8 +69,6 @@ def main(flags: ReferenceFlags) -> None:
         raise ValueError("--keep-images and --per-proc-batch-size must be at least 1")
     data = build_dataset(flags.dataset, flags.data_path, size=flags.image_size,
                          exif_orientation=flags.exif_orientation)
-    if len(data) < 2:
-        raise ValueError(f"--data-path {flags.data_path} holds 1 image, expected at least 2: statistics are of several")
     network = inception_network(flags.inception, device=process.device)
     images = DatasetImages(data, flags.image_size, name=flags.data_path or flags.dataset, num_workers=flags.num_workers)
     measured = measure(images, network, process, wanted={"pooled", "spatial"}, batch=flags.per_proc_batch_size,

@@ -109,11 +109,12 @@ def test_features_that_are_not_finite_are_no_number(sets, capsys):
     refused(capsys, "are not finite", *sets, "--features", "tests.evaluations.stand_ins:not_finite")
 
 
-def test_a_reference_of_one_image_is_refused(tmp_path, capsys):
+def test_a_reference_of_one_image_is_refused(stand_in, tmp_path, capsys):
     save_png(tmp_path / "images" / "a" / "0.png", pictures(1, seed=0)[0])
+    (tmp_path / "images" / "a" / "1.png").write_bytes(b"broken")
     with pytest.raises(SystemExit):
         call("reference", "--data-path", tmp_path / "images", "--image-size", 16, "--output", tmp_path / "made.npz")
-    assert "images holds 1 image, expected at least 2" in capsys.readouterr().err
+    assert "images has 1 image that can be read, expected at least 2" in capsys.readouterr().err
 
 
 def test_presets_refuse_each_others_reference(stand_in, tmp_path, capsys):
