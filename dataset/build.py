@@ -86,6 +86,12 @@ def build_dataset(name: str, data_path: str | None, *, size: tuple[int, int],
     return FOLDERS[name](data_path, reader=PictureReader(exif_orientation=exif_orientation))
 
 
+def flagged_dataset(flags: DataFlags, *, size: tuple[int, int] | None = None) -> ImageDataset:
+    """The data set that the flags ask for; emoji of `size`, else of --image-size."""
+    return build_dataset(flags.dataset, flags.data_path, size=size or flags.image_size,
+                         exif_orientation=flags.exif_orientation)
+
+
 def _openimage(root: str, *, reader: PictureReader) -> ImageDataset:
     """The list that LlamaGen's tools/openimage_json.py writes: in the folder of images, or beside it."""
     inside, beside = Path(root) / "image_paths.json", Path(root).parent / "openimage_json" / "image_paths.json"

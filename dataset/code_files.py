@@ -23,7 +23,7 @@ from dataset.code_layouts import MOST_CLASSES, CodeStore, check_labels, class_fo
 from dataset.mapped import NO_ARRAY
 from dataset.path_list import PathList
 from utils import cli
-from utils.files import file_hash
+from utils.files import few, file_hash
 from utils.pickles import why_no_array
 
 NO_GAPS = "codes and labels are numbered 0 … N-1 without gaps"
@@ -106,7 +106,7 @@ def open_pairs(codes: Path, grid: tuple[int, int] | None) -> FileStore:
         count, passed = count_numbered(codes, labels)
         found = index.made(count, lambda count: {
             "labels": read_labels(labels, count), "witnesses": witnesses(labels, count),
-            "passed": np.array(few(passed))})
+            "passed": np.array(in_short(passed))})
     tell_passed_over(codes.parent, found)
     return FileStore(codes.parent, NumberedPaths(codes, len(found["labels"])), found["labels"], grid)
 
@@ -121,7 +121,7 @@ def count_numbered(codes: Path, labels: Path) -> tuple[int, list[str]]:
         stems, others = array_files(folder)
         wrong = [stem for stem in stems if not NUMBER.fullmatch(stem)]
         if wrong:
-            raise ValueError(f"{folder} holds {few([f'{stem}.npy' for stem in wrong])}: expected 0.npy … N-1.npy")
+            raise ValueError(f"{folder} holds {in_short([f'{stem}.npy' for stem in wrong])}: expected 0.npy … N-1.npy")
         there[folder] = np.fromiter(map(int, stems), np.int64, len(stems))
         passed += [f"{folder.name}/{name}" for name in others]
     count = 1 + max(int(numbers.max(initial=-1)) for numbers in there.values())
@@ -131,7 +131,7 @@ def count_numbered(codes: Path, labels: Path) -> tuple[int, list[str]]:
         gaps += [f"{folder.name}/{number}.npy" for number in np.setdiff1d(near, numbers).tolist()]
     if gaps:
         raise FileNotFoundError(f"{codes.parent} holds {len(there[codes])} codes and {len(there[labels])} labels: "
-                                f"{few(gaps)} {'is' if len(gaps) == 1 else 'are'} missing: {NO_GAPS}")
+                                f"{in_short(gaps)} {'is' if len(gaps) == 1 else 'are'} missing: {NO_GAPS}")
     return count, passed
 
 
@@ -152,10 +152,9 @@ def array_files(folder: Path) -> tuple[list[str], list[str]]:
     return stems, passed
 
 
-def few(names: Sequence[str]) -> str:
-    """The first of some names, and how many more there are."""
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(sorted(names, key=lambda name: (len(name), name))[:SHOWN]) + more
+def in_short(names: Sequence[str]) -> str:
+    """The first of some names, by number, and how many more there are."""
+    return few(sorted(names, key=lambda name: (len(name), name)), most=SHOWN)
 
 
 def tell_passed_over(folder: Path, found: Arrays) -> None:
@@ -226,7 +225,7 @@ def name_files(root: Path, folders: list[str]) -> dict[str, np.ndarray]:
     files = PathList.of("", names())
     labels = np.repeat([int(folder) for folder in folders], counts)
     return {"names": files.names.numpy(), "ends": files.ends.numpy(), "labels": labels,
-            "passed": np.array(few(passed))}
+            "passed": np.array(in_short(passed))}
 
 
 def load_whole_numbers(path: Path) -> np.ndarray:

@@ -20,6 +20,7 @@ from dataset.code_layouts import CodeStore, PackedStore, class_folders, find_sto
 from dataset.code_manifest import files_of_some, read_manifest
 from utils import cli, dist
 from utils.cli import REQUIRED, flag
+from utils.files import few
 from utils.seeding import derive_seed, hash_choice
 
 CONDITION_DROPOUT = 0x434F4E44  # sets these draws apart from others of the same (seed, epoch, index)
@@ -156,8 +157,7 @@ def open_packed(path: str, folder: Path, damage: dict[str, str], *, corrupt: Cor
         remedy = f"remove {folder}, a copy" if remote.is_url(path) else "extract the codes again"
     damage = {**find_damage(folder, manifest, contents=corrupt is not None, remembered=remembered), **damage}
     if damage:
-        more = f" and {len(damage) - 4} more" if len(damage) > 4 else ""
-        named = f"{path} is damaged: {'; '.join(list(damage.values())[:4])}{more}"
+        named = f"{path} is damaged: {few(list(damage.values()), between='; ')}"
         partial = {file["file"]: rows for rows, file in files_of_some(manifest)}
         left = np.ones(manifest["count"], dtype=bool)
         for name in damage.keys() & partial.keys():

@@ -3,6 +3,7 @@
 Whatever Pillow can decode comes out as 8-bit RGB, upright and opaque: turned as its EXIF orientation says, transparent
 parts on white, integers and floats scaled by their own range. Everything else is an UnreadableError with its reason.
 """
+import contextlib
 import ctypes
 import errno
 import functools
@@ -42,12 +43,6 @@ class UnreadableError(ValueError):
 def formats() -> tuple[str, ...]:
     """The formats that Pillow can decode here, in the order in which it tries them."""
     Image.init()
-    warnings.filterwarnings("ignore", module="PIL")  # what is wrong with a picture is said in a line of ours
-    logging.getLogger("PIL").addHandler(logging.NullHandler())
-    for library in Path(PIL.__file__).parents[1].glob("[Pp]illow.libs/libtiff*"):  # in wheels for Linux
-        libtiff = ctypes.CDLL(str(library))
-        libtiff.TIFFSetErrorHandler(None)  # it would print up to a line for each row of a damaged picture
-        libtiff.TIFFSetWarningHandler(None)
     known = set(Image.registered_extensions().values()) - NO_DECODER
     return tuple(name for name in Image.ID if name in known)
 
@@ -58,11 +53,24 @@ def endings() -> frozenset[str]:
     return frozenset(ending for ending, name in Image.registered_extensions().items() if name in formats())
 
 
+@functools.cache
+def silence_decoders() -> None:
+    """Keep Pillow and its libtiff from printing: what is wrong with a picture is said in a line of ours."""
+    warnings.filterwarnings("ignore", module="PIL")
+    logging.getLogger("PIL").addHandler(logging.NullHandler())
+    for library in Path(PIL.__file__).parents[1].glob("[Pp]illow.libs/libtiff*"):  # in wheels for Linux
+        with contextlib.suppress(OSError, AttributeError):
+            libtiff = ctypes.CDLL(str(library))
+            libtiff.TIFFSetErrorHandler(None)  # it would print up to a line for each row of a damaged picture
+            libtiff.TIFFSetWarningHandler(None)
+
+
 class PictureReader:
     """Reads picture files; says once, for all loading processes of a data set, that there are transparent ones."""
 
     def __init__(self, *, exif_orientation: bool = True) -> None:
         """`exif_orientation`: turn pictures upright. Without it they stay as they are stored, as in LlamaGen."""
+        silence_decoders()
         formats()  # loads Pillow's plugins before loading processes start
         self.exif_orientation = exif_orientation
         self._told = torch.zeros(1, dtype=torch.uint8).share_memory_()

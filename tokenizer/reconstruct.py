@@ -37,8 +37,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset.augmentation import center_crop
-from dataset.build import DataFlags, ImageDataset, build_dataset
-from dataset.loader import CentreCrops, PassedOver, split_readable, worker_count
+from dataset.build import DataFlags, ImageDataset, flagged_dataset
+from dataset.loader import CentreCrops, worker_count
+from dataset.unreadable import PassedOver, split_readable
 from evaluations.similarity import psnr, ssim, unit_range
 from tokenizer.build import check_image_size, in_chunks
 from tokenizer.original_names import give_original_name, original_name
@@ -151,8 +152,7 @@ def set_folder(flags: ReconstructFlags, name: str) -> Path:
 def main(flags: ReconstructFlags) -> None:
     """Reconstruct the whole data set."""
     process = dist.setup()
-    data = build_dataset(flags.dataset, flags.data_path, size=flags.image_size,
-                         exif_orientation=flags.exif_orientation)
+    data = flagged_dataset(flags)
     reconstructor = build_reconstructor(flags, device=process.device)
     check_image_size(flags.image_size, reconstructor.downsample)
     if flags.per_proc_batch_size < 1:

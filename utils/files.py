@@ -7,7 +7,7 @@ import re
 import secrets
 import shutil
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 LOOKED_AT = 4096  # bytes at the start of a file that say what it is
@@ -71,6 +71,12 @@ def sync_folder(folder: Path) -> None:
 def first_line(error: Exception) -> str:
     """What an exception says, in one line; its type when it says nothing."""
     return plain((str(error).strip() or type(error).__name__).splitlines()[0])
+
+
+def few(words: Sequence[str], *, most: int = 4, between: str = ", ") -> str:
+    """The first of some words, and how many more there are."""
+    more = f" and {len(words) - most} more" if len(words) > most else ""
+    return between.join(words[:most]) + more
 
 
 def plain(text: str) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-SHOWN = 4  # tensors in a message
+from utils.files import few
 
 
 class NotFiniteError(ValueError):
@@ -33,9 +33,8 @@ def check_finite(tensors: Mapping[str, Tensor], source: str | Path) -> None:
     """Raise NotFiniteError, naming the first four, if any of the tensors of a checkpoint holds NaN or inf."""
     faults = [f"{name} ({said})" for name, tensor in tensors.items() if (said := fault(tensor)) is not None]
     if faults:
-        more = f" and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
-        raise NotFiniteError(f"{source} holds weights that are not finite: {', '.join(faults[:SHOWN])}{more}: it is "
-                             "damaged, or of a training that diverged; take an earlier checkpoint")
+        raise NotFiniteError(f"{source} holds weights that are not finite: {few(faults)}: it is damaged, or of a "
+                             "training that diverged; take an earlier checkpoint")
 
 
 def finite_images(images: Tensor, model: str) -> Tensor:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from utils.files import first_line, plain, what_it_is
+from utils.files import few, first_line, plain, what_it_is
 
 HARMLESS = re.compile(r"""(torch\.(\w+Storage|Size|device|Tensor|(b?float|u?int|complex|bool|half|q)\w*)
     |torch\.(_utils|_tensor|storage|nn\.parameter)\.\w+ |torch\.serialization\._get_layout
@@ -100,10 +100,5 @@ def why_no_array(path: Path, error: Exception) -> str:
     """Why numpy could not read an array from a file: code in it, another kind of file, or what numpy says."""
     names, found = suspicious_names(path), what_it_is(path)
     if names:
-        return f"it names {named(names)}, which would run code when loaded"
+        return f"it names {few(names)}, which would run code when loaded"
     return first_line(error) if found is None or found.startswith(("a NumPy", "a zip")) else f"it is {found}"
-
-
-def named(names: list[str]) -> str:
-    """The first of some names, in words."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -23,13 +23,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from dataset import code_writer
 from dataset.augmentation import code_views
-from dataset.build import DataFlags, ImageDataset, build_dataset
+from dataset.build import DataFlags, ImageDataset, flagged_dataset
 from dataset.code_manifest import FORMAT, read_manifest
 from dataset.codes import CodePathFlags
 from dataset.image_folders import ImageFiles
-from dataset.loader import PassedOver, check_readable, split_readable, worker_count
+from dataset.loader import worker_count
 from dataset.pictures import UnreadableError
 from dataset.remote import is_url
+from dataset.unreadable import PassedOver, check_readable, split_readable
 from tokenizer.build import TokenizerFlags, check_image_size, describe_tokenizer, encode_images, load_tokenizer
 from tokenizer.tokenizer_image.vq_model import VQModel
 from utils import cli, dist, images
@@ -171,7 +172,7 @@ def main(flags: ExtractFlags) -> None:
     if is_url(flags.code_path):
         raise ValueError(f"--code-path {flags.code_path} is a URL: extract to a folder, and upload that")
     outer = tuple(int(side * crop_range) for side in flags.image_size)
-    data = build_dataset(flags.dataset, flags.data_path, size=outer, exif_orientation=flags.exif_orientation)
+    data = flagged_dataset(flags, size=outer)
     check_readable(data)
     name, tokenizer = load_tokenizer(flags, device=process.device)
     grid = check_image_size(flags.image_size, tokenizer.downsample)

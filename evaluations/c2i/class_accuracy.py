@@ -29,9 +29,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from dataset.augmentation import center_crop
-from dataset.build import DataFlags, ImageDataset, build_dataset
-from dataset.loader import PassedOver
+from dataset.build import DataFlags, ImageDataset, build_dataset, flagged_dataset
 from dataset.pictures import UnreadableError
+from dataset.unreadable import PassedOver
 from utils import cli, dist
 from utils.cli import flag
 from utils.files import file_hash, plain, replacing
@@ -251,8 +251,7 @@ def stack_images(data: ImageDataset, size: tuple[int, int]) -> tuple[np.ndarray,
 
 def split_sets(flags: AccuracyFlags) -> tuple[list[str], tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
     """(class names, training set, held-out set): the emoji's own split, else a random tenth is held out."""
-    data = build_dataset(flags.dataset, flags.data_path, size=flags.image_size,
-                         exif_orientation=flags.exif_orientation)
+    data = flagged_dataset(flags)
     if data.classes is None:
         raise ValueError(f"--dataset {flags.dataset} has no classes to recognise")
     pictures, labels = stack_images(data, flags.image_size)

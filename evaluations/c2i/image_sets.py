@@ -17,8 +17,8 @@ import numpy as np
 
 from dataset.image_folders import ending, is_hidden, told_endings
 from dataset.pictures import PictureReader, endings
-from utils.files import file_hash, what_it_is
-from utils.pickles import named, suspicious_names
+from utils.files import few, file_hash, what_it_is
+from utils.pickles import suspicious_names
 
 STATISTICS = ("mu", "sigma", "mu_s", "sigma_s")
 MADE_WITH = "weights_sha256"  # in references that we make: the Inception weights behind the statistics
@@ -180,7 +180,7 @@ def array_header(archive: zipfile.ZipFile, key: str) -> tuple[tuple[int, ...], b
         except (ValueError, SyntaxError) as error:
             raise ValueError(f"{archive.filename}: {key} is no array ({error})") from None
         if dtype.hasobject and (names := suspicious_names(Path(archive.filename))):
-            raise ValueError(f"{archive.filename}: {key} is refused: it names {named(names)}, which would run code "
+            raise ValueError(f"{archive.filename}: {key} is refused: it names {few(names)}, which would run code "
                              "when loaded; expected numbers")
         return shape, fortran, dtype, member.tell()
 
@@ -226,7 +226,7 @@ def small_array(archive: zipfile.ZipFile, key: str) -> np.ndarray:
             return np.lib.format.read_array(member, allow_pickle=False)
         except (ValueError, SyntaxError) as error:
             names = suspicious_names(Path(archive.filename))
-            reason = f"it names {named(names)}, which would run code when loaded" if names else error
+            reason = f"it names {few(names)}, which would run code when loaded" if names else error
             raise ValueError(f"{archive.filename}: {key} cannot be read ({reason})") from None
 
 

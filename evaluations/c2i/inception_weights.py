@@ -21,7 +21,7 @@ from utils import cli, files
 from utils.checkpoints import containers
 from utils.checkpoints.damage import WRONG_CONTENT
 from utils.cli import flag
-from utils.files import first_line, what_it_is
+from utils.files import few, first_line, what_it_is
 
 VARIABLE = "LLAMAGEN_INCEPTION"
 GRAPH = "ADM GraphDef"
@@ -199,8 +199,7 @@ def from_tensorflow(constants: dict[str, Tensor], source: Path) -> dict[str, Ten
         wanted[f"{module}.bn.running_var"] = f"{scope}/batchnorm/moving_variance"
     missing = [name for name in wanted.values() if plain(name) not in found]
     if missing:
-        raise ValueError(f"{source} is not the Inception network of 2015-12-05: it has no {', '.join(missing[:3])}"
-                         f"{f' and {len(missing) - 3} more' if len(missing) > 3 else ''}")
+        raise ValueError(f"{source} is not the Inception network of 2015-12-05: it has no {few(missing)}")
     state = {name: found[plain(scope)] for name, scope in wanted.items()}
     state |= {f"{module}.bn.weight": torch.ones(len(state[f"{module}.bn.bias"])) for module in convolutions.values()}
     if state["fc.weight"].shape[0] == 2048:

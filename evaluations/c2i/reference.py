@@ -17,8 +17,9 @@ from torch.utils.data import DataLoader
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from dataset.augmentation import center_crop
-from dataset.build import DataFlags, ImageDataset, build_dataset
-from dataset.loader import CentreCrops, PassedOver, split_readable, worker_count
+from dataset.build import DataFlags, ImageDataset, flagged_dataset
+from dataset.loader import CentreCrops, worker_count
+from dataset.unreadable import PassedOver, split_readable
 from evaluations.c2i.features import inception_network, measure
 from evaluations.c2i.image_sets import MADE_WITH, STATISTICS, Batch, ImageSet
 from evaluations.c2i.inception_weights import InceptionFlags
@@ -67,8 +68,7 @@ def main(flags: ReferenceFlags) -> None:
         raise ValueError(f"--output {output}: expected a name that ends in .npz")
     if min(flags.keep_images, flags.per_proc_batch_size) < 1:
         raise ValueError("--keep-images and --per-proc-batch-size must be at least 1")
-    data = build_dataset(flags.dataset, flags.data_path, size=flags.image_size,
-                         exif_orientation=flags.exif_orientation)
+    data = flagged_dataset(flags)
     network = inception_network(flags.inception, device=process.device)
     images = DatasetImages(data, flags.image_size, name=flags.data_path or flags.dataset, num_workers=flags.num_workers)
     measured = measure(images, network, process, wanted={"pooled", "spatial"}, batch=flags.per_proc_batch_size,

@@ -9,8 +9,9 @@ from PIL import Image
 
 from autoregressive.sample.pipeline import Pipeline
 from dataset.image_folders import class_tree, flat_folder
-from dataset.loader import CentreCrops, PassedOver, check_readable, split_readable
+from dataset.loader import CentreCrops
 from dataset.pictures import endings
+from dataset.unreadable import PassedOver, check_readable, split_readable
 
 
 def picture(path, colour="red"):

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from dataset.augmentation import center_crop
-from dataset.build import DataFlags, ImageDataset, build_dataset, data_fingerprint
+from dataset.build import DataFlags, ImageDataset, data_fingerprint, flagged_dataset
 from dataset.image_folders import concatenate, flat_folder
-from dataset.loader import PassedOver, StepSampler, TrainImages, check_readable, loader
+from dataset.loader import StepSampler, TrainImages, loader
 from dataset.pictures import UnreadableError
+from dataset.unreadable import PassedOver, check_readable
 from evaluations.c2i.image_sets import Batch, ImageSet
 from evaluations.c2i.monitor import Monitor, MonitorFlags
 from evaluations.similarity import psnr, ssim
@@ -140,8 +141,7 @@ class Reconstructions(ImageSet):
 
 def open_images(flags: VQTrainFlags) -> ImageDataset:
     """The training images, --data-face-path included."""
-    data = build_dataset(flags.dataset, flags.data_path, size=flags.image_size,
-                         exif_orientation=flags.exif_orientation)
+    data = flagged_dataset(flags)
     if flags.data_face_path is not None:
         if data.classes is not None:
             raise ValueError(f"--data-face-path joins images without classes, but --dataset {flags.dataset} has "

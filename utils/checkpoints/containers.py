@@ -20,7 +20,7 @@ from utils.checkpoints import sharded
 from utils.checkpoints.damage import is_damage, unreadable
 from utils.checkpoints.file_index import INDEX_END, check_file, homes_of, index_of, index_over
 from utils.checkpoints.lora import merge_lora
-from utils.files import exists, file_hash, first_line, replacing, what_it_is
+from utils.files import exists, few, file_hash, first_line, replacing, what_it_is
 from utils.finite import check_finite
 
 SINGLE = ("model.safetensors", "consolidated.pth", "pytorch_model.bin", "diffusion_pytorch_model.safetensors")
@@ -183,8 +183,7 @@ def check_fit(own: dict[str, Tensor], state: dict[str, Tensor], source: str | Pa
 def refuse(problems: list[str], source: str | Path, target: str) -> None:
     """Raise ValueError if there are problems, naming the first four."""
     if problems:
-        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
-        raise ValueError(f"{source} does not fit {target}: {'; '.join(problems[:4])}{more}")
+        raise ValueError(f"{source} does not fit {target}: {few(problems, between='; ')}")
 
 
 def save(content: dict[str, Any], path: Path) -> None:

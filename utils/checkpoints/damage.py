@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from utils.files import first_line, plain, what_it_is
-from utils.pickles import named, suspicious_names
+from utils.files import few, first_line, plain, what_it_is
+from utils.pickles import suspicious_names
 
 # What torch has been seen to raise for files cut short or with flipped bits.
 WRONG_CONTENT = (RuntimeError, EOFError, LookupError, ValueError, ArithmeticError, AssertionError, struct.error,
@@ -42,7 +42,7 @@ def unreadable(path: Path, error: Exception) -> str:
     """Why a file could not be read as a checkpoint: code in it, another kind of file, or damage."""
     names = suspicious_names(path)
     if names:
-        return (f"{path} is refused: it names {named(names)}, which would run code when loaded; expected a state dict: "
+        return (f"{path} is refused: it names {few(names)}, which would run code when loaded; expected a state dict: "
                 "tensors and plain values")
     found = what_it_is(path)
     if found is not None and "zip archive" in found:
@@ -66,4 +66,4 @@ def _kind_of_archive(path: Path) -> str | None:
     if any(name.endswith("data.pkl") for name in inside):
         wrong_name = path.suffix == ".safetensors"
         return "a file of torch.save, no safetensors: rename it to .pt" if wrong_name else None
-    return f"a zip archive of {plain(named(inside)) or 'nothing'}: unpack it and give what is in it"
+    return f"a zip archive of {plain(few(inside)) or 'nothing'}: unpack it and give what is in it"

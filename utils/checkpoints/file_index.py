@@ -8,8 +8,7 @@ import re
 from collections.abc import Collection
 from pathlib import Path
 
-from utils.files import exists, first_line, names_in, what_it_is
-from utils.pickles import named
+from utils.files import exists, few, first_line, names_in, what_it_is
 
 INDEX_END, IS_PART = ".index.json", re.compile(r"-\d{5}-of-\d{5}\.\w+$")
 
@@ -42,7 +41,7 @@ def homes_of(index: Path) -> dict[str, str]:
             raise ValueError(f"{index} is refused: it says that {tensor} is in {name!r}, expected a file beside it")
     missing = sorted({name for name in homes.values() if not exists(index.with_name(name))})
     if missing:
-        raise FileNotFoundError(f"{index} names {named(missing)}, missing beside it: download the checkpoint again")
+        raise FileNotFoundError(f"{index} names {few(missing)}, missing beside it: download the checkpoint again")
     return homes
 
 
