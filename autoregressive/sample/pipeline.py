@@ -18,6 +18,7 @@ from autoregressive.models.native_engine import WEIGHTS
 from autoregressive.models.quantized import quantize_
 from autoregressive.models.sampling import check_sampling
 from autoregressive.sample.options import SampleFlags
+from autoregressive.train.finetune import class_names
 from native.build import available, prepare
 from tokenizer.build import ImageTokenizer, check_image_size, decode_images, load_tokenizer, other_tokenizer
 from utils import cli, dist, images
@@ -183,6 +184,7 @@ def load_gpt(flags: SampleFlags, *, device: torch.device) -> tuple[Transformer, 
     for key, value in found.items():
         if getattr(flags, key) not in (None, value):
             raise ValueError(f"--{key.replace('_', '-')} is {getattr(flags, key)}, but {flags.gpt_ckpt} has {value}")
+    class_names(content, flags.gpt_ckpt, count=found["num_classes"])
     name = flags.gpt_model or saved.get("gpt_model") or "GPT-B"
     if name not in GPT_models:
         raise ValueError(f"{flags.gpt_ckpt} is of model {name}, which is unknown: choose from {', '.join(GPT_models)}")

@@ -99,6 +99,14 @@ def refuse_other_codes(theirs: dict[str, Any], folder: Path, *, ours: dict[str, 
                          "run, or give another --results-dir, or leave --resume auto out for a new run")
 
 
+def class_names(content: dict[str, Any], source: str | Path, *, count: int) -> list[str] | None:
+    """The names of a checkpoint's `count` classes, None if it has none. Raises ValueError for another number of them."""
+    known = containers.saved_config(content).get("classes")
+    if known and len(known) != count:
+        raise ValueError(f"the config of {source} names {len(known)} classes, but its class table has {count}")
+    return known
+
+
 def without_classes(store: CodeStore) -> CodeStore:
     """The store for unconditional training (--num-classes 1): every label 0, no names."""
     plain = copy.copy(store)
@@ -155,8 +163,8 @@ def initial_weights(content: dict[str, Any], source: str | Path, *, model: Trans
     matched = "the condition is text"
     if CLASS_TABLE in state:
         state[CLASS_TABLE], matched = fit_class_table(
-            state[CLASS_TABLE], containers.saved_config(content).get("classes"), count=model.config.num_classes,
-            names=classes)
+            state[CLASS_TABLE], class_names(content, source, count=len(state[CLASS_TABLE]) - 1),
+            count=model.config.num_classes, names=classes)
     containers.check_fit(expected, state, source, "this run's GPT")
     values = {name: adapter_start(name, tensor.shape, seed=seed) if is_adapter(name) else state[plain_name(name)]
               for name, tensor in own.items()}
@@ -196,7 +204,7 @@ def fit_class_table(table: Tensor, known: list[str] | None, *, count: int,
     old, no_class = table[:-1], table[-1:]
     rows = old.float().mean(0).to(table.dtype).repeat(count, 1)
     if known and names:
-        by_name = dict(zip(known, old, strict=False))
+        by_name = dict(zip(known, old, strict=True))
         for label, name in enumerate(names):
             rows[label] = by_name.get(name, rows[label])
         matched = f"{sum(name in by_name for name in names)} of {count} classes taken over by name"

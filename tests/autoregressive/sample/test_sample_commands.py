@@ -15,7 +15,7 @@ from autoregressive.models.generate import generate
 from autoregressive.sample import sample_c2i, sample_ddp
 from autoregressive.sample.options import SampleFlags
 from autoregressive.sample.pipeline import labels_for, load_pipeline
-from tests.conftest import ROOT
+from tests.conftest import ROOT, TINY_GPT, call
 from tokenizer.build import decode_images
 from tokenizer.tokenizer_image.vq_model import VQ_models
 from utils import cli
@@ -350,3 +350,18 @@ def test_intervals_of_guidance(models, pipeline, tmp_path, capsys):
     for word in ("-1.0", "2.5", "-1", "1e0"):
         grid(*models, "--cfg-interval", word, "--output", tmp_path / "x.png")
     assert "--cfg-interval" in refused(capsys, grid, *models, "--cfg-interval", "nan")
+
+
+@pytest.mark.parametrize("names", [["red"], ["red", "green", "blue", "violet"]])
+def test_as_many_class_names_as_classes(gpt_ckpt, vq_ckpt, code_store, names, tmp_path, capsys):
+    """A config of another number, edited or mixed up, gives no name to some pictures, or moves all embeddings."""
+    content = containers.read(gpt_ckpt)
+    content["config"]["classes"] = names
+    containers.save({key: content[key] for key in ("model", "config")}, tmp_path / "gpt.pt")
+    said = f"names {len(names)} classes, but its class table has 3"
+    models = ("--gpt-ckpt", tmp_path / "gpt.pt", "--vq-ckpt", vq_ckpt)
+    assert said in refused(capsys, grid, *models, "--output", tmp_path / "x.png")
+    with pytest.raises(SystemExit):
+        call("train_gpt", "--code-path", code_store, *TINY_GPT, "--init-from", tmp_path / "gpt.pt", "--epochs", 1,
+             "--results-dir", tmp_path / "results")
+    assert said in capsys.readouterr().err
