@@ -198,7 +198,7 @@ def our_step(model: Transformer, flags: GPTTrainFlags, process: dist.Process,
     task = GPTTask(model, dtype=dtype, classes=None, tokenizer=None, seed=0, token_noise=0.0, cfg_scale=1.0)
     run = RunFolder(Path(tempfile.mkdtemp()), {}, known=True)
     trainer = Trainer(task, flags, process, run, samples=10**9, saved_config={})
-    trainer.claim()
+    trainer.checkpoints.claim()
 
     def step(batch: dict[str, Tensor]) -> None:
         trainer.optimizer_step(iter([batch]))

@@ -100,7 +100,7 @@ def refuse_other_codes(theirs: dict[str, Any], folder: Path, *, ours: dict[str, 
 
 
 def class_names(content: dict[str, Any], source: str | Path, *, count: int) -> list[str] | None:
-    """The names of a checkpoint's `count` classes, None if it has none. Raises ValueError for another number of them."""
+    """The names of a checkpoint's `count` classes, None if it has none. Raises ValueError for more or fewer names."""
     known = containers.saved_config(content).get("classes")
     if known and len(known) != count:
         raise ValueError(f"the config of {source} names {len(known)} classes, but its class table has {count}")

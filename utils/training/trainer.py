@@ -20,9 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 
-from utils import cli, dist, files, images
-from utils.checkpoints import containers, sharded
-from utils.checkpoints.damage import DamagedError
+from utils import cli, dist, images
 from utils.finite import NotFiniteError
 from utils.seeding import derive_seed
 from utils.training import allocator, parallel
@@ -32,10 +30,11 @@ from utils.training.logger import MetricsLogger
 from utils.training.loss_scale import LossScale, step_unless
 from utils.training.meter import Meter
 from utils.training.optim import build_optimizer, learning_rate
+from utils.training.resume import RunCheckpoints
 from utils.training.run_folder import RunFolder
-from utils.training.state import FRESH_START, TrainingState
+from utils.training.state import TrainingState
 from utils.training.stop import BAD, GivenUpError, StepGuard, StopRequestedError
-from utils.training.writer import CheckpointWriter, UnwrittenError
+from utils.training.writer import UnwrittenError
 
 Backward = Callable[[str, Tensor, Tensor | float], None]
 Evaluate = Callable[[nn.Module], dict[str, float]]
@@ -82,6 +81,7 @@ class Trainer:
         self.scale = LossScale(process.device, enabled=fp16)
         self.ema = EMA(self.plain["model"]) if flags.ema else None
         self.state = TrainingState(self.plain, self.optimizers, ema=self.ema, scale=self.scale, rank=process.rank)
+        self.checkpoints = RunCheckpoints(run, flags, process, self.state, say=self.say)
         self.guard = StepGuard(process)
         self.meter = Meter(process.device, samples_per_step=flags.global_batch_size)
         self.losses: list[Tensor] = []  # of the step that is being made
@@ -92,91 +92,32 @@ class Trainer:
         if flags.mixed_precision == "tf32":
             torch.set_float32_matmul_precision("high")
 
-    # ---- the run's folder
+    # ---- the run, and where it stands
 
     @property
     def folder(self) -> Path:
         """Where the run works."""
         return self.run.path
 
-    def claim(self) -> None:
-        """Take the run's folder for this training alone, if that is not done yet: from here on it may be written to."""
-        if self.run.lock is not None:
-            return
-        self.run.claim(self.flags)
-        self.writer = CheckpointWriter(self.checkpoint_folders(), keep=self.flags.keep, is_main=self.process.is_main)
-        if self.process.is_main:
-            for folder in (self.folder, self.folder / "previews"):
-                files.sweep(folder)
-
     def begin(self) -> None:
         """Claim the folder, and say in it what this run is."""
-        self.claim()
+        self.checkpoints.claim()
         if self.run.reason:
             self.say(self.run.reason)
         if self.process.is_main and self.step < self.steps:
             cli.save_config(self.folder / "config.json", self.flags, steps=self.steps, images=self.samples,
                             model=self.saved_config, identity=self.run.identity)
 
-    def keep_traceback(self, error: Exception) -> None:
-        """Write where an error came from into the run's folder, for `cli.run` to tell."""
-        path = self.folder / f"traceback-rank{self.process.rank}.txt"
-        with contextlib.suppress(OSError):
-            path.write_text("".join(traceback.format_exception(error)))
-            error.traceback_file = path
-
-    # ---- checkpoints
-
     def resume(self) -> None:
         """With --resume, go on from the checkpoint it names, or from the newest one of this run that is whole."""
-        if self.flags.resume == "none" or (self.flags.resume == "auto" and not self.run.known):
-            return
-        if self.flags.resume != "auto":
-            path = containers.resolve(self.flags.resume)
-            self.check_whole(path)
+        path = self.checkpoints.to_resume()
+        if path is not None:
             self.restore(path)
-            return
-        self.claim()
-        while (path := dist.broadcast_object(self.newest() if self.process.is_main else None)) is not None:
-            try:
-                self.check_whole(path)
-            except DamagedError as error:
-                self.say(f"warning: {error}; it is set aside, looking for the one before")
-                with dist.failing_together():
-                    if self.process.is_main:
-                        sharded.set_aside(path)
-            else:
-                self.restore(path)
-                if self.process.is_main and sharded.is_sharded(path):
-                    self.writer.copy_to_others(path)
-                return
-
-    def check_whole(self, path: Path) -> None:
-        """Raise DamagedError, on all processes, where a checkpoint is not as it was written. (Files have no hashes.)"""
-        if sharded.is_sharded(path):
-            sharded.check_files(path, rank=self.process.rank, world_size=self.process.world_size)
-
-    def newest(self) -> Path | None:
-        """The newest checkpoint of this run, wherever it lies."""
-        found = [path for path in map(containers.newest, self.checkpoint_folders()) if path is not None]
-        return max(found, key=lambda path: int(path.stem), default=None)
-
-    def checkpoint_folders(self) -> list[Path]:
-        """Where checkpoints go; the first is written, the others get copies."""
-        local = [self.folder / "checkpoints"] if self.flags.local_save else []
-        cloud = self.flags.cloud_save_path
-        return local + ([Path(cloud) / self.folder.name / "checkpoints"] if cloud else [])
+            self.checkpoints.complete_copies(path)
 
     def restore(self, path: Path) -> None:
         """Go on from a training checkpoint, saying which flags are others now. Errors are those of all processes."""
-        with dist.failing_together():
-            facts = sharded.read_facts(path) if sharded.is_sharded(path) else {}
-            trained_with = facts.get("flags", {}).get("optimizer", "adamw")
-            if trained_with != self.flags.optimizer:
-                raise ValueError(f"{path} was trained with --optimizer {trained_with}, not {self.flags.optimizer} "
-                                 f"({FRESH_START})")
-            self.task.check(facts, path)
-        facts = self.state.load(path)
+        facts = self.checkpoints.load(path, check=self.task.check)
         self.step = int(facts["steps"])
         self.skipped_in_a_row = facts.get("skipped_in_a_row", 0)
         self.meter.restore(facts.get("meter", {}), self.process.rank)
@@ -188,11 +129,18 @@ class Trainer:
             self.say(facts["note"])
 
     def save(self) -> None:
-        """Begin to write the checkpoint of this step; it is there after `writer.wait`."""
+        """Begin to write the checkpoint of this step; it is there after `checkpoints.writer.wait`."""
         facts = {"steps": self.step, "config": self.saved_config, "flags": cli.as_dict(self.flags),
                  "identity": self.run.identity, "meter": self.meter.state(),
                  "skipped_in_a_row": self.skipped_in_a_row}
-        self.writer.save(self.step, self.state.to_save(), facts)
+        self.checkpoints.writer.save(self.step, self.state.to_save(), facts)
+
+    def keep_traceback(self, error: Exception) -> None:
+        """Write where an error came from into the run's folder, for `cli.run` to tell."""
+        path = self.folder / f"traceback-rank{self.process.rank}.txt"
+        with contextlib.suppress(OSError):
+            path.write_text("".join(traceback.format_exception(error)))
+            error.traceback_file = path
 
     # ---- the loop
 
@@ -204,7 +152,7 @@ class Trainer:
         saves and returns; so does the end. Raises GivenUpError after --max-skipped-steps, UnwrittenError when nothing
         can be saved; any other error leaves its traceback in the run's folder.
         """
-        self.claim()
+        self.checkpoints.claim()
         logger = MetricsLogger(self.folder, enabled=self.process.is_main, start_step=self.step,
                                wandb_project=self.flags.wandb_project if self.flags.wandb else None,
                                config=cli.as_dict(self.flags))
@@ -233,7 +181,7 @@ class Trainer:
                 self.keep_traceback(error)
             raise
         finally:
-            if self.writer.close(patience=patience):
+            if self.checkpoints.writer.close(patience=patience):
                 self.run.lock.release()  # else when the process ends
             logger.close()
 
@@ -241,7 +189,7 @@ class Trainer:
                   evaluation: Callable[[int], Evaluate | None]) -> None:
         """The steps that are left. Raises StopRequestedError when asked to stop, everything saved."""
         flags, meter = self.flags, self.meter
-        self.writer.sweep(self.step)
+        self.checkpoints.writer.sweep(self.step)
         logger.open()
         meter.restart_clock()
         with tqdm(total=self.steps, initial=self.step, desc=self.folder.name, unit="step", mininterval=1.0,
@@ -266,12 +214,12 @@ class Trainer:
                 if saves or evaluate or stop:  # an evaluation is long, and may fail: nothing is to be lost then
                     self.save()
                 if stop:
-                    self.writer.wait()  # nothing may interrupt this
+                    self.checkpoints.writer.wait()  # nothing may interrupt this
                     raise StopRequestedError
                 if saves or evaluate:
                     self.preview_and_evaluate(logger, evaluate, preview=saves)
                     meter.restart_clock()
-        self.writer.wait()
+        self.checkpoints.writer.wait()
 
     def handle_step_flags(self, *, drain: bool) -> bool:
         """Act on the flags of the steps that are due. Whether to stop now."""
@@ -289,7 +237,7 @@ class Trainer:
                     f"that is not finite; the batch is in {path}, the weights are as before: look at the batch, or "
                     f"continue by --resume {self.folder} with a lower --lr or --mixed-precision none")
             if verdict.unsaved:
-                self.writer.wait()
+                self.checkpoints.writer.wait()
             stop = stop or verdict.stop
         return stop
 
@@ -317,7 +265,7 @@ class Trainer:
             for name, value in means.items():
                 sums[name] = sums.get(name, 0) + value.detach().float() * (weight - earlier)
             seen.append(batch)
-        mine = self.guard.flags(self.losses, unsaved=self.writer.failed())
+        mine = self.guard.flags(self.losses, unsaved=self.checkpoints.writer.failed())
         everyones = dist.total(torch.cat([mine, torch.stack(list(self.weights.values()))]))
         raised, totals = everyones[:len(mine)], dict(zip(self.weights, everyones[len(mine):], strict=True))
         gradients = {name: [p.grad for p in module.parameters() if p.grad is not None]
@@ -394,7 +342,7 @@ class Trainer:
                         logger.image(self.step, "preview", picture)
             dist.barrier()
             if evaluate is not None:
-                self.writer.wait()
+                self.checkpoints.writer.wait()
                 with self.going_on_without("evaluation"), self.guard.interruptible():
                     logger.log(self.step, evaluate(model))
 

@@ -65,7 +65,7 @@ def step(self, batches):
     return original_step(self, batches)
 def show(self, *args, **kwargs):
     if where == "preview" and self.step == 8:
-        self.writer.wait()  # the checkpoint is there, its picture is not
+        self.checkpoints.writer.wait()  # the checkpoint is there, its picture is not
         die()
     return original_show(self, *args, **kwargs)
 Trainer.optimizer_step, Trainer.preview_and_evaluate = step, show
