@@ -27,7 +27,7 @@ from utils.training.trainer import Trainer
 step = Trainer.optimizer_step
 def cut(self, batches):
     if self.step == 4:
-        self.writer.wait()
+        self.checkpoints.writer.wait()
         os.kill(os.getpid(), signal.SIGKILL)
     return step(self, batches)
 Trainer.optimizer_step = cut
