@@ -26,8 +26,8 @@ def covering(image: Image.Image, size: tuple[int, int]) -> tuple[Image.Image, tu
 def cut(image: Image.Image, whole: tuple[int, int], size: tuple[int, int], top: int, left: int) -> np.ndarray:
     """Resize to `whole` (bicubic), then cut `size` out at (top, left).
 
-    Of a picture so thin that `whole` would be huge (1x20000 pixels at 256: 3.9 GB) only that part is resized. Not
-    always, since Pillow then rounds otherwise than for the whole, which is what ADM resizes.
+    Of a picture so thin that `whole` would be huge (of 1x20000 pixels at 256 resizing it takes 12.5 GB) only that part
+    is resized. Not always, since Pillow then rounds otherwise than for the whole, which is what ADM resizes.
     """
     if math.prod(whole) > MOST_RESIZED:
         down, across = image.height / whole[0], image.width / whole[1]
