@@ -149,6 +149,13 @@ def fail(text: str, *, quiet: bool) -> NoReturn:
     sys.exit(2)
 
 
+def say(text: str) -> None:
+    """Print a line on rank 0, above the progress bar."""
+    if dist.env_rank() == 0:
+        tqdm.write(one_line(text))
+        sys.stdout.flush()
+
+
 def warn(text: str, *, kind: str = "warning", every_rank: bool = False) -> None:
     """Print a warning, or another `kind` of remark ("note"), in one line; on rank 0, unless each has its own."""
     if every_rank or dist.env_rank() == 0:

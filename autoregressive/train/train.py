@@ -264,12 +264,12 @@ def main(flags: GPTTrainFlags) -> None:
     trainer.resume()
     trainer.begin()
     if started and trainer.step == 0:
-        trainer.say(started)
-    trainer.say(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {len(store)} images x "
-                f"{store.views} views, {config.num_classes} classes, {config.grid[0]}x{config.grid[1]} tokens of "
-                f"{config.vocab_size}, {trainer.steps} steps on {process.world_size} x {process.device}, {dtype}"
-                f"{', ' + flags.data_parallel if process.world_size > 1 or flags.sharded else ''}; "
-                f"run folder {trainer.folder}")
+        cli.say(started)
+    cli.say(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {len(store)} images x "
+            f"{store.views} views, {config.num_classes} classes, {config.grid[0]}x{config.grid[1]} tokens of "
+            f"{config.vocab_size}, {trainer.steps} steps on {process.world_size} x {process.device}, {dtype}"
+            f"{', ' + flags.data_parallel if process.world_size > 1 or flags.sharded else ''}; "
+            f"run folder {trainer.folder}")
 
     def batches(start: int):
         sampler = StepSampler(len(store), global_batch=flags.global_batch_size, rank=process.rank,

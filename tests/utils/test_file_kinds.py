@@ -6,7 +6,6 @@ import lzma
 import re
 import tarfile
 import unicodedata
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +15,6 @@ from PIL import Image
 from tests.conftest import call
 from utils import cli
 from utils.files import first_line, plain, what_it_is
-from utils.training.trainer import Trainer
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 12345\n"
 PAGE = "<!DOCTYPE html>\n<html><head><title>Sign in</title>"
@@ -116,6 +114,6 @@ def test_what_torch_says_comes_without_its_colours(tmp_path):
 
 def test_what_a_training_says_can_do_nothing_to_a_terminal(capsys):
     """Its lines name classes and files."""
-    Trainer.say(SimpleNamespace(process=SimpleNamespace(is_main=True)), f"2 new: {CODES}, cat")
+    cli.say(f"2 new: {CODES}, cat")
     said = capsys.readouterr().out
     assert said.count("\n") == 1 and said.strip().isprintable()

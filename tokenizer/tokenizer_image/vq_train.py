@@ -175,7 +175,7 @@ def warm_start(flags: VQTrainFlags, content: dict[str, Any], trainer: Trainer) -
         containers.load_strict(trainer.plain["discriminator"], state, flags.vq_ckpt)
     if trainer.ema is not None:
         trainer.ema.restart()
-    trainer.say(f"fine-tuning from the weights of {flags.vq_ckpt}")
+    cli.say(f"fine-tuning from the weights of {flags.vq_ckpt}")
 
 
 def main(flags: VQTrainFlags) -> None:
@@ -220,9 +220,9 @@ def main(flags: VQTrainFlags) -> None:
     del content  # as large as model and optimizer together
     trainer.resume()
     trainer.begin()
-    trainer.say(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {len(data)} images, "
-                f"{trainer.steps} steps on {process.world_size} x {process.device}, {task.dtype}; "
-                f"run folder {trainer.folder}")
+    cli.say(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {len(data)} images, "
+            f"{trainer.steps} steps on {process.world_size} x {process.device}, {task.dtype}; "
+            f"run folder {trainer.folder}")
 
     def batches(start: int):
         sampler = StepSampler(len(data), global_batch=flags.global_batch_size, rank=process.rank,

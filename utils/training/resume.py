@@ -3,7 +3,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from utils import dist, files
+from utils import cli, dist, files
 from utils.checkpoints import containers, sharded
 from utils.checkpoints.damage import DamagedError
 from utils.training.flags import TrainFlags
@@ -13,13 +13,16 @@ from utils.training.writer import CheckpointWriter
 
 
 class RunCheckpoints:
-    """All processes call it alike, and raise together. `claim` comes before anything is written."""
+    """All processes call it alike, and raise together. `claim` comes before anything is written.
+
+    It must not refer back to the trainer: in a circle the writer's process group would live until the interpreter ends,
+    which aborts some processes (5 of 90 trainings on two processes did).
+    """
 
     writer: CheckpointWriter  # from `claim` on
 
-    def __init__(self, run: RunFolder, flags: TrainFlags, process: dist.Process, state: TrainingState, *,
-                 say: Callable[[str], None]) -> None:
-        self.run, self.flags, self.process, self.state, self.say = run, flags, process, state, say
+    def __init__(self, run: RunFolder, flags: TrainFlags, process: dist.Process, state: TrainingState) -> None:
+        self.run, self.flags, self.process, self.state = run, flags, process, state
 
     def claim(self) -> None:
         """Take the run's folder for this training alone, if that is not done yet: from here on it may be written to."""
@@ -58,7 +61,7 @@ class RunCheckpoints:
             try:
                 self.check_whole(path)
             except DamagedError as error:
-                self.say(f"warning: {error}; it is set aside, looking for the one before")
+                cli.say(f"warning: {error}; it is set aside, looking for the one before")
                 with dist.failing_together():
                     if self.process.is_main:
                         sharded.set_aside(path)

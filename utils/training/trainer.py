@@ -8,7 +8,6 @@ needs no saved random state and repeats the uninterrupted run bit for bit on a C
 finite changes no weight; the device decides that, the host reads of it later (utils/training/stop.py).
 """
 import contextlib
-import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -81,7 +80,7 @@ class Trainer:
         self.scale = LossScale(process.device, enabled=fp16)
         self.ema = EMA(self.plain["model"]) if flags.ema else None
         self.state = TrainingState(self.plain, self.optimizers, ema=self.ema, scale=self.scale, rank=process.rank)
-        self.checkpoints = RunCheckpoints(run, flags, process, self.state, say=self.say)
+        self.checkpoints = RunCheckpoints(run, flags, process, self.state)
         self.guard = StepGuard(process)
         self.meter = Meter(process.device, samples_per_step=flags.global_batch_size)
         self.losses: list[Tensor] = []  # of the step that is being made
@@ -103,7 +102,7 @@ class Trainer:
         """Claim the folder, and say in it what this run is."""
         self.checkpoints.claim()
         if self.run.reason:
-            self.say(self.run.reason)
+            cli.say(self.run.reason)
         if self.process.is_main and self.step < self.steps:
             cli.save_config(self.folder / "config.json", self.flags, steps=self.steps, images=self.samples,
                             model=self.saved_config, identity=self.run.identity)
@@ -124,9 +123,9 @@ class Trainer:
         before, now = facts.get("flags", {}), cli.as_dict(self.flags)
         changed = [f"--{name.replace('_', '-')} {now[name]} (was {value})" for name, value in before.items()
                    if name in now and now[name] != value and name not in ("resume", "results_dir", "num_workers")]
-        self.say(f"continuing from {path} at step {self.step}" + (f", with {', '.join(changed)}" if changed else ""))
+        cli.say(f"continuing from {path} at step {self.step}" + (f", with {', '.join(changed)}" if changed else ""))
         if "note" in facts:
-            self.say(facts["note"])
+            cli.say(facts["note"])
 
     def save(self) -> None:
         """Begin to write the checkpoint of this step; it is there after `checkpoints.writer.wait`."""
@@ -168,11 +167,11 @@ class Trainer:
                     self.preview_and_evaluate(logger, evaluate if evaluates(self.step) and rows < 2 else None,
                                               preview=self.is_checkpoint_step(self.step) and not drawn)
                 if self.step >= self.steps:
-                    self.say(f"already trained to step {self.step} of {self.steps}: nothing to do")
+                    cli.say(f"already trained to step {self.step} of {self.steps}: nothing to do")
                     return
                 self.run_steps(make_batches, logger, lambda step: evaluate if evaluates(step) else None)
         except StopRequestedError:
-            self.say(f"stopped by SIGTERM at step {self.step} of {self.steps}, all is saved: to continue run it again "
+            cli.say(f"stopped by SIGTERM at step {self.step} of {self.steps}, all is saved: to continue run it again "
                      "with --resume auto")
         except Exception as error:
             if isinstance(error, RuntimeError):  # other processes may be gone, and what they were to write
@@ -227,7 +226,7 @@ class Trainer:
         for verdict in self.guard.verdicts(drain=drain):
             self.skipped_in_a_row = self.skipped_in_a_row + 1 if verdict.bad else 0
             if verdict.bad:
-                self.say(f"step {verdict.step} skipped: its loss or gradient is not finite "
+                cli.say(f"step {verdict.step} skipped: its loss or gradient is not finite "
                          f"({self.skipped_in_a_row} in a row)")
             if self.skipped_in_a_row >= self.flags.max_skipped_steps:
                 with dist.failing_together():
@@ -352,7 +351,7 @@ class Trainer:
         try:
             yield
         except NotFiniteError as error:
-            self.say(f"warning: no {what} of step {self.step}: {error}")
+            cli.say(f"warning: no {what} of step {self.step}: {error}")
 
     def preview_path(self) -> Path:
         """Where the preview of this step goes."""
@@ -361,12 +360,6 @@ class Trainer:
     def is_checkpoint_step(self, step: int) -> bool:
         """Whether a checkpoint is due after step number `step` (from 1 on)."""
         return step == self.steps or step % self.flags.ckpt_every == 0
-
-    def say(self, text: str) -> None:
-        """Print a line on rank 0."""
-        if self.process.is_main:
-            tqdm.write(cli.one_line(text))
-            sys.stdout.flush()
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

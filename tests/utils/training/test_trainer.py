@@ -1,9 +1,11 @@
 """The training loop: a resumed run is the uninterrupted one, two processes and accumulation are one batch."""
+import gc
 import json
 import math
 import shutil
 import sys
 import types
+import weakref
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from utils.checkpoints import containers
 from utils.training.ema import EMA
 from utils.training.logger import MetricsLogger, read_metrics
 from utils.training.optim import adamw, learning_rate
+from utils.training.writer import CheckpointWriter
 
 # ---- resuming
 
@@ -280,3 +283,20 @@ def test_a_worker_traceback_is_cut_to_its_message():
     assert cli.message(wrapped) == "the store holds: code 3"
     assert cli.message(ValueError("plain")) == "plain"
     assert cli.message(OSError()) == "OSError"
+
+
+def test_nothing_of_a_training_outlives_it(code_store, tmp_path, monkeypatch):
+    """Not even until the next garbage collection: a process group that is left may abort its process at the end."""
+    made, create = [], CheckpointWriter.__init__
+
+    def noted(self, *args, **options):
+        made.append(weakref.ref(self))
+        create(self, *args, **options)
+
+    monkeypatch.setattr(CheckpointWriter, "__init__", noted)
+    gc.disable()
+    try:
+        call("train_gpt", "--code-path", code_store, *QUICK_GPT, "--results-dir", tmp_path)
+        assert len(made) == 1 and made[0]() is None
+    finally:
+        gc.enable()
