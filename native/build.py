@@ -95,7 +95,7 @@ def _built(name: str, compiler: str, defines: list[str], folder: Path) -> Path:
     """The shared library of <name>.cpp in `folder`, named by all it depends on; built where it is missing."""
     texts = [path.read_bytes() for path in (SOURCES / f"{name}.cpp", *sorted(SOURCES.glob("*.h")))]
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
-    parts = [*texts, version, " ".join([*FLAGS, *defines]).encode(), _cpu().encode()]
+    parts = [*texts, version, " ".join([*FLAGS, *defines]).encode(), cpu().encode()]
     key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
     library = folder / f"{name}-{key}.so"
     if library.is_file():
@@ -114,7 +114,7 @@ def _built(name: str, compiler: str, defines: list[str], folder: Path) -> Path:
         raise failure
 
 
-def _cpu() -> str:
+def cpu() -> str:
     """The CPU's model and features, which decide what -march=native means."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -1,12 +1,14 @@
 // One step of a Llama decoder over cached tokens: embeddings in, logits out, all layers in one parallel region.
 //
-// A row is one sequence with its own number of cached tokens; a step feeds T tokens to each of R rows. Attention reads
-// the used part of the cache only. Keys are stored sixteen positions side by side, so that scores of neighbouring
-// positions are computed together; values position by position. Compiled once for each type of weights (-DWEIGHTS=…);
-// the cache is bfloat16 unless the weights are fp32. Arithmetic is fp32 throughout.
+// A step is flat: n tokens of any rows (sequences), each with its place in its row's cache and the number of places that
+// it sees; and asks, whose logits are wanted: fed tokens, or queries of their own that attend keys and values which all
+// their layers share. Keys are stored sixteen positions side by side, so that scores of neighbouring positions are
+// computed together; values position by position. Compiled once for each type of weights (-DWEIGHTS=…); the cache is
+// bfloat16 unless the weights are fp32. Arithmetic is fp32 throughout.
 #include <cmath>
 #include <limits>
 #include <type_traits>
+#include <vector>
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -17,33 +19,48 @@ constexpr int SIDE = 16;  // positions side by side in the cache of keys
 typedef Weight<WEIGHTS> W;
 typedef std::conditional_t<WEIGHTS == FLOAT, float, uint16_t> Cached;
 
+struct Attention {           // without q: only stores keys and values; without k and v: attends those of another
+    const float* norm;       // (D,)
+    Linear q, k, v, out;     // (H K, D), (G K, D), (G K, D), (D, H K)
+    void* keys;              // (rows, G, capacity / SIDE, K, SIDE)
+    void* values;            // (rows, G, capacity, P), P: K rounded up to a multiple of SIDE
+};
+
+struct FeedForward {
+    const float* norm;       // (D,)
+    Linear gate, up, down;   // (F, D), (F, D), (D, F)
+};
+
 struct Layer {
-    const float* attention_norm;  // (D,)
-    Linear qkv, out;              // ((H + 2 G) K, D), (D, H K)
-    const float* ffn_norm;        // (D,)
-    Linear gate, up, down;        // (F, D), (F, D), (D, F)
-    void* keys;                   // (rows, G, capacity / SIDE, K, SIDE)
-    void* values;                 // (rows, G, capacity, P), P: K rounded up to a multiple of SIDE
+    Attention attention;
+    FeedForward feed_forward;
 };
 
 struct Model {
-    int64_t layers, dim, heads, kv_heads, head_dim, hidden, vocab, capacity;
+    int64_t dim, heads, kv_heads, head_dim, hidden, vocab, capacity;
     float eps;
+    int64_t layers;          // self-attention, of the tokens that are fed
     const Layer* layer;
-    const float* norm;  // (D,)
-    Linear output;      // (V, D)
+    int64_t queries;         // layers in which separate queries attend what `shared` stored; 0: tokens answer
+    const Layer* query;
+    Attention shared;
+    const float* norm;       // (D,)
+    Linear output;           // (V, D)
+};
+
+struct Tokens {              // of any rows; those of one row side by side
+    int64_t count;
+    const int64_t *rope, *row, *slot, *sees;  // (count,) each: rotary row, cache row, place in it, slots that it sees
 };
 
 struct Step {
-    float* x;                // (R T, D) embeddings; overwritten
-    const float* rope;       // (R T, K / 2, 2) cosine and sine
-    const int32_t* rows;     // (R,) where each row's cache lies
-    const int32_t* lengths;  // (R,) cached tokens before this step
-    int64_t R, T;
-    int64_t causal;          // a token sees those of its own step up to itself, or all of them
-    const int32_t* wanted;   // (wishes,) which of the R T tokens' logits
-    int64_t wishes;
-    float* logits;           // (wishes, stride)
+    float* x;                // (n, D) embeddings of what is fed; overwritten
+    Tokens fed;
+    const int64_t* token;    // (asks,) which fed token answers, where there are no separate queries
+    float* y;                // (asks, D) the queries, where there are; overwritten
+    Tokens asked;            // slot is not used
+    const float* table;      // (places, K / 2, 2) cosine and sine
+    float* logits;           // (asks, stride)
     int64_t stride;
     float* scratch;          // scratch_size floats
     int64_t threads;
@@ -136,99 +153,142 @@ static void attend(const float* q, const Cached* keys, const Cached* values, int
     for (int64_t i = 0; i < P; i += 8) store(out + i, load(out + i) * share);
 }
 
-// One row and one KV head: rotate, write the new keys and values, let all queries of the group attend.
-static void attend_head(const Model& m, const Layer& layer, const Step& s, int64_t r, int64_t g, const float* qkv,
-                        float* scratch, float* out) {
-    const int64_t K = m.head_dim, P = rounded(K, SIDE), group = m.heads / m.kv_heads, T = s.T, before = s.lengths[r];
-    const int64_t width = (m.heads + 2 * m.kv_heads) * K, cache_row = s.rows[r] * m.kv_heads + g;
-    Cached* keys = (Cached*)layer.keys + cache_row * m.capacity * K;
-    Cached* values = (Cached*)layer.values + cache_row * m.capacity * P;
-    float* turned = scratch;         // (P,)
-    float* attended = scratch + P;   // (P,)
-    float* scores = attended + P;    // (capacity,)
-    for (int64_t t = 0; t < T; t++) {
-        const float* token = qkv + (r * T + t) * width;
-        const int64_t at = before + t;
-        rotate(token + (m.heads + g) * K, s.rope + (r * T + t) * K, K, turned);
-        for (int64_t k = 0; k < K; k++) put(keys + (at / SIDE * K + k) * SIDE, at % SIDE, turned[k]);
-        const float* value = token + (m.heads + m.kv_heads + g) * K;
-        for (int64_t k = 0; k < P; k++) put(values + at * P, k, k < K ? value[k] : 0.0f);
-    }
-    for (int64_t t = 0; t < T; t++)
-        for (int64_t h = g * group; h < (g + 1) * group; h++) {
-            rotate(qkv + (r * T + t) * width + h * K, s.rope + (r * T + t) * K, K, turned);
-            attend(turned, keys, values, before + (s.causal ? t + 1 : T), K, scores, attended);
-            for (int64_t k = 0; k < K; k++)
-                out[(r * T + t) * m.heads * K + W::place(h * K + k)] = attended[k];
-        }
-}
-
 static int64_t scratch_of_thread(const Model& m) { return rounded(m.capacity + 2 * rounded(m.head_dim, SIDE), SIDE); }
 static int64_t hidden_stride(const Model& m) { return m.hidden + SIDE; }  // no power of two: they share cache sets
 
-static void run(const Model& m, const Step& s) {
+// What the functions below work with; every thread has its own. They are called by all threads together.
+struct Work {
+    const Model& m;
+    const float* table;
+    float *normed, *qkv, *attended, *hidden;  // (n, D), (n, (H + 2 G) K), (n, H K), (n, hidden_stride)
+    float* mine;                              // scratch_of_thread floats
+
+    int64_t width() const { return (m.heads + 2 * m.kv_heads) * m.head_dim; }
+};
+
+static void norm_rows(const Work& w, const float* x, const float* weight, int64_t n) {
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < n; i++) rms_norm(x + i * w.m.dim, weight, w.m.dim, w.m.eps, w.normed + i * w.m.dim);
+}
+
+// put(i, j, y) for every y = x_i . w_j; threads go on without waiting for each other.
+template <class Put>
+static void project(const float* x, int64_t ldx, int64_t n, const Linear& linear, int64_t N, int64_t K, const Put& put) {
     constexpr int COLUMNS = 48;  // that a thread computes at a time: whole tiles, and whole cache lines of results
-    const int64_t D = m.dim, M = s.R * s.T, F = m.hidden, width = (m.heads + 2 * m.kv_heads) * m.head_dim;
-    const int64_t apart = hidden_stride(m), own_size = scratch_of_thread(m);
-    float* normed = s.scratch;             // (M, D)
-    float* qkv = normed + M * D;           // (M, width)
-    float* attended = qkv + M * width;     // (M, H K)
-    float* hidden = attended + M * D;      // (M, F), `apart`
-    float* own = hidden + M * apart;       // per thread: attention's scratch
+#pragma omp for schedule(dynamic) nowait
+    for (int64_t j = 0; j < N; j += COLUMNS) product<WEIGHTS>(x, ldx, n, linear, j, std::min(N, j + COLUMNS), K, put);
+}
+
+// The tokens [first, end) of one row, and one KV head: store their keys and values, let all queries of the group attend.
+static void attend_head(const Work& w, const Attention& a, const Tokens& t, int64_t first, int64_t end, int64_t g) {
+    const Model& m = w.m;
+    const int64_t K = m.head_dim, P = rounded(K, SIDE), group = m.heads / m.kv_heads, width = w.width();
+    const int64_t cache_row = t.row[first] * m.kv_heads + g;
+    Cached* keys = (Cached*)a.keys + cache_row * m.capacity * K;
+    Cached* values = (Cached*)a.values + cache_row * m.capacity * P;
+    float* turned = w.mine;          // (P,)
+    float* attended = turned + P;    // (P,)
+    float* scores = attended + P;    // (capacity,)
+    for (int64_t i = first; a.k.weight && i < end; i++) {
+        const int64_t at = t.slot[i];
+        rotate(w.qkv + i * width + (m.heads + g) * K, w.table + t.rope[i] * K, K, turned);
+        for (int64_t k = 0; k < K; k++) put(keys + (at / SIDE * K + k) * SIDE, at % SIDE, turned[k]);
+        const float* value = w.qkv + i * width + (m.heads + m.kv_heads + g) * K;
+        for (int64_t k = 0; k < P; k++) put(values + at * P, k, k < K ? value[k] : 0.0f);
+    }
+    for (int64_t i = first; a.q.weight && i < end; i++)
+        for (int64_t h = g * group; h < (g + 1) * group; h++) {
+            rotate(w.qkv + i * width + h * K, w.table + t.rope[i] * K, K, turned);
+            attend(turned, keys, values, t.sees[i], K, scores, attended);
+            for (int64_t k = 0; k < K; k++) w.attended[i * m.heads * K + W::place(h * K + k)] = attended[k];
+        }
+}
+
+// x += attention(norm(x)). `starts` holds the first token of each row, and their number at the end.
+static void attention(const Work& w, const Attention& a, const Tokens& t, const std::vector<int64_t>& starts, float* x) {
+    const Model& m = w.m;
+    const int64_t n = t.count, D = m.dim, H = m.heads * m.head_dim, G = m.kv_heads * m.head_dim, width = w.width();
+    norm_rows(w, x, a.norm, n);
+    const auto into = [&](int64_t offset) { return [&w, width, offset](int64_t i, int64_t j, float y) {
+        w.qkv[i * width + offset + j] = y; }; };
+    if (a.q.weight) project(w.normed, D, n, a.q, H, D, into(0));
+    if (a.k.weight) project(w.normed, D, n, a.k, G, D, into(H)), project(w.normed, D, n, a.v, G, D, into(H + G));
+#pragma omp barrier
+#pragma omp for schedule(dynamic)
+    for (int64_t i = 0; i < ((int64_t)starts.size() - 1) * m.kv_heads; i++)
+        attend_head(w, a, t, starts[i / m.kv_heads], starts[i / m.kv_heads + 1], i % m.kv_heads);
+    if (a.q.weight) project(w.attended, H, n, a.out, D, H, [&](int64_t i, int64_t j, float y) { x[i * D + j] += y; });
+#pragma omp barrier
+}
+
+// x += down(silu(gate n) * up n) with n = norm(x).
+static void feed_forward(const Work& w, const FeedForward& f, int64_t n, float* x) {
+    constexpr int COLUMNS = 48;
+    const int64_t D = w.m.dim, F = w.m.hidden, apart = hidden_stride(w.m);
+    norm_rows(w, x, f.norm, n);
+#pragma omp for schedule(dynamic)
+    for (int64_t j = 0; j < F; j += COLUMNS) {
+        const int64_t end = std::min(F, j + COLUMNS);
+        product<WEIGHTS>(w.normed, D, n, f.gate, j, end, D, [&](int64_t i, int64_t j, float y) {
+            w.hidden[i * apart + W::place(j)] = y; });
+        for (int64_t i = 0; i < n; i++) silu(w.hidden + i * apart + j, end - j);
+        product<WEIGHTS>(w.normed, D, n, f.up, j, end, D, [&](int64_t i, int64_t j, float y) {
+            w.hidden[i * apart + W::place(j)] *= y; });
+    }
+    project(w.hidden, apart, n, f.down, D, F, [&](int64_t i, int64_t j, float y) { x[i * D + j] += y; });
+#pragma omp barrier
+}
+
+// The logits of `n` rows of x: those that `chosen` names, or the first.
+static void head(const Work& w, const float* x, const int64_t* chosen, int64_t n, float* logits, int64_t stride) {
+    const int64_t D = w.m.dim;
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < n; i++)
+        rms_norm(x + (chosen ? chosen[i] : i) * D, w.m.norm, D, w.m.eps, w.normed + i * D);
+    project(w.normed, D, n, w.m.output, w.m.vocab, D, [&](int64_t i, int64_t j, float y) { logits[i * stride + j] = y; });
+}
+
+static std::vector<int64_t> starts_of_rows(const Tokens& t) {
+    std::vector<int64_t> starts;
+    for (int64_t i = 0; i < t.count; i++)
+        if (i == 0 || t.row[i] != t.row[i - 1]) starts.push_back(i);
+    starts.push_back(t.count);
+    return starts;
+}
+
+static void run(const Model& m, const Step& s) {
+    const int64_t n = std::max(s.fed.count, s.asked.count), D = m.dim;
+    const std::vector<int64_t> fed = starts_of_rows(s.fed), asked = starts_of_rows(s.asked);
+    float* qkv = s.scratch + n * D;
+    float* attended = qkv + n * (m.heads + 2 * m.kv_heads) * m.head_dim;
+    float* hidden = attended + n * m.heads * m.head_dim;
 #pragma omp parallel num_threads(s.threads)
     {
 #ifdef _OPENMP
-        float* mine = own + omp_get_thread_num() * own_size;
+        const int64_t thread = omp_get_thread_num();
 #else
-        float* mine = own;
+        const int64_t thread = 0;
 #endif
+        float* mine = hidden + n * hidden_stride(m) + thread * scratch_of_thread(m);
+        const Work w{m, s.table, s.scratch, qkv, attended, hidden, mine};
         for (int64_t l = 0; l < m.layers; l++) {
-            const Layer& layer = m.layer[l];
-#pragma omp for schedule(static)
-            for (int64_t i = 0; i < M; i++)
-                rms_norm(s.x + i * D, layer.attention_norm, D, m.eps, normed + i * D);
-#pragma omp for schedule(dynamic)
-            for (int64_t n = 0; n < width; n += COLUMNS)
-                product<WEIGHTS>(normed, D, M, layer.qkv, n, std::min(width, n + COLUMNS), D,
-                              [&](int64_t i, int64_t j, float y) { qkv[i * width + j] = y; });
-#pragma omp for schedule(dynamic)
-            for (int64_t i = 0; i < s.R * m.kv_heads; i++)
-                attend_head(m, layer, s, i / m.kv_heads, i % m.kv_heads, qkv, mine, attended);
-#pragma omp for schedule(dynamic)
-            for (int64_t n = 0; n < D; n += COLUMNS)
-                product<WEIGHTS>(attended, D, M, layer.out, n, std::min(D, n + COLUMNS), D,
-                              [&](int64_t i, int64_t j, float y) { s.x[i * D + j] += y; });
-#pragma omp for schedule(static)
-            for (int64_t i = 0; i < M; i++)
-                rms_norm(s.x + i * D, layer.ffn_norm, D, m.eps, normed + i * D);
-#pragma omp for schedule(dynamic)
-            for (int64_t n = 0; n < F; n += COLUMNS) {
-                const int64_t end = std::min(F, n + COLUMNS);
-                product<WEIGHTS>(normed, D, M, layer.gate, n, end, D, [&](int64_t i, int64_t j, float y) {
-                    hidden[i * apart + W::place(j)] = y; });
-                for (int64_t i = 0; i < M; i++) silu(hidden + i * apart + n, end - n);
-                product<WEIGHTS>(normed, D, M, layer.up, n, end, D, [&](int64_t i, int64_t j, float y) {
-                    hidden[i * apart + W::place(j)] *= y; });
-            }
-#pragma omp for schedule(dynamic)
-            for (int64_t n = 0; n < D; n += COLUMNS)
-                product<WEIGHTS>(hidden, apart, M, layer.down, n, std::min(D, n + COLUMNS), F,
-                              [&](int64_t i, int64_t j, float y) { s.x[i * D + j] += y; });
+            attention(w, m.layer[l].attention, s.fed, fed, s.x);
+            feed_forward(w, m.layer[l].feed_forward, s.fed.count, s.x);
         }
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < s.wishes; i++) rms_norm(s.x + s.wanted[i] * D, m.norm, D, m.eps, normed + i * D);
-#pragma omp for schedule(dynamic)
-        for (int64_t n = 0; n < m.vocab; n += COLUMNS)
-            product<WEIGHTS>(normed, D, s.wishes, m.output, n, std::min(m.vocab, n + COLUMNS), D,
-                          [&](int64_t i, int64_t j, float y) { s.logits[i * s.stride + j] = y; });
+        if (m.queries) attention(w, m.shared, s.fed, fed, s.x);
+        for (int64_t l = 0; l < m.queries; l++) {
+            attention(w, m.query[l].attention, s.asked, asked, s.y);
+            feed_forward(w, m.query[l].feed_forward, s.asked.count, s.y);
+        }
+        head(w, m.queries ? s.y : s.x, m.queries ? nullptr : s.token, s.asked.count, s.logits, s.stride);
     }
 }
 
 extern "C" {
-// Floats that a step of `tokens` = R T tokens needs as scratch.
+// Floats that a step of at most `tokens` tokens, and as many asks, needs as scratch.
 int64_t scratch_size(const Model* m, int64_t tokens, int64_t threads) {
-    return tokens * (2 * m->dim + hidden_stride(*m) + (m->heads + 2 * m->kv_heads) * m->head_dim) +
-           threads * scratch_of_thread(*m);
+    const int64_t K = m->head_dim, widths = m->dim + m->heads * K + (m->heads + 2 * m->kv_heads) * K + hidden_stride(*m);
+    return tokens * widths + threads * scratch_of_thread(*m);
 }
 
 void step(const Model* m, const Step* s) { run(*m, *s); }

@@ -13,15 +13,14 @@
 struct Draws {
     const float* logits;            // (rows, stride)
     int64_t stride, vocab, count;
-    const int32_t* conditional;     // (count,) rows
-    const int32_t* unconditional;   // (count,) rows, -1 where there is no guidance
-    const float* scale;             // (count,) each, as are the following
-    const float* temperature;
+    const int64_t *conditional, *unconditional;  // (count,) rows of logits, the latter -1 where there is no guidance
+    const int64_t *image, *position;             // (count,)
+    const float* scale;             // (count,) of guidance
+    const float* temperature;       // (images,) each, as are the following
     const int64_t* top_k;           // 0: all
     const float* top_p;             // 1: all
     const int64_t* key;
-    const int64_t* position;
-    int64_t greedy;
+    const uint8_t* greedy;          // takes the best code
     int64_t* codes;                 // (count,) out
     uint8_t* finite;                // (count,) out: whether all guided logits are
     int64_t threads;
@@ -54,10 +53,11 @@ static inline f8 gumbel(const uint32_t* bits) {
 
 static int64_t draw(const Draws& d, int64_t i, std::vector<float>& logits, std::vector<float>& other,
                     std::vector<std::pair<float, int32_t>>& ranked) {
-    const int64_t V = d.vocab, padded = (int64_t)logits.size();
+    const int64_t V = d.vocab, padded = (int64_t)logits.size(), image = d.image[i], top_k = d.top_k[image];
+    const float top_p = d.top_p[image];
     const float* c = d.logits + d.conditional[i] * d.stride;
     const float* u = d.unconditional[i] < 0 ? nullptr : d.logits + d.unconditional[i] * d.stride;
-    const float scale = d.scale[i], divisor = std::max(d.temperature[i], 1e-5f);
+    const float scale = d.scale[i], divisor = std::max(d.temperature[image], 1e-5f);
     int broken = 0;
     for (int64_t v = 0; v < V; v++) {
         const float guided = u ? u[v] + scale * (c[v] - u[v]) : c[v], x = guided / divisor;
@@ -66,16 +66,16 @@ static int64_t draw(const Draws& d, int64_t i, std::vector<float>& logits, std::
     }
     d.finite[i] = !broken;
     std::fill(logits.begin() + V, logits.end(), -std::numeric_limits<float>::infinity());
-    if (d.greedy) return std::max_element(logits.begin(), logits.begin() + V) - logits.begin();
+    if (d.greedy[image]) return std::max_element(logits.begin(), logits.begin() + V) - logits.begin();
 
     float least = -std::numeric_limits<float>::infinity();
-    if (0 < d.top_k[i] && d.top_k[i] < V) {
+    if (0 < top_k && top_k < V) {
         other.assign(logits.begin(), logits.begin() + V);
-        std::nth_element(other.begin(), other.begin() + d.top_k[i] - 1, other.end(), std::greater<float>());
-        least = other[d.top_k[i] - 1];
+        std::nth_element(other.begin(), other.begin() + top_k - 1, other.end(), std::greater<float>());
+        least = other[top_k - 1];
     }
     int64_t last = padded;  // of codes that tie with `least`, those from here on are out
-    if (d.top_p[i] < 1) {
+    if (top_p < 1) {
         ranked.clear();
         double mass = 0;
         const float top = *std::max_element(logits.begin(), logits.begin() + V);
@@ -84,7 +84,7 @@ static int64_t draw(const Draws& d, int64_t i, std::vector<float>& logits, std::
         const size_t survivors = ranked.size();
         double before = 0;
         size_t rank = 0, sorted = 0;
-        while (rank < survivors && (rank == 0 || before <= d.top_p[i] * mass)) {
+        while (rank < survivors && (rank == 0 || before <= top_p * mass)) {
             if (rank == sorted) {  // sort a few more: most often the first 512 are enough
                 sorted = std::min(survivors, sorted ? 4 * sorted : 512);
                 if (sorted < survivors) std::nth_element(ranked.begin() + rank, ranked.begin() + sorted, ranked.end());
@@ -106,7 +106,7 @@ static int64_t draw(const Draws& d, int64_t i, std::vector<float>& logits, std::
         for (int64_t v = start; v < start + 32; v++) any |= logits[v] >= least;
         if (!any) continue;
         uint32_t bits[4][8];
-        philox((uint64_t)d.key[i], (uint32_t)d.position[i], (uint32_t)(start / 4), bits);
+        philox((uint64_t)d.key[image], (uint32_t)d.position[i], (uint32_t)(start / 4), bits);
         for (int j = 0; j < 4; j++) {  // codes start + j, start + j + 4, …
             float strided[8];
             for (int l = 0; l < 8; l++) strided[l] = logits[start + j + 4 * l];

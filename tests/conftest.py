@@ -188,7 +188,7 @@ def sets(tmp_path) -> tuple[Path, Path]:
 @pytest.fixture(params=["native", "torch"])
 def engine(request, monkeypatch) -> type:
     """The class of the engine that models then decode on: C++ kernels or PyTorch's."""
-    from autoregressive.models.engine import TorchEngine
+    from autoregressive.models.engines import TorchEngine
     from autoregressive.models.native_engine import NativeEngine
     from native.build import load
 

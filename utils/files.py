@@ -2,13 +2,15 @@
 import codecs
 import contextlib
 import hashlib
+import json
 import os
 import re
 import secrets
 import shutil
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 LOOKED_AT = 4096  # bytes at the start of a file that say what it is
 KINDS = {  # how files start that are no text
@@ -149,6 +151,18 @@ def sweep(folder: Path) -> None:
 def cache_folder() -> Path:
     """The folder for files that can be made again: $XDG_CACHE_HOME/llamagen, else ~/.cache/llamagen."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llamagen"
+
+
+def remembered(kind: str, key: Any, measure: Callable[[], Any]) -> Any:
+    """What `measure` gave on this machine for `key`, anything that JSON can hold; kept in the cache folder."""
+    digest = hashlib.sha256(json.dumps(key, default=str).encode()).hexdigest()[:16]
+    path = cache_folder() / "measured" / f"{kind}-{digest}.json"
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads(path.read_text())
+    found = json.loads(json.dumps(measure()))
+    with contextlib.suppress(OSError), replacing(path) as temporary:
+        temporary.write_text(json.dumps(found))
+    return found
 
 
 def file_hash(path: str | Path) -> str:

@@ -1,12 +1,12 @@
 """Transformer blocks in Llama's layout: RMSNorm, grouped-query attention with rotary positions, SwiGLU."""
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autoregressive.models import lean
-from autoregressive.models.kv_cache import KVCache
+from autoregressive.models.attend import KVCache
 from autoregressive.models.rope import apply_rope
 
 
@@ -74,39 +74,21 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, norm: RMSNorm, rope: Tensor, mask: Tensor | None, cache: KVCache | None,
                 layer: int) -> Tensor:
         """norm(x) through the layer: x (B, T, D) → (B, T, D). rope (T, K/2, 2), or one table per row; mask
-        (B or 1, 1, T, S) bool, or None: plain causal; with a cache, all that it holds is attended."""
+        (B or 1, 1, T, T) bool, or None: plain causal. With a cache, x (1, n, D) are a decoding step's tokens, of
+        any rows: the cache knows which, and what they see."""
         if cache is None and lean.applies(self.wqkv):
             q, k, v = lean.normed_qkv(x, norm.weight, norm.eps, self.wqkv.weight, rope, (self.heads, self.kv_heads))
         else:
             sizes = [n * self.head_dim for n in (self.heads, self.kv_heads, self.kv_heads)]
             q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.wqkv(norm(x)).split(sizes, dim=-1))
             q, k = apply_rope(q, rope), apply_rope(k, rope)
+        if cache is not None:
+            return self.wo(cache.attend(layer, q[0], k[0], v[0]).flatten(1))[None]
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (B, heads, T, K)
-        if cache is None:
-            out = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.kv_heads != self.heads,
-                dropout_p=self.attn_dropout if self.training else 0.0)
-        else:
-            out = cached_attention(q, *cache.update(layer, k, v), mask)
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.kv_heads != self.heads,
+            dropout_p=self.attn_dropout if self.training else 0.0)
         return self.dropout(self.wo(out.transpose(1, 2).flatten(2)))
-
-
-def cached_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention of the newest T tokens q (B, H, T, K) over all S cached ones, k and v (B, KV heads, S, K).
-
-    mask (B or 1, 1, T, S) bool, True where attended; None attends everywhere (right for T = 1). On a CPU it is
-    two matrix products: the fused kernel splits its sum by the number of rows, so that the last bits of an image would
-    depend on the batch it was drawn in; with the products they do not (tests/autoregressive/models/test_jacobi.py).
-    """
-    if q.device.type != "cpu":
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
-    grouped = q.unflatten(1, (k.shape[1], -1))  # (B, KV heads, H / KV heads, T, K)
-    scores = grouped.flatten(2, 3) @ k.transpose(-1, -2) * q.shape[-1] ** -0.5  # (B, KV heads, group*T, S)
-    scores = scores.float().unflatten(2, grouped.shape[2:4])
-    if mask is not None:
-        scores = scores.masked_fill(~mask[:, None], float("-inf"))
-    weights = scores.softmax(-1).type_as(v)
-    return (weights.flatten(2, 3) @ v).unflatten(2, grouped.shape[2:4]).flatten(1, 2)  # (B, H, T, K)
 
 
 class BlockArgs(Protocol):
@@ -120,6 +102,38 @@ class BlockArgs(Protocol):
     resid_dropout_p: float
     ffn_dropout_p: float
     attn_dropout_p: float
+
+
+class AttentionParts(NamedTuple):
+    """Attention as the C++ kernels take it; q, k and v are (layer, first of its rows). Without q it only stores keys
+    and values, without k and v it attends those that another stored."""
+
+    norm: RMSNorm
+    q: tuple[nn.Module, int] | None
+    k: tuple[nn.Module, int] | None
+    v: tuple[nn.Module, int] | None
+    out: nn.Module | None
+
+
+class FeedForwardParts(NamedTuple):
+    """A feed-forward layer as the C++ kernels take it."""
+
+    norm: RMSNorm
+    gate: nn.Module
+    up: nn.Module
+    down: nn.Module
+
+
+class Parts(NamedTuple):
+    """A model as the C++ kernels take it. `queries`: the layers of a second stream, which attends what `shared` stores;
+    it starts from `query` (D,) at every ask."""
+
+    layers: list[tuple[AttentionParts, FeedForwardParts]]
+    norm: RMSNorm
+    output: nn.Module
+    shared: AttentionParts | None = None
+    queries: tuple[tuple[AttentionParts, FeedForwardParts], ...] = ()
+    query: Tensor | None = None
 
 
 class TransformerBlock(nn.Module):
@@ -139,3 +153,11 @@ class TransformerBlock(nn.Module):
         """x (B, T, D) → (B, T, D); rope, mask and cache: see `Attention`. `layer`: its number in the cache."""
         x = x + self.drop_path(self.attention(x, self.attention_norm, rope, mask, cache, layer))
         return x + self.drop_path(self.feed_forward(x, self.ffn_norm))
+
+    def parts(self) -> tuple[AttentionParts, FeedForwardParts]:
+        """The block as the C++ kernels take it."""
+        attention, ffn = self.attention, self.feed_forward
+        heads, kv_heads = (count * attention.head_dim for count in (attention.heads, attention.kv_heads))
+        packed = [(attention.wqkv, first) for first in (0, heads, heads + kv_heads)]
+        return (AttentionParts(self.attention_norm, *packed, attention.wo),
+                FeedForwardParts(self.ffn_norm, ffn.w1, ffn.w3, ffn.w2))

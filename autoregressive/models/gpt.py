@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autoregressive.models.blocks import RMSNorm, TransformerBlock
+from autoregressive.models.attend import KVCache
+from autoregressive.models.batch import Batch
+from autoregressive.models.blocks import Parts, RMSNorm, TransformerBlock
 from autoregressive.models.conditions import CaptionEmbedder, LabelEmbedder
-from autoregressive.models.kv_cache import KVCache
 from autoregressive.models.lean import Dropout
 from autoregressive.models.linear_cross_entropy import linear_cross_entropy
 from autoregressive.models.rope import rope_table
@@ -84,13 +85,6 @@ class ModelArgs:
         return find_multiple(int((self.ffn_dim_multiplier or 1) * int(8 * self.dim / 3)), self.multiple_of)
 
 
-class Idle(list):
-    """Idle engines with their caches, for the next calls of `generate`; a copy of a model starts without any."""
-
-    def __reduce__(self) -> tuple:
-        return Idle, ()
-
-
 class Transformer(nn.Module):
     """From the prefix and codes x_1 … x_{L-1} to the logits of x_1 … x_L."""
 
@@ -110,7 +104,6 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(config.dim, eps=config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
         self._rope: dict[torch.device, Tensor] = {}  # not a buffer: the table must stay fp32 and must not be saved
-        self.engines = Idle()
         if not self.output.weight.is_meta:
             self.init_weights(int(torch.randint(2**62, ())))
 
@@ -157,6 +150,39 @@ class Transformer(nn.Module):
         for i, layer in enumerate(self.layers):
             x = layer(x, rope, cache, mask, i)
         return self.norm(x)
+
+    # ---- decoding: see `Decodable` in engines.py
+
+    def embed(self, codes: Tensor) -> Tensor:
+        """Codes (n,) → (n, D)."""
+        return self.tok_embeddings(codes)
+
+    def prefix(self, conditions: list[int] | list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Labels, or text features (N, caption_dim) each → prefixes (n, N, D), and the one of no condition (N, D)."""
+        embed, weight = self.cls_embedding, self.tok_embeddings.weight
+        if self.config.model_type == "c2i":
+            labels = torch.tensor([*conditions, self.config.num_classes], device=weight.device)
+            return embed(labels, drop=False)[:-1], embed(labels[-1:], drop=False)[0]
+        one = [condition[None].to(weight.device) for condition in conditions]  # alone: independent of the batch
+        return (torch.cat([embed(features, drop=False) for features in one]),
+                embed(embed.unconditional(one[0]), drop=False)[0])
+
+    def new_cache(self, rows: int, tokens: int) -> KVCache:
+        """Empty caches for `rows` rows of `tokens` tokens."""
+        config, weight = self.config, self.tok_embeddings.weight
+        return KVCache(config.n_layer, rows, config.n_kv_head, tokens, config.dim // config.n_head,
+                       device=weight.device, dtype=weight.dtype)
+
+    def decode(self, x: Tensor, batch: Batch, cache: KVCache) -> Tensor:
+        """Embeddings x (n, D) of a step's tokens → logits (a, V) of those that are asked."""
+        rope = self.rope(x.device)[cache.filled(batch.fed[1])]  # (n, K/2, 2)
+        hidden = self.hidden_states(x[None], mask=None, rope=rope, cache=cache)[0]
+        token = batch.asks[0]
+        return self.output(hidden[cache.filled(token)])[:len(token)]
+
+    def parts(self) -> Parts:
+        """The weights as the C++ kernels take them."""
+        return Parts([layer.parts() for layer in self.layers], self.norm, self.output)
 
     def forward(self, idx: Tensor, cond_idx: Tensor, targets: Tensor | None = None, mask: Tensor | None = None,
                 valid: Tensor | None = None, *, dropped: Tensor | None = None, summed_loss: bool = False,

@@ -1,48 +1,91 @@
-"""CUDA graphs of whole decoding steps: one launch instead of some hundred (not verified on a GPU).
+"""CUDA graphs of whole decoding steps: one launch instead of some hundred (never run on a GPU by its authors).
 
-A graph replays kernels on fixed addresses, so everything that a step reads and writes lives in buffers that outlast the
-call of `generate`: the next call of the same kind fills the same buffers and replays the same graphs. On a CPU the same
-code runs without graphs.
+A graph replays kernels on fixed addresses, so a step's inputs are copied into tensors that stay, one set for each shape
+of step. The path checks itself: the first replay of a graph is compared with the step done directly, and after any
+difference or failure everything is done directly. LLAMAGEN_GRAPHS=0 in the environment turns graphs off.
 """
-from collections.abc import Callable, Hashable
+import os
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch import Tensor
 
+from autoregressive.models.batch import Batch
+
+MOST = 64  # graphs kept; the one that was not used for longest goes first
+Results = tuple[Tensor, ...]
+
 
 class StepGraphs:
-    """The buffers of one kind of call, and the graphs captured over them."""
+    """The graphs of one decoder, by the shapes of its steps."""
+
+    broken = False  # for all decoders of this process: said once
 
     def __init__(self) -> None:
-        self.kind: Hashable = None
-        self.buffers: dict[str, Tensor] = {}
-        self.graphs: dict[Hashable, torch.cuda.CUDAGraph | None] = {}
+        self.kept: OrderedDict[Hashable, tuple[Sequence[Tensor], Callable[[], Results]] | None] = OrderedDict()
 
-    def adopt(self, kind: Hashable, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Buffers that hold `values`: those of the last call, if it was of the same kind."""
-        if kind == self.kind:
-            for name, value in values.items():
-                self.buffers[name].copy_(value)
+    def run(self, batch: Batch, step: Callable[..., Results], *, bucket: int, rounding: float) -> Results:
+        """The results of step(batch, fused=…), which writes the same when it is repeated. A shape's first step is done
+        directly, the second is captured as well, later ones are replayed; ragged steps are always done directly.
+        bucket: the cache is read in multiples of it; rounding: the relative error that logits may have."""
+        shape = batch.shape(bucket) if possible(batch.fed.device) else None
+        if shape is None:
+            return step(batch, fused=False)
+        if self.kept.get(shape) is not None:
+            self.kept.move_to_end(shape)
+            held, replay = self.kept[shape]
+            for own, given in zip(held, batch.tensors, strict=True):
+                own.copy_(given)
+            return replay()
+        results = step(batch, fused=False)
+        if shape not in self.kept:
+            self.kept[shape] = None
         else:
-            self.kind, self.graphs = kind, {}
-            self.buffers = {name: value.clone() for name, value in values.items()}
-        return self.buffers
+            try:
+                expected, held = ([tensor.clone() for tensor in tensors] for tensors in (results, batch.tensors))
+                step(batch.over(held), fused=True)  # loads and compiles kernels, which is not allowed during capture
+                replay = capture(lambda: step(batch.over(held), fused=True))
+                check(replay(), expected, rounding=rounding)
+                self.kept[shape] = held, replay
+            except Exception as error:  # whatever it is, the step can be done directly
+                StepGraphs.broken = True
+                self.kept.clear()
+                said = (str(error).strip() or type(error).__name__).splitlines()[0]
+                print(f"note: CUDA graphs are not used, which makes sampling slower: {said}", file=sys.stderr)
+                return step(batch, fused=False)
+        while len(self.kept) > MOST:
+            self.kept.popitem(last=False)
+        return results
 
-    def run(self, shape: Hashable, step: Callable[[], None]) -> None:
-        """Do a step that depends on `shape` and the buffers only: first directly, then captured, then replayed."""
-        device = next(iter(self.buffers.values())).device
-        if device.type != "cuda" or torch.is_autocast_enabled("cuda"):  # autocast keeps copies of weights for a while
-            step()
-        elif shape not in self.graphs:  # the first run loads and selects kernels, which is not allowed during capture
-            step()
-            self.graphs[shape] = None
-        else:
-            with torch.cuda.device(device):
-                if self.graphs[shape] is None:
-                    graph = torch.cuda.CUDAGraph()
-                    pool = next((other.pool() for other in self.graphs.values() if other is not None), None)
-                    with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.Stream(),
-                                          capture_error_mode="thread_local"):  # other threads may use the GPU meanwhile
-                        step()
-                    self.graphs[shape] = graph
-                self.graphs[shape].replay()
+
+def possible(device: torch.device) -> bool:
+    """Whether steps on `device` may be captured now."""
+    return (device.type == "cuda" and not StepGraphs.broken and os.environ.get("LLAMAGEN_GRAPHS") != "0"
+            and not torch.is_autocast_enabled("cuda"))  # autocast keeps copies of weights for a while
+
+
+def capture(step: Callable[[], Results]) -> Callable[[], Results]:
+    """A function that replays what `step` launches on the current GPU."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):  # others may use it
+        results = step()
+
+    def replay() -> Results:
+        graph.replay()
+        return results
+
+    return replay
+
+
+def check(found: Sequence[Tensor], expected: Sequence[Tensor], *, rounding: float) -> None:
+    """Raise ValueError unless whole numbers are equal and the others within `rounding` of the largest."""
+    for ours, reference in zip(found, expected, strict=True):
+        if ours.is_floating_point():
+            room = rounding * reference.abs().max().item()
+            if not torch.allclose(ours, reference, rtol=0, atol=room, equal_nan=True):
+                raise ValueError(f"a replayed step gave other logits than the step done directly, by up to "
+                                 f"{(ours - reference).abs().max().item():.2g}")
+        elif not torch.equal(ours, reference):
+            raise ValueError("a replayed step gave other codes than the step done directly")

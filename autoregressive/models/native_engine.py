@@ -4,150 +4,177 @@ Arithmetic is fp32 whatever the weights are; beside bfloat16 weights the cache i
 on the other rows, nor on how many tokens a step holds, nor on the number of threads.
 """
 import ctypes
-import weakref
+from ctypes import c_float, c_int64, c_void_p
 
 import torch
 from torch import Tensor, nn
 
-from autoregressive.models.blocks import Attention, FeedForward, RMSNorm, TransformerBlock
-from autoregressive.models.gpt import Transformer
-from autoregressive.models.graphs import StepGraphs
+from autoregressive.models.batch import Batch
+from autoregressive.models.blocks import (
+    Attention,
+    AttentionParts,
+    FeedForward,
+    FeedForwardParts,
+    RMSNorm,
+    TransformerBlock,
+)
 from autoregressive.models.quantized import QuantizedLinear
 from native.build import load, pointer
 
 SIDE = 16  # positions side by side in the cache of keys: the constant of the same name in native/decode.cpp
 WEIGHTS = {torch.float32: 0, torch.bfloat16: 1, 8: 2, 4: 3}
 MULTIPLE = {torch.float32: 8, torch.bfloat16: 16, 8: 32, 4: 64}  # layer widths must be multiples
-PROJECTIONS = ("attention.wqkv", "attention.wo", "feed_forward.w1", "feed_forward.w3", "feed_forward.w2")
+KNOWN = (RMSNorm, Attention, FeedForward, TransformerBlock)  # what the kernels compute; a subclass may not
 
 
-class _Linear(ctypes.Structure):
-    _fields_ = [("weight", ctypes.c_void_p), ("scale", ctypes.c_void_p)]
+class _Linear(ctypes.Structure):  # this and the following: the structs of native/decode.cpp
+    _fields_ = [("weight", c_void_p), ("scale", c_void_p)]
+
+
+class _Attention(ctypes.Structure):
+    _fields_ = [("norm", c_void_p), *((name, _Linear) for name in ("q", "k", "v", "out")), ("keys", c_void_p),
+                ("values", c_void_p)]
+
+
+class _FeedForward(ctypes.Structure):
+    _fields_ = [("norm", c_void_p), *((name, _Linear) for name in ("gate", "up", "down"))]
 
 
 class _Layer(ctypes.Structure):
-    _fields_ = [("attention_norm", ctypes.c_void_p), ("qkv", _Linear), ("out", _Linear), ("ffn_norm", ctypes.c_void_p),
-                ("gate", _Linear), ("up", _Linear), ("down", _Linear), ("keys", ctypes.c_void_p),
-                ("values", ctypes.c_void_p)]
+    _fields_ = [("attention", _Attention), ("feed_forward", _FeedForward)]
 
 
 class _Model(ctypes.Structure):
-    _fields_ = [*((name, ctypes.c_int64) for name in (
-                    "layers", "dim", "heads", "kv_heads", "head_dim", "hidden", "vocab", "capacity")),
-                ("eps", ctypes.c_float), ("layer", ctypes.POINTER(_Layer)), ("norm", ctypes.c_void_p),
-                ("output", _Linear)]
+    _fields_ = [*((name, c_int64) for name in ("dim", "heads", "kv_heads", "head_dim", "hidden", "vocab", "capacity")),
+                ("eps", c_float), ("layers", c_int64), ("layer", ctypes.POINTER(_Layer)), ("queries", c_int64),
+                ("query", ctypes.POINTER(_Layer)), ("shared", _Attention), ("norm", c_void_p), ("output", _Linear)]
+
+
+class _Tokens(ctypes.Structure):
+    _fields_ = [("count", c_int64), *((name, c_void_p) for name in ("rope", "row", "slot", "sees"))]
 
 
 class _Step(ctypes.Structure):
-    _fields_ = [("x", ctypes.c_void_p), ("rope", ctypes.c_void_p), ("rows", ctypes.c_void_p),
-                ("lengths", ctypes.c_void_p), ("R", ctypes.c_int64), ("T", ctypes.c_int64), ("causal", ctypes.c_int64),
-                ("wanted", ctypes.c_void_p), ("wishes", ctypes.c_int64), ("logits", ctypes.c_void_p),
-                ("stride", ctypes.c_int64), ("scratch", ctypes.c_void_p), ("threads", ctypes.c_int64)]
+    _fields_ = [("x", c_void_p), ("fed", _Tokens), ("token", c_void_p), ("y", c_void_p), ("asked", _Tokens),
+                ("table", c_void_p), ("logits", c_void_p), ("stride", c_int64), ("scratch", c_void_p),
+                ("threads", c_int64)]
 
 
-def weight_type(model: Transformer) -> int | None:
-    """Which kernels fit the model: the value of WEIGHTS, or None if none do (a GPU, LoRA, hooks, odd sizes, …)."""
-    parts = [model.norm, *(module for layer in model.layers for module in (
-        layer, layer.attention, layer.feed_forward, layer.attention_norm, layer.ffn_norm))]
-    if {type(part) for part in parts} != {RMSNorm, TransformerBlock, Attention, FeedForward}:
-        return None
-    linears = [model.output, *(layer.get_submodule(name) for layer in model.layers for name in PROJECTIONS)]
-    kinds = {linear.bits if type(linear) is QuantizedLinear else linear.weight.dtype if type(linear) is nn.Linear
-             and linear.bias is None and type(linear.weight) in (Tensor, nn.Parameter) else None for linear in linears}
-    kind = kinds.pop()
-    config = model.config
-    if (kinds or kind not in WEIGHTS or model.output.weight.device.type != "cpu" or torch.is_autocast_enabled("cpu")
-            or any(width % MULTIPLE[kind] for width in (config.dim, config.hidden))
-            or any(module._compiled_call_impl is not None for module in model.modules())
-            or any(module._forward_hooks or module._forward_pre_hooks for module in (*parts, *linears))
-            or not all(linear.weight.is_contiguous() for linear in linears)):
-        return None
-    return WEIGHTS[kind]
-
-
-class NativeEngine:
-    """C++ kernels over their own caches."""
-
-    row_multiple = 1
-    picks_rows = True
-
-    def __init__(self, model: Transformer, weights: int, kernels: ctypes.CDLL) -> None:
-        self.model, self.weights, self.kernels = weakref.proxy(model), weights, kernels
-        kernels.scratch_size.restype = ctypes.c_int64
-        self.keys: list[Tensor] = []
-        self.values: list[Tensor] = []
-        self.rows = self.capacity = 0
-        self.scratch = self.logits = torch.empty(0)
-        self.graphs = StepGraphs()
-
-    def reserve(self, rows: int, tokens: int) -> None:
-        """Provide caches for `rows` rows of `tokens` tokens, and look up the addresses of the weights."""
-        config = self.model.config
-        K = config.dim // config.n_head
-        if rows > self.rows or tokens > self.capacity:
-            self.keys, self.values = [], []  # free the memory before the new ones are made
-            self.rows, self.capacity = rows, -(-tokens // SIDE) * SIDE
-            dtype = torch.float32 if self.weights == 0 else torch.bfloat16
-            shape = (rows, config.n_kv_head)
-            blocks, width = self.capacity // SIDE, -(-K // SIDE) * SIDE
-            self.keys = [torch.empty(*shape, blocks, K, SIDE, dtype=dtype) for _ in range(config.n_layer)]
-            self.values = [torch.empty(*shape, self.capacity, width, dtype=dtype) for _ in range(config.n_layer)]
-        self.kept = [tensor.float().contiguous() for layer in self.model.layers
-                     for tensor in (layer.attention_norm.weight, layer.ffn_norm.weight)]
-        self.kept.append(self.model.norm.weight.float().contiguous())
-        layers = (_Layer * config.n_layer)()
-        for i, layer in enumerate(self.model.layers):
-            qkv, out, gate, up, down = (_linear(layer.get_submodule(name)) for name in PROJECTIONS)
-            layers[i] = _Layer(pointer(self.kept[2 * i]), qkv, out, pointer(self.kept[2 * i + 1]), gate, up, down,
-                               pointer(self.keys[i]), pointer(self.values[i]))
-        self.layers = layers
-        self.described = _Model(config.n_layer, config.dim, config.n_head, config.n_kv_head, K, config.hidden,
-                                config.vocab_size, self.capacity, config.norm_eps, layers, pointer(self.kept[-1]),
-                                _linear(self.model.output))
-
-    def step(self, x: Tensor, rope: Tensor, lengths: Tensor, *, rows: Tensor | slice, wanted: Tensor | None = None,
-             causal: bool = True, longest: int, uniform: bool) -> Tensor:
-        """See `Engine.step`."""
-        count, new = x.shape[:2]
-        x = x.float().contiguous()
-        rope = rope.expand(count, *rope.shape[1:]).contiguous()
-        rows = torch.arange(rows.start, rows.stop, dtype=torch.int32) if isinstance(rows, slice) else rows.int()
-        wanted = torch.arange(count * new, dtype=torch.int32) if wanted is None else wanted.int()
-        lengths, threads = lengths.int(), torch.get_num_threads()
-        assert len(rows) == len(lengths) == count and 0 <= int(rows.min()) <= int(rows.max()) < self.rows, (rows, count)
-        assert 0 < len(wanted) <= count * new and 0 <= int(wanted.min()) <= int(wanted.max()) < count * new, wanted
-        assert int(lengths.max()) <= longest <= self.capacity - new, (lengths, longest, new, self.capacity)
-        size = self.kernels.scratch_size(ctypes.byref(self.described), ctypes.c_int64(count * new),
-                                         ctypes.c_int64(threads))
-        if len(self.scratch) < size:
-            self.scratch = torch.empty(size)
-        vocab = self.model.config.vocab_size
-        if len(self.logits) < len(wanted):
-            self.logits = torch.empty(len(wanted), vocab + SIDE)  # not a power of two: rows would share cache sets
-        self.kernels.step(ctypes.byref(self.described), ctypes.byref(_Step(
-            pointer(x), pointer(rope), pointer(rows), pointer(lengths), count, new, causal, pointer(wanted),
-            len(wanted), pointer(self.logits), self.logits.shape[1], pointer(self.scratch), threads)))
-        return self.logits[:len(wanted), :vocab]
-
-    def read_up_to(self, tokens: int) -> int:
-        """As many as there are tokens in use."""
-        return tokens
-
-    def copy_row(self, source: int, target: int, *, length: int) -> None:
-        """Let row `target` begin with the `length` first tokens of row `source`."""
-        side = self.keys[0].shape[-2] * SIDE  # floats of SIDE neighbouring keys
-        for keys, values in zip(self.keys, self.values, strict=True):
-            keys[target].flatten(1)[:, :-(-length // SIDE) * side] = \
-                keys[source].flatten(1)[:, :-(-length // SIDE) * side]
-            values[target, :, :length] = values[source, :, :length]
-
-
-def fitting_kernels(model: Transformer) -> tuple[int, ctypes.CDLL] | tuple[None, None]:
+def fitting_kernels(model: nn.Module) -> tuple[int, ctypes.CDLL] | tuple[None, None]:
     """The kernels for this model here, and their type of weights, if there are any."""
     weights = weight_type(model)
     kernels = None if weights is None else load("decode", f"WEIGHTS={weights}")
     return (None, None) if kernels is None else (weights, kernels)
 
 
-def _linear(linear: nn.Linear | QuantizedLinear) -> _Linear:
-    return _Linear(pointer(linear.weight), pointer(getattr(linear, "scale", None)))
+def weight_type(model: nn.Module) -> int | None:
+    """Which kernels fit the model: the value of WEIGHTS, or None if none do (a GPU, LoRA, hooks, odd sizes, …)."""
+    modules, config = list(model.modules())[1:], model.config
+    if any(isinstance(module, KNOWN) and type(module) not in KNOWN for module in modules):
+        return None
+    parts = model.parts()
+    linears = [parts.output, *(linear for layer in (*parts.layers, *parts.queries) for part in layer
+                               for linear in matrices(part)), *matrices(parts.shared)]
+    kinds = {linear.bits if type(linear) is QuantizedLinear else linear.weight.dtype if type(linear) is nn.Linear
+             and linear.bias is None and type(linear.weight) in (Tensor, nn.Parameter) else None for linear in linears}
+    kind = kinds.pop()
+    if (kinds or kind not in WEIGHTS or parts.output.weight.device.type != "cpu" or torch.is_autocast_enabled("cpu")
+            or any(width % MULTIPLE[kind] for width in (config.dim, config.hidden))
+            or any(module._compiled_call_impl is not None for module in modules)
+            or any(module._forward_hooks or module._forward_pre_hooks for module in modules)
+            or not all(linear.weight.is_contiguous() for linear in linears)):
+        return None
+    return WEIGHTS[kind]
+
+
+def matrices(part: AttentionParts | FeedForwardParts | None) -> list[nn.Module]:
+    """The linear layers of a part."""
+    found = [one[0] if isinstance(one, tuple) else one for one in (part or ())[1:]]
+    return [linear for linear in found if linear is not None]
+
+
+class NativeEngine:
+    """C++ kernels over their own caches. See `Engine` (engines.py)."""
+
+    def __init__(self, model: nn.Module, weights: int, kernels: ctypes.CDLL) -> None:
+        self.model, self.weights, self.kernels = model, weights, kernels
+        kernels.scratch_size.restype = c_int64
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+        self.rows = self.capacity = 0
+        self.logits = torch.empty(0)
+
+    def reserve(self, rows: int, tokens: int) -> bool:
+        """Also looks up the addresses of the weights."""
+        config, parts = self.model.config, self.model.parts()
+        K, grows = config.dim // config.n_head, rows > self.rows or tokens > self.capacity
+        if grows:
+            self.keys, self.values = [], []  # free the memory before the new ones are made
+            self.rows, self.capacity = rows, -(-tokens // SIDE) * SIDE
+            caches = len(parts.layers) + (parts.shared is not None)
+            dtype = torch.float32 if self.weights == 0 else torch.bfloat16
+            shape, width = (rows, config.n_kv_head), -(-K // SIDE) * SIDE
+            self.keys = [torch.empty(*shape, self.capacity // SIDE, K, SIDE, dtype=dtype) for _ in range(caches)]
+            self.values = [torch.empty(*shape, self.capacity, width, dtype=dtype) for _ in range(caches)]
+        self.scratch, self.fits = torch.empty(0), (0, 0)  # tokens and threads for which the scratch is large enough
+        self.kept = []  # fp32 copies of the norms' weights
+        last = len(parts.layers)  # number of the cache that all queries share
+        layers = self._layers([(layer, i) for i, layer in enumerate(parts.layers)])
+        queries = self._layers([(layer, last) for layer in parts.queries])
+        shared = _Attention() if parts.shared is None else self._attention(parts.shared, last)
+        self.table, self.query = self.model.rope(torch.device("cpu")), parts.query
+        self.described = _Model(config.dim, config.n_head, config.n_kv_head, K, config.hidden, config.vocab_size,
+                                self.capacity, config.norm_eps, len(layers), layers, len(queries), queries, shared,
+                                self._norm(parts.norm), _linear(parts.output))
+        return grows
+
+    def forward(self, x: Tensor, batch: Batch) -> Tensor:
+        """See `Engine.forward`."""
+        (_, tokens), (_, asks), vocab = batch.fed.shape, batch.asks.shape, self.described.vocab
+        x, threads = x.float().contiguous(), torch.get_num_threads()
+        y = None if self.query is None else self.query.float().repeat(asks, 1)
+        need = max(tokens, asks), threads
+        if need[0] > self.fits[0] or threads > self.fits[1]:
+            self.fits = tuple(map(max, need, self.fits))
+            size = self.kernels.scratch_size(ctypes.byref(self.described), *map(c_int64, self.fits))
+            self.scratch = torch.empty(size)
+        if len(self.logits) < asks:
+            self.logits = torch.empty(asks, vocab + SIDE)  # not a power of two: rows would share cache sets
+        fed, asked = (block.data_ptr() + 8 * block.shape[1] for block in (batch.fed, batch.asks))  # past the first row
+        step = _Step(x.data_ptr(), _Tokens(tokens, *(fed + 8 * tokens * i for i in range(4))), batch.asks.data_ptr(),
+                     pointer(y), _Tokens(asks, asked, asked + 8 * asks, None, asked + 16 * asks),
+                     self.table.data_ptr(), self.logits.data_ptr(), self.logits.shape[1], self.scratch.data_ptr(),
+                     threads)
+        assert x.shape == (tokens, self.described.dim) and batch.fed.is_contiguous() and batch.asks.is_contiguous()
+        assert batch.longest <= self.capacity and batch.rows.max() < self.rows, (batch.longest, batch.rows)
+        self.kernels.step(ctypes.byref(self.described), ctypes.byref(step))
+        return self.logits[:asks, :vocab]
+
+    def copy(self, source: int, targets: Tensor, *, length: int) -> None:
+        """See `Engine.copy`. Whole blocks of SIDE keys are copied."""
+        blocks = -(-length // SIDE)
+        for keys, values in zip(self.keys, self.values, strict=True):
+            keys[targets, :, :blocks] = keys[source, :, :blocks].clone()
+            values[targets, :, :length] = values[source, :, :length].clone()
+
+    def _layers(self, layers: list[tuple[tuple[AttentionParts, FeedForwardParts], int]]) -> ctypes.Array:
+        return (_Layer * len(layers))(*(
+            _Layer(self._attention(attention, cache), _FeedForward(self._norm(ffn.norm), *map(_linear, ffn[1:])))
+            for (attention, ffn), cache in layers))
+
+    def _attention(self, part: AttentionParts, cache: int) -> _Attention:
+        return _Attention(self._norm(part.norm), *map(_linear, part[1:]), self.keys[cache].data_ptr(),
+                          self.values[cache].data_ptr())
+
+    def _norm(self, norm: RMSNorm) -> c_void_p:
+        self.kept.append(norm.weight.float().contiguous())
+        return pointer(self.kept[-1])
+
+
+def _linear(given: nn.Module | tuple[nn.Module, int] | None) -> _Linear:
+    """Where a linear layer's weights begin, or those of its rows from a number on."""
+    linear, first = given if isinstance(given, tuple) else (given, 0)
+    if linear is None:
+        return _Linear()
+    weight, scale = linear.weight, getattr(linear, "scale", None)
+    return _Linear(weight[first:].data_ptr(), None if scale is None else scale[first:].data_ptr())

@@ -5,13 +5,15 @@ code with the largest logit + noise, which is a draw from the softmax. So an ima
 drawn in nor on how many positions are tried at once. `native/sample.cpp` is the same in C++, for CPUs.
 """
 import ctypes
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from native.build import load, pointer
+from native.build import load
 
 MIN_TEMPERATURE = 1e-5
 
@@ -20,13 +22,12 @@ MIN_TEMPERATURE = 1e-5
 class Settings:
     """How codes are drawn, on one device; tensors (B,) hold one value per image."""
 
-    scale: Tensor  # of guidance, fp32
     temperature: Tensor  # fp32
     top_k: Tensor  # int64, 0: all
     top_p: Tensor  # fp32, 1: all
     keys: Tensor  # int64
-    greedy: bool
-    uses_top_k: bool = False  # known on the host, without a sync
+    greedy: Tensor  # bool: take the best code
+    largest_k: int = 0  # the largest top_k in use, 0: none; this and the following are known without asking the device
     uses_top_p: bool = False
 
 
@@ -37,25 +38,28 @@ def guide(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> 
 
 
 def filter_logits(logits: Tensor, *, temperature: float | Tensor = 1.0, top_k: int | Tensor = 0,
-                  top_p: float | Tensor = 1.0) -> Tensor:
+                  top_p: float | Tensor = 1.0, largest_k: int | None = None, uses_top_p: bool = True) -> Tensor:
     """Logits (B, V) → logits / temperature with everything outside top-k and top-p at -inf.
 
     top_k 0 keeps all; ties with the k-th are kept. top_p keeps the shortest prefix of the sorted probabilities whose
     mass exceeds it (nucleus sampling, arXiv 1904.09751), at least one. Each may be a tensor, one value per row.
+    largest_k, uses_top_p: what is known of them without asking the device.
     """
     temperature, top_p = (torch.as_tensor(x, dtype=torch.float32, device=logits.device).expand(len(logits))
                           for x in (temperature, top_p))
     top_k = torch.as_tensor(top_k, device=logits.device).expand(len(logits))
-    logits = logits.float() / temperature.clamp_min(MIN_TEMPERATURE)[:, None]
-    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
-    vocab = logits.shape[-1]
-    kth = ordered.gather(1, torch.where((top_k > 0) & (top_k < vocab), top_k - 1, vocab - 1)[:, None])
-    ordered = ordered.masked_fill(ordered < kth, float("-inf"))
-    probabilities = ordered.softmax(-1)
-    beyond = (probabilities.cumsum(-1) - probabilities > top_p[:, None]) & (top_p < 1)[:, None]  # mass of better codes
-    beyond[:, 0] = False
-    beyond |= ordered == float("-inf")
-    return logits.masked_fill(beyond.scatter(-1, order, beyond), float("-inf"))
+    logits, vocab = logits.float() / temperature.clamp_min(MIN_TEMPERATURE)[:, None], logits.shape[-1]
+    largest_k = min(vocab, int(top_k.max()) if largest_k is None else largest_k)
+    if largest_k > 0:
+        kth = logits.topk(largest_k).values.gather(1, (top_k - 1).clamp(0, largest_k - 1)[:, None])
+        logits = logits.masked_fill((logits < kth) & ((top_k > 0) & (top_k < vocab))[:, None], float("-inf"))
+    if uses_top_p:
+        ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+        probabilities = ordered.softmax(-1)
+        beyond = (probabilities.cumsum(-1) - probabilities > top_p[:, None]) & (top_p < 1)[:, None]  # of better codes
+        beyond[:, 0] = False
+        logits = logits.masked_fill(beyond.scatter(-1, order, beyond), float("-inf"))
+    return logits
 
 
 def gumbel(keys: Tensor, positions: Tensor, vocab: int) -> Tensor:
@@ -90,27 +94,38 @@ def draw(logits: Tensor, keys: Tensor, positions: Tensor) -> Tensor:
     return (logits.float() + gumbel(keys, positions, logits.shape[-1])).argmax(-1)
 
 
-def choose(logits: Tensor, conditional: Tensor, unconditional: Tensor, positions: Tensor, images: Tensor,
-           settings: Settings) -> tuple[Tensor, Tensor]:
-    """Codes (n,) int64 for n slots: row `conditional[i]` of logits (rows, V) guided by row `unconditional[i]` (-1: by
-    none), drawn for position `positions[i]` of image `images[i]`; and whether the guided logits of each are finite,
-    (n,) bool: the host does not wait to see it."""
+def choose(logits: Tensor, draws: Tensor, scale: Tensor, settings: Settings, *,
+           fused: bool = False) -> tuple[Tensor, Tensor]:
+    """Codes (n,) int64 for n slots, and whether the guided logits of each are finite, (n,) bool, which the host does
+    not wait to see.
+
+    draws (4 or more, n) int64: row of the logits (rows, V); row that guides it, or -1; image; position. scale (n,)
+    fp32: of guidance. fused: by torch.compile, which makes a few kernels of two hundred; for GPUs.
+    """
     kernels = load("sample") if logits.device.type == "cpu" else None
     if kernels is not None:
-        return _choose_native(kernels, logits, conditional, unconditional, positions, images, settings)
+        return _choose_native(kernels, logits, draws, scale, settings)
+    values = settings.temperature, settings.top_k, settings.top_p, settings.keys, settings.greedy
+    return (_fused() if fused else _choose)(logits, draws, scale, *values, settings.largest_k, settings.uses_top_p)
+
+
+def _choose(logits: Tensor, draws: Tensor, scale: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor,
+            keys: Tensor, greedy: Tensor, largest_k: int, uses_top_p: bool) -> tuple[Tensor, Tensor]:
+    conditional, unconditional, image, position = draws[:4].unbind()
     chosen = logits[conditional]
     guided = (unconditional >= 0)[:, None]
-    chosen = torch.where(guided, guide(chosen, logits[unconditional], settings.scale[images][:, None]), chosen)
+    chosen = torch.where(guided, guide(chosen, logits[unconditional], scale[:, None]), chosen)
     low, high = chosen.aminmax(dim=-1)
     finite = low.isfinite() & high.isfinite()  # before the filters, which put -inf in
-    if settings.greedy:
-        return chosen.argmax(-1), finite
-    if settings.uses_top_k or settings.uses_top_p:
-        chosen = filter_logits(chosen, temperature=settings.temperature[images], top_k=settings.top_k[images],
-                               top_p=settings.top_p[images])
-    else:
-        chosen = chosen / settings.temperature[images].clamp_min(MIN_TEMPERATURE)[:, None]
-    return draw(chosen, settings.keys[images], positions), finite
+    best = chosen.argmax(-1)
+    chosen = filter_logits(chosen, temperature=temperature[image], top_k=top_k[image], top_p=top_p[image],
+                           largest_k=largest_k, uses_top_p=uses_top_p)
+    return torch.where(greedy[image], best, draw(chosen, keys[image], position)), finite
+
+
+@functools.cache
+def _fused() -> Callable[..., tuple[Tensor, Tensor]]:
+    return torch.compile(_choose, dynamic=True)
 
 
 class Draws(ctypes.Structure):
@@ -118,20 +133,20 @@ class Draws(ctypes.Structure):
 
     _fields_ = [("logits", ctypes.c_void_p), ("stride", ctypes.c_int64), ("vocab", ctypes.c_int64),
                 ("count", ctypes.c_int64), *((name, ctypes.c_void_p) for name in (
-                    "conditional", "unconditional", "scale", "temperature", "top_k", "top_p", "key", "position")),
-                ("greedy", ctypes.c_int64), ("codes", ctypes.c_void_p), ("finite", ctypes.c_void_p),
-                ("threads", ctypes.c_int64)]
+                    "conditional", "unconditional", "image", "position", "scale", "temperature", "top_k", "top_p",
+                    "key", "greedy", "codes", "finite")), ("threads", ctypes.c_int64)]
 
 
-def _choose_native(kernels: ctypes.CDLL, logits: Tensor, conditional: Tensor, unconditional: Tensor, positions: Tensor,
-                   images: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
+def _choose_native(kernels: ctypes.CDLL, logits: Tensor, draws: Tensor, scale: Tensor,
+                   settings: Settings) -> tuple[Tensor, Tensor]:
     assert logits.dtype == torch.float32 and logits.stride(1) == 1, (logits.dtype, logits.stride())
-    codes, finite = torch.empty(len(images), dtype=torch.long), torch.empty(len(images), dtype=torch.bool)
-    arrays = [conditional.int(), unconditional.int(), *(x[images] for x in (
-        settings.scale, settings.temperature, settings.top_k, settings.top_p, settings.keys)), positions.contiguous()]
-    kernels.sample(ctypes.byref(Draws(logits.data_ptr(), logits.stride(0), logits.shape[1], len(images),
-                                      *(pointer(x) for x in arrays), settings.greedy, pointer(codes),
-                                      pointer(finite), min(torch.get_num_threads(), len(images)))))
+    count, first = draws.shape[1], draws.data_ptr()
+    assert draws.is_contiguous() and draws.dtype == torch.int64, (draws.stride(), draws.dtype)
+    codes, finite = torch.empty(count, dtype=torch.long), torch.empty(count, dtype=torch.bool)
+    arrays = scale, settings.temperature, settings.top_k, settings.top_p, settings.keys, settings.greedy, codes, finite
+    kernels.sample(ctypes.byref(Draws(logits.data_ptr(), logits.stride(0), logits.shape[1], count,
+                                      *(first + 8 * count * i for i in range(4)), *(x.data_ptr() for x in arrays),
+                                      min(torch.get_num_threads(), count))))
     return codes, finite
 
 

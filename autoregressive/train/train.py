@@ -4,7 +4,6 @@
 
 Number of images and classes, class names, grid and vocabulary come from the store.
 """
-import contextlib
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from autoregressive.models.generate import generate
+from autoregressive.models.generate import generate, release
 from autoregressive.models.gpt import GPT_models, Transformer
 from autoregressive.train.config import GPTTrainFlags
 from autoregressive.train.finetune import (
@@ -87,8 +86,10 @@ class GPTTask:
             return None
         labels = np.linspace(0, model.config.num_classes - 1, PREVIEW_IMAGES).round().astype(int)
         names = [self.classes[label] if self.classes else str(label) for label in labels]
-        with temporary_engines(model):
+        try:
             return images.grid(self.sample(model, labels, range(PREVIEW_IMAGES)), columns=8, labels=names)
+        finally:
+            release(model)  # its memory is the training's again
 
     def sample(self, model: Transformer, labels: np.ndarray, indices: Iterable[int]) -> np.ndarray:
         """Labels (B,), and the index of each image in the run's stream → uint8 (B, H, W, 3)."""
@@ -96,15 +97,6 @@ class GPTTask:
         codes = generate(model, torch.from_numpy(labels).to(device), model.config.block_size,
                          cfg_scale=self.cfg_scale, generators=[sample_generator(self.seed, int(i)) for i in indices])
         return images.to_uint8(decode_images(self.tokenizer, codes, model.config.grid))
-
-
-@contextlib.contextmanager
-def temporary_engines(model: Transformer) -> Iterator[None]:
-    """Within the block sampling keeps its caches from call to call; afterwards their memory is the training's again."""
-    try:
-        yield
-    finally:
-        model.engines.clear()
 
 
 class SampleStream(ImageSet):
@@ -281,8 +273,10 @@ def main(flags: GPTTrainFlags) -> None:
         return loader(data, sampler, num_workers=workers, pin_memory=process.device.type == "cuda")
 
     def evaluate(model: Transformer) -> dict[str, float]:
-        with temporary_engines(model):
+        try:
             return monitor(SampleStream(task, model, flags.eval_images))
+        finally:
+            release(model)
 
     trainer.train(batches, eval_every=flags.eval_every, evaluate=monitor and evaluate)
 

@@ -1,13 +1,47 @@
-"""What tests of decoding share: the plain oracle, one full forward per code, and a record of what codes come from."""
+"""What tests of decoding share: the plain oracle (one full forward per code), single steps, a record of logits."""
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from autoregressive.models import generate as module
+from autoregressive.models import decoder as module
+from autoregressive.models import generate as calls
+from autoregressive.models.batch import Batch
+from autoregressive.models.engines import Engine
 from autoregressive.models.gpt import Transformer
-from autoregressive.models.sampling import filter_logits, guide, gumbel
+from autoregressive.models.sampling import Settings, choose, filter_logits, guide, gumbel
 from utils.seeding import sample_generator
+
+
+def engine_of(model: Transformer) -> Engine | None:
+    """The engine that waits for the model's next call of `generate`."""
+    decoder = calls._IDLE.get(model)
+    return decoder and decoder.engine
+
+
+def run_step(engine: Engine, x: Tensor, places: Tensor, lengths: list[int], *, rows: list[int] | None = None,
+             causal: bool = True, wanted: list[int] | None = None) -> Tensor:
+    """Logits of T tokens for each of R rows: x (R, T, D) with rotary rows `places` (R, T), after `lengths` tokens;
+    each sees those before it and those of the step up to itself, or all. wanted: of which of the tokens."""
+    count, new = x.shape[:2]
+    rows = torch.arange(count) if rows is None else torch.tensor(rows)
+    slots = torch.tensor(lengths)[:, None] + torch.arange(new)
+    sees = slots + 1 if causal else slots[:, -1:].expand_as(slots) + 1
+    fed = torch.stack([torch.zeros_like(slots), places.expand_as(slots), rows[:, None].expand_as(slots), slots, sees])
+    token = torch.arange(count * new) if wanted is None else torch.tensor(wanted)
+    asks = torch.stack([token, *[torch.zeros_like(token)] * 3])
+    empty = torch.empty(7, 0, dtype=torch.long)
+    batch = Batch(fed.flatten(1), asks, empty, torch.empty(0), rows.numpy(), np.full(count, new),
+                  int(sees.max()), fresh=False, drafts=False)
+    return engine.forward(x.flatten(0, 1).clone(), batch).clone()
+
+
+def draw_codes(logits: Tensor, conditional: Tensor, unconditional: Tensor, positions: Tensor, images: Tensor,
+               settings: Settings, *, scale: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
+    """`choose` with its arguments one by one; scale: of guidance, a number or one per image."""
+    scale = torch.as_tensor(scale, dtype=torch.float32).expand(len(settings.keys))[images].contiguous()
+    return choose(logits, torch.stack([conditional, unconditional, images, positions]), scale, settings)
 
 
 def attention_mask(emb_masks: Tensor | None, prefix: int, total: int) -> Tensor:
@@ -63,14 +97,12 @@ class Record:
 
     def __init__(self, monkeypatch) -> None:
         self.rows: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-        choose = module.choose
-
-        def recorded(logits, conditional, unconditional, positions, images, settings):
-            for i in range(len(images)):  # a position is decided by the last window that holds it
-                other = int(unconditional[i])
-                self.rows[int(images[i]), int(positions[i])] = (
-                    logits[conditional[i]].clone(), logits[other].clone() if other >= 0 else torch.tensor(0.0))
-            return choose(logits, conditional, unconditional, positions, images, settings)
+        def recorded(logits, draws, scale, settings, *, fused):
+            for conditional, unconditional, image, position in draws[:4].T.tolist():
+                self.rows[image, position] = (  # a position is decided by the last window that holds it
+                    logits[conditional].clone(),
+                    logits[unconditional].clone() if unconditional >= 0 else torch.tensor(0.0))
+            return choose(logits, draws, scale, settings, fused=fused)
 
         monkeypatch.setattr(module, "choose", recorded)
 

@@ -7,8 +7,8 @@ import torch
 
 from autoregressive.models import sampling
 from autoregressive.models.generate import generate
-from autoregressive.models.sampling import Settings, check_sampling, choose, draw, filter_logits, guide, gumbel, philox
-from tests.autoregressive.models.decoding import chi_square_tail, plain_logits
+from autoregressive.models.sampling import Settings, check_sampling, draw, filter_logits, guide, gumbel, philox
+from tests.autoregressive.models.decoding import chi_square_tail, draw_codes, engine_of, plain_logits
 from tests.autoregressive.models.test_gpt import V, tiny
 
 RARE = 1e-4  # of seeds, in which a right sampler fails a test
@@ -17,8 +17,9 @@ RARE = 1e-4  # of seeds, in which a right sampler fails a test
 def settings_of(count: int, **changes) -> Settings:
     """Settings that change nothing, for `count` images."""
     ones, zeros = torch.ones(count), torch.zeros(count, dtype=torch.long)
-    plain = {"scale": ones, "temperature": ones, "top_k": zeros, "top_p": ones, "keys": torch.arange(count) * 2**33 + 7,
-             "greedy": False, "uses_top_k": True, "uses_top_p": True}
+    plain = {"temperature": ones, "top_k": zeros, "top_p": ones, "keys": torch.arange(count) * 2**33 + 7,
+             "greedy": torch.zeros(count, dtype=torch.bool),
+             "largest_k": 20000, "uses_top_p": True}
     return Settings(**{**plain, **changes})
 
 
@@ -68,7 +69,7 @@ def test_the_extremes_of_the_noise_are_finite(bits, value, monkeypatch):
 
 def random_settings(count: int) -> Settings:
     pick = lambda *values: torch.tensor(values)[torch.randint(len(values), (count,))]  # noqa: E731
-    return settings_of(count, scale=torch.randn(count) * 3, temperature=pick(1.0, 0.3, 2.0, 1e-6, 0.0),
+    return settings_of(count, temperature=pick(1.0, 0.3, 2.0, 1e-6, 0.0),
                        top_k=pick(0, 1, 2, 5, 31, 100, 20000), top_p=pick(1.0, 0.0, 0.3, 0.9, 0.999))
 
 
@@ -79,20 +80,21 @@ def test_kernels_draw_what_pytorch_draws(vocab, native, monkeypatch):
     logits = (torch.randn(rows, vocab + 3) * 3)[:, :vocab]  # rows lie apart
     conditional, other = torch.randint(rows, (slots,)), torch.randint(-1, rows, (slots,))
     positions, owner = torch.randint(576, (slots,)), torch.randint(images, (slots,))
-    chosen = random_settings(images)
-    for greedy in (False, True):
-        chosen.greedy = greedy
+    chosen, scale = random_settings(images), torch.randn(images) * 3
+    for greedy in (torch.zeros(images), torch.ones(images), torch.arange(images) % 2):
+        chosen.greedy = greedy.bool()
         monkeypatch.setenv("LLAMAGEN_NATIVE", "1")
-        ours, finite = choose(logits, conditional, other, positions, owner, chosen)
+        ours, finite = draw_codes(logits, conditional, other, positions, owner, chosen, scale=scale)
         monkeypatch.setenv("LLAMAGEN_NATIVE", "0")
-        assert torch.equal(choose(logits, conditional, other, positions, owner, chosen)[0], ours) and finite.all()
+        again, _ = draw_codes(logits, conditional, other, positions, owner, chosen, scale=scale)
+        assert torch.equal(again, ours) and finite.all()
         assert ours.dtype == torch.long and ours.max() < vocab and len(ours.unique()) > 3
 
 
 @pytest.mark.parametrize("vocab", [5, 33, 300])
 def test_every_code_of_equal_logits_comes_equally_often(vocab, engine):
     count = 40_000
-    drawn, _ = choose(torch.zeros(1, vocab), torch.zeros(count, dtype=torch.long), torch.full((count,), -1),
+    drawn, _ = draw_codes(torch.zeros(1, vocab), torch.zeros(count, dtype=torch.long), torch.full((count,), -1),
                    torch.arange(count) % 20, torch.arange(count) // 20, settings_of(count // 20))
     assert chi_square_tail(torch.bincount(drawn, minlength=vocab), torch.full((vocab,), count / vocab)) > RARE
 
@@ -105,14 +107,14 @@ def test_draws_follow_the_probabilities(changes, engine):
     plain = settings_of(count)
     own = {name: torch.full((count,), value, dtype=getattr(plain, name).dtype) for name, value in changes.items()}
     zeros = torch.zeros(count, dtype=torch.long)
-    drawn, _ = choose(logits, zeros, zeros - 1, zeros + 3, torch.arange(count), settings_of(count, **own))
+    drawn, _ = draw_codes(logits, zeros, zeros - 1, zeros + 3, torch.arange(count), settings_of(count, **own))
     expected = filter_logits(logits, **changes)[0].softmax(-1) * count
     assert chi_square_tail(torch.bincount(drawn, minlength=6), expected) > RARE
 
 
 def test_the_codes_of_one_image_are_independent(engine):
     count, zeros = 20_000, torch.zeros(20_000, dtype=torch.long)
-    drawn, _ = choose(torch.zeros(1, 4), zeros, zeros - 1, torch.arange(count), zeros, settings_of(1))
+    drawn, _ = draw_codes(torch.zeros(1, 4), zeros, zeros - 1, torch.arange(count), zeros, settings_of(1))
     pairs = torch.bincount(drawn[:-1] * 4 + drawn[1:], minlength=16)
     assert chi_square_tail(pairs, torch.full((16,), (count - 1) / 16)) > RARE
 
@@ -144,7 +146,7 @@ def test_images_come_as_often_as_their_probability_says(changes, way, engine):
     codes = generate(model, torch.ones(count, dtype=torch.long), length, decode=way, **changes)
     seen = torch.bincount(codes @ torch.tensor([vocab**2, vocab, 1]), minlength=len(images))
     assert chi_square_tail(seen, expected) > RARE
-    assert type(model.engines[0]) is engine
+    assert type(engine_of(model)) is engine
 
 
 def test_the_chi_square_test_fails_on_wrong_chances():
@@ -206,10 +208,10 @@ def test_ties_at_the_edge_of_top_k_are_kept(engine):
     assert filter_logits(logits, top_k=2).isfinite().tolist() == [[True, True, True, False]]
     zeros = torch.zeros(count, dtype=torch.long)
     top_k = settings_of(count, top_k=zeros + 2, temperature=torch.full((count,), 3.0))
-    assert choose(logits, zeros, zeros - 1, zeros, torch.arange(count), top_k)[0].unique().tolist() == [0, 1, 2]
+    assert draw_codes(logits, zeros, zeros - 1, zeros, torch.arange(count), top_k)[0].unique().tolist() == [0, 1, 2]
     best_of_ties = settings_of(count, top_p=torch.full((count,), 0.0))
     ties = torch.tensor([[0.0, 1.0, 1.0, 1.0]])
-    assert choose(ties, zeros, zeros - 1, zeros, torch.arange(count), best_of_ties)[0].unique().tolist() == [1]
+    assert draw_codes(ties, zeros, zeros - 1, zeros, torch.arange(count), best_of_ties)[0].unique().tolist() == [1]
 
 
 def test_settings_in_range_pass():

@@ -1,16 +1,18 @@
-"""One step of each engine against plain attention over all its tokens; halves, quantised weights, and the graphs."""
+"""One step of each engine against plain attention over all its tokens; halves, quantised weights."""
 import copy
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
 
 from autoregressive.models import quantized
-from autoregressive.models.engine import Engine, TorchEngine
-from autoregressive.models.generate import generate, take_engine
+from autoregressive.models.batch import Batch
+from autoregressive.models.engines import Engine, TorchEngine, engine_for
+from autoregressive.models.generate import generate
 from autoregressive.models.gpt import Transformer
-from autoregressive.models.graphs import StepGraphs
 from autoregressive.models.native_engine import NativeEngine
-from tests.autoregressive.models.decoding import streams
+from tests.autoregressive.models.decoding import engine_of, run_step, streams
 from tests.autoregressive.models.test_gpt import V, condition, tiny
 
 SHAPES = [{}, {"n_kv_head": 2}, {"n_kv_head": 1}, {"dim": 200, "n_head": 2}, {"dim": 40, "n_head": 2},
@@ -28,21 +30,18 @@ def plain_step(model: Transformer, before: torch.Tensor, new: torch.Tensor, rope
     return model.output(hidden)[0, n:]
 
 
-def fill(engine: Engine, before: torch.Tensor, rope: torch.Tensor, *, tokens: int = 32) -> None:
-    """Cache `before` (R, n, D), in two steps."""
-    rows = len(before)
-    engine.reserve(rows, tokens)
+def fill(engine: Engine, before: torch.Tensor, places: torch.Tensor, *, tokens: int = 32) -> None:
+    """Cache `before` (R, n, D) with rotary rows `places` (R, n), in two steps."""
+    engine.reserve(len(before), tokens)
     for first, end in ((0, 2), (2, before.shape[1])):
-        engine.step(before[:, first:end].clone(), rope[:, first:end], torch.full((rows,), first), rows=slice(0, rows),
-                    longest=first, uniform=True)
+        run_step(engine, before[:, first:end], places[:, first:end], [first] * len(before))
 
 
 def inputs(model: Transformer, rows: int, cached: int, new: int) -> tuple[torch.Tensor, ...]:
-    """Embeddings before and new, and rotary rows of arbitrary places for them."""
-    table = model.rope(torch.device("cpu"))
-    width = model.config.dim
-    ropes = (table[torch.randint(len(table), (rows, n))] for n in (cached, new))
-    return (torch.randn(rows, cached, width), torch.randn(rows, new, width), *ropes)
+    """Embeddings before and new, and arbitrary rotary rows for them."""
+    count, width = len(model.rope(torch.device("cpu"))), model.config.dim
+    places = (torch.randint(count, (rows, n)) for n in (cached, new))
+    return (torch.randn(rows, cached, width), torch.randn(rows, new, width), *places)
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -50,61 +49,79 @@ def inputs(model: Transformer, rows: int, cached: int, new: int) -> tuple[torch.
 @torch.no_grad()
 def test_a_step_is_plain_attention(options, causal, engine):
     model = tiny(**options)
-    decoder, exact = take_engine(model), copy.deepcopy(model).double()
+    decoder, exact, table = engine_for(model), copy.deepcopy(model).double(), model.rope(torch.device("cpu"))
     assert type(decoder) is engine
     for new in (1, 3, 5):
         for lengths in ([7, 7, 7, 7], [7, 2, 1, 5]):  # rows that go back see the beginning of what was cached
-            before, x, rope_before, rope = inputs(model, 4, 7, new)
-            fill(decoder, before, rope_before)
-            found = decoder.step(x.clone(), rope, torch.tensor(lengths), rows=slice(0, 4), causal=causal, longest=7,
-                                 uniform=lengths == [7] * 4).clone()
+            before, x, places_before, places = inputs(model, 4, 7, new)
+            fill(decoder, before, places_before)
+            found = run_step(decoder, x, places, lengths, causal=causal)
             expected = torch.cat([
-                plain_step(exact, before[r, :n].double(), x[r].double(), (rope_before[r, :n], rope[r]), causal=causal)
+                plain_step(exact, before[r, :n].double(), x[r].double(),
+                           (table[places_before[r, :n]], table[places[r]]), causal=causal)
                 for r, n in enumerate(lengths)])
             assert found.dtype == torch.float32 and found.shape == (4 * new, model.config.vocab_size)
             torch.testing.assert_close(found.double(), expected, atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
-def test_only_wanted_logits_and_rotary_rows_for_all(engine):
+def test_rows_of_any_number_of_tokens_share_a_step(engine):
+    """Some rows with one token, some with more, in any order, beside rows that have a pause."""
     model = tiny(n_kv_head=2)
-    decoder = take_engine(model)
-    before, x, rope_before, rope = inputs(model, 3, 4, 5)
-    fill(decoder, before, rope_before)
-    step = {"rows": slice(0, 3), "longest": 4, "uniform": True}
-    lengths = torch.full((3,), 4)
-    every = decoder.step(x.clone(), rope[:1], lengths, **step).clone()
-    wanted = torch.tensor([14, 0, 6, 6])
-    torch.testing.assert_close(decoder.step(x.clone(), rope[:1], lengths, wanted=wanted, **step), every[wanted])
-    repeated = decoder.step(x.clone(), rope[:1].expand(3, -1, -1, -1), lengths, **step)
-    torch.testing.assert_close(repeated, every)
+    decoder, table = engine_for(model), model.rope(torch.device("cpu"))
+    before, x, places_before, places = inputs(model, 11, 7, 5)
+    for rows, sizes in (([2, 0], [1, 1]), ([1, 5, 3], [1, 4, 1]), ([10, 4, 0, 9], [5, 2, 2, 3]), ([6], [1])):
+        fill(decoder, before, places_before)
+        parts = []
+        for row, size in zip(rows, sizes, strict=True):  # 5 tokens cached; all that is fed with a token is seen
+            at = torch.arange(5, 5 + size)
+            parts.append(torch.stack([at * 0, places[row, :size], at * 0 + row, at, at * 0 + 5 + size]))
+        fed, ends = torch.cat(parts, 1), torch.tensor(sizes).cumsum(0) - 1
+        empty = torch.empty(7, 0, dtype=torch.long)
+        batch = Batch(fed, torch.stack([ends] * 4), empty, torch.empty(0), np.array(rows), np.array(sizes),
+                      5 + max(sizes), fresh=False, drafts=False)
+        found = decoder.forward(torch.cat([x[row, :size] for row, size in zip(rows, sizes, strict=True)]), batch)
+        expected = torch.cat([
+            plain_step(model, before[row, :5], x[row, :size],
+                       (table[places_before[row, :5]], table[places[row, :size]]), causal=False)[-1:]
+            for row, size in zip(rows, sizes, strict=True)])
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
-def test_rows_can_be_picked_and_copied(native):
+def test_only_wanted_logits(engine):
+    model = tiny(n_kv_head=2)
+    decoder = engine_for(model)
+    before, x, places_before, places = inputs(model, 3, 4, 5)
+    fill(decoder, before, places_before)
+    every = run_step(decoder, x, places, [4] * 3)
+    torch.testing.assert_close(run_step(decoder, x, places, [4] * 3, wanted=[14, 0, 6, 6]), every[[14, 0, 6, 6]])
+
+
+@torch.no_grad()
+def test_rows_can_be_picked(engine):
     model = tiny()
-    decoder = take_engine(model)
-    before, x, rope_before, rope = inputs(model, 4, 7, 3)
-    fill(decoder, before, rope_before)
-    lengths = torch.tensor([7, 3, 5, 7])
-    every = decoder.step(x.clone(), rope, lengths, rows=slice(0, 4), longest=7, uniform=False).clone().view(4, 3, V)
-    picked = torch.tensor([2, 0])
-    some = decoder.step(x[picked].clone(), rope[picked], lengths[picked], rows=picked, longest=7, uniform=False)
-    assert torch.equal(some.view(2, 3, V), every[picked])
-    part = decoder.step(x[1:3].clone(), rope[1:3], lengths[1:3], rows=slice(1, 3), longest=5, uniform=False)
-    assert torch.equal(part.view(2, 3, V), every[1:3])
+    decoder = engine_for(model)
+    before, x, places_before, places = inputs(model, 4, 7, 3)
+    fill(decoder, before, places_before)
+    every = run_step(decoder, x, places, [7, 3, 5, 7]).view(4, 3, V)
+    same = partial(torch.testing.assert_close, atol=0 if engine is NativeEngine else 1e-5, rtol=0)
+    some = run_step(decoder, x[[2, 0]], places[[2, 0]], [5, 7], rows=[2, 0])
+    same(some.view(2, 3, V), every[[2, 0]])
+    part = run_step(decoder, x[1:3], places[1:3], [3, 5], rows=[1, 2])
+    same(part.view(2, 3, V), every[1:3])
 
 
 @torch.no_grad()
 def test_copied_rows_go_on_as_the_first(engine):
     model = tiny()
-    decoder = take_engine(model)
-    before, x, rope_before, rope = inputs(model, 2, 7, 1)
-    fill(decoder, before, rope_before)
-    decoder.copy_row(0, 1, length=7)
-    found = decoder.step(x[:1].repeat(2, 1, 1), rope[:1], torch.tensor([7, 7]), rows=slice(0, 2), longest=7,
-                         uniform=True)
-    torch.testing.assert_close(found[0], found[1])
+    decoder = engine_for(model)
+    before, x, places_before, places = inputs(model, 4, 7, 1)
+    fill(decoder, before, places_before)
+    decoder.copy(0, torch.tensor([1, 3]), length=7)
+    found = run_step(decoder, x[:1].repeat(4, 1, 1), places[:1], [7] * 4)
+    torch.testing.assert_close(found[[0, 0]], found[[1, 3]])
+    assert not torch.equal(found[0], found[2])
 
 
 @torch.no_grad()
@@ -112,13 +129,12 @@ def test_a_row_has_the_same_bits_beside_any_others(native):
     for options in ({"dim": 128, "vocab_size": 257}, {"dim": 48}, {"dim": 64, "n_kv_head": 1, "vocab_size": 90}):
         for dtype in (torch.float32, torch.bfloat16):
             model = tiny(n_layer=1, **options).to(dtype)
-            decoder, lengths = take_engine(model), torch.zeros(60, dtype=torch.long)
+            decoder, place = engine_for(model), torch.zeros(1, dtype=torch.long)
             decoder.reserve(60, 8)
-            x, rope = torch.randn(1, 1, model.config.dim), model.rope(torch.device("cpu"))[None, :1]
-            alone = decoder.step(x.clone(), rope, lengths[:1], rows=slice(0, 1), longest=0, uniform=True).clone()
+            x = torch.randn(1, 1, model.config.dim)
+            alone = run_step(decoder, x, place, [0])
             for rows in (2, 3, 4, 5, 6, 7, 8, 9, 13, 48, 49, 50, 51, 60):
-                found = decoder.step(x.repeat(rows, 1, 1), rope, lengths[:rows], rows=slice(0, rows), longest=0,
-                                     uniform=True)
+                found = run_step(decoder, x.repeat(rows, 1, 1), place, [0] * rows)
                 assert torch.equal(found, alone.expand(rows, -1)), (options, dtype, rows)
 
 
@@ -127,15 +143,13 @@ def test_a_row_has_the_same_bits_beside_any_others(native):
 
 def logits_after(model: Transformer, codes: torch.Tensor, cond: torch.Tensor) -> torch.Tensor:
     """Logits (L, B, V), from one step per code."""
-    decoder, rope = take_engine(model), model.rope(torch.device("cpu"))[None]
+    decoder = engine_for(model)
     batch, length = codes.shape
     decoder.reserve(batch, length + 1)
     x, found = model.cls_embedding(cond, drop=False), []
     for i in range(length + 1):
-        found.append(decoder.step(x, rope[:, i:i + 1], torch.full((batch,), i), rows=slice(0, batch), longest=i,
-                                  uniform=True).clone())
+        found.append(run_step(decoder, x, torch.tensor([i]), [i] * batch))
         x = model.tok_embeddings(codes[:, min(i, length - 1)])[:, None]
-    model.engines.append(decoder)
     return torch.stack(found)
 
 
@@ -145,11 +159,11 @@ def test_bfloat16_weights_are_computed_with_in_fp32(native, monkeypatch):
     model = tiny(dim=192, n_layer=3, grid=(4, 4)).bfloat16()
     exact, codes, cond = copy.deepcopy(model).double(), torch.randint(V, (8, 15)), torch.arange(8) % 3
     expected = exact(codes, cond)[0].transpose(0, 1)
+    assert type(engine_for(model)) is NativeEngine
     ours = logits_after(model, codes, cond).double()
-    assert type(model.engines[0]) is NativeEngine
     monkeypatch.setenv("LLAMAGEN_NATIVE", "0")
     plain = logits_after(model, codes, cond).double()
-    assert type(model.engines[0]) is TorchEngine
+    assert type(engine_for(model)) is TorchEngine
     errors = [((found - expected).norm() / expected.norm()).item() for found in (ours, plain)]
     assert errors[0] < 0.015 and errors[0] < 0.5 * errors[1], errors  # found: 0.009 and 0.030
 
@@ -195,7 +209,7 @@ def test_quantised_models_decode_as_their_dequantised_weights(bits, kind, native
 
     cond, valid = condition(model, 5)
     codes = generate(model, cond, 9, emb_masks=valid, generators=streams(5), decode="jacobi", window=3)
-    assert type(model.engines[0]) is NativeEngine and model.engines[0].weights == {8: 2, 4: 3}[bits]
+    assert type(engine_of(model)) is NativeEngine and engine_of(model).weights == {8: 2, 4: 3}[bits]
     assert torch.equal(generate(model, cond, 9, emb_masks=valid, generators=streams(5), decode="sequential"), codes)
     if kind == "c2i":
         found = logits_after(model, codes[:, :-1], cond)
@@ -203,7 +217,7 @@ def test_quantised_models_decode_as_their_dequantised_weights(bits, kind, native
         assert (found - expected).norm() < 0.015 * expected.norm()  # the cache is bfloat16: 0.006
     monkeypatch.setenv("LLAMAGEN_NATIVE", "0")
     plain = generate(model, cond, 9, emb_masks=valid, generators=streams(5))
-    assert type(model.engines[0]) is TorchEngine
+    assert type(engine_of(model)) is TorchEngine
     assert torch.equal(plain, generate(exact, cond, 9, emb_masks=valid, generators=streams(5)))
 
 
@@ -213,28 +227,12 @@ def test_quantised_models_decode_as_their_dequantised_weights(bits, kind, native
     lambda model: model.double()], ids=["hook", "bias", "two types", "fp64"])
 def test_models_that_the_kernels_do_not_fit_run_on_pytorch(change, native):
     model = tiny()
-    assert type(take_engine(model)) is NativeEngine
+    assert type(engine_for(model)) is NativeEngine
     change(model)
-    assert type(take_engine(model)) is TorchEngine
-    assert type(take_engine(tiny(dim=36, n_head=3))) is TorchEngine
+    assert type(engine_for(model)) is TorchEngine
+    assert type(engine_for(tiny(dim=36, n_head=3))) is TorchEngine
 
 
 def test_autocast_takes_pytorch_s_kernels(native):
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert type(take_engine(tiny())) is TorchEngine
-
-
-# ---- graphs
-
-
-def test_graphs_run_the_step_and_reuse_buffers_of_their_kind():
-    graphs, done = StepGraphs(), []
-    first = graphs.adopt("a", {"x": torch.tensor([1.0]), "y": torch.tensor([2])})
-    graphs.run("shape", lambda: done.append(1))
-    graphs.run("shape", lambda: done.append(2))
-    assert done == [1, 2] and first["x"].item() == 1
-    again = graphs.adopt("a", {"x": torch.tensor([3.0]), "y": torch.tensor([4])})
-    assert again["x"].data_ptr() == first["x"].data_ptr() and (again["x"].item(), again["y"].item()) == (3, 4)
-    other = graphs.adopt("b", {"x": torch.tensor([5.0, 6.0])})
-    assert other["x"].data_ptr() != first["x"].data_ptr() and set(other) == {"x"} and first["x"].item() == 3
-    assert graphs.adopt("a", {"x": torch.tensor([7.0])})["x"].item() == 7
+        assert type(engine_for(tiny())) is TorchEngine

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from autoregressive.models.generate import generate
-from tests.autoregressive.models.decoding import keys_of, plain_codes, streams
+from tests.autoregressive.models.decoding import engine_of, keys_of, plain_codes, streams
 from tests.autoregressive.models.test_gpt import CAPTION, TEXT, V, condition, tiny
 
 WAYS = [{"decode": "sequential"}, *({"decode": "jacobi", "window": window} for window in (2, 3, 7, 50))]
@@ -32,19 +32,19 @@ def test_greedy_is_the_argmax_of_full_forwards(options, scale, interval, engine)
         codes = generate(model, cond, length, emb_masks=valid, cfg_scale=scale, cfg_interval=interval,
                          sample_logits=False, **way)
         assert codes.dtype == torch.long and torch.equal(codes, expected), way
-    assert [type(one) for one in model.engines] == [engine]
+    assert type(engine_of(model)) is engine
 
 
 def test_without_guidance_there_is_one_stream(engine, monkeypatch):
     rows, reserve = [], engine.reserve
 
-    def recording(self, count: int, tokens: int) -> None:
+    def recording(self, count: int, tokens: int) -> bool:
         rows.append(count)
-        reserve(self, count, tokens)
+        return reserve(self, count, tokens)
 
     monkeypatch.setattr(engine, "reserve", recording)
     for scale in (0.5, 1.0, 1.5):
-        generate(tiny(), torch.arange(8) % 3, 9, cfg_scale=scale)
+        generate(tiny(), torch.arange(8) % 3, 9, cfg_scale=scale, decode="sequential")
     assert rows == [8, 8, 16]
 
 
@@ -59,7 +59,7 @@ def test_hidden_text_is_not_seen(name, way, engine):
         codes = generate(model, cond, 12, emb_masks=valid, cfg_scale=scale, cfg_interval=interval,
                          generators=streams(5), **way)
         assert torch.equal(codes, expected), scale
-    assert type(model.engines[0]) is engine
+    assert type(engine_of(model)) is engine
 
 
 def test_masks_settings_and_intervals_matter_in_these_models():
@@ -89,7 +89,7 @@ def test_a_sample_is_the_largest_of_logits_and_noise(options, settings, engine):
     for way in WAYS:
         codes = generate(model, cond, length, emb_masks=valid, generators=streams(5), **way, **settings)
         assert torch.equal(codes, expected), way
-    assert type(model.engines[0]) is engine
+    assert type(engine_of(model)) is engine
 
 
 MIXED = {"cfg_scale": [1.0, 3.0, 0.0, -2.0, 1.5, 7.0, 1.0, 2.0], "top_p": [0.0, 0.5, 1.0, 0.9, 1.0, 0.5, 1.0, 1.0],
@@ -109,7 +109,7 @@ def test_every_image_has_its_own_settings(way, changes, engine):
         own = {name: value[i] if isinstance(value, list) else value for name, value in settings.items()}
         alone = generate(model, cond[i:i + 1], 12, generators=streams(8)[i:i + 1], **way, **own)
         assert torch.equal(alone[0], together[i]), (i, own)
-    assert type(model.engines[0]) is engine
+    assert type(engine_of(model)) is engine
 
 
 def test_a_scale_of_one_or_less_is_no_guidance(engine):

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from autoregressive.models.engine import TorchEngine
+from autoregressive.models.engines import TorchEngine
 from autoregressive.models.generate import generate
 from autoregressive.models.native_engine import NativeEngine
 from native import build
-from tests.autoregressive.models.decoding import keys_of, plain_codes, streams
+from tests.autoregressive.models.decoding import engine_of, keys_of, plain_codes, streams
 from tests.autoregressive.models.test_gpt import tiny
 from utils.finite import NotFiniteError
 
@@ -26,7 +26,7 @@ def test_calls_of_any_size_follow_each_other(engine):
         codes = generate(model, cond[:batch], length, cfg_scale=scale, generators=streams(batch), **way)
         fresh = generate(tiny(grid=(3, 4)), cond[:batch], length, cfg_scale=scale, generators=streams(batch), **way)
         assert torch.equal(codes, fresh) and codes.shape == (batch, length)
-        assert [type(one) for one in model.engines] == [engine]
+        assert type(engine_of(model)) is engine
     before = codes.clone()
     generate(model, cond[:4], 1, generators=streams(4, seed=1))
     assert torch.equal(codes, before)  # a result does not live in the engine's buffers
@@ -36,18 +36,18 @@ def test_calls_of_any_size_follow_each_other(engine):
 def test_after_an_error_the_next_call_is_a_good_one(way, engine, monkeypatch):
     model, cond = tiny(), torch.arange(3)
     expected = generate(model, cond, 9, cfg_scale=2.0, generators=streams(3), **way)
-    calls, step = [], engine.step
+    calls, forward = [], engine.forward
 
     def failing(*args, **keywords):
         calls.append(1)
         if len(calls) == 3:
             raise MemoryError("the third step")
-        return step(*args, **keywords)
+        return forward(*args, **keywords)
 
-    monkeypatch.setattr(engine, "step", failing)
+    monkeypatch.setattr(engine, "forward", failing)
     with pytest.raises(MemoryError, match="the third step"):
         generate(model, cond, 9, cfg_scale=3.0, generators=streams(3, seed=1), **way)
-    assert not model.engines
+    assert engine_of(model) is None
     assert torch.equal(generate(model, cond, 9, cfg_scale=2.0, generators=streams(3), **way), expected)
 
 
@@ -65,7 +65,7 @@ def test_weights_changed_in_place_and_models_cast_between_calls(engine):
     assert torch.equal(half, fresh)
     assert torch.equal(generate(model.float(), cond, 9, sample_logits=False),
                        generate(tiny(seed=1).bfloat16().float(), cond, 9, sample_logits=False))
-    assert type(model.engines[0]) is engine
+    assert type(engine_of(model)) is engine
 
 
 def test_not_a_number_does_not_outlive_its_call(engine):
@@ -87,7 +87,7 @@ def test_models_in_training_sample_in_eval_mode_and_go_on_training(engine, monke
     modes = [module.training for module in model.modules()]
     assert torch.equal(generate(model, cond, 9, generators=streams(3)), codes)
     assert [module.training for module in model.modules()] == modes
-    monkeypatch.setattr(engine, "step", lambda *args, **keywords: 1 / 0)
+    monkeypatch.setattr(engine, "forward", lambda *args, **keywords: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         generate(model, cond, 9)
     assert [module.training for module in model.modules()] == modes
@@ -113,10 +113,10 @@ def test_an_engine_does_not_keep_its_model_alive(engine):
 def test_the_switch_between_engines_is_read_at_each_call(native, monkeypatch):
     model, cond = tiny(), torch.arange(3)
     codes = generate(model, cond, 9, generators=streams(3))
-    assert type(model.engines[0]) is NativeEngine
+    assert type(engine_of(model)) is NativeEngine
     monkeypatch.setenv("LLAMAGEN_NATIVE", "0")
     assert torch.equal(generate(model, cond, 9, generators=streams(3)), codes)
-    assert [type(one) for one in model.engines] == [TorchEngine]
+    assert type(engine_of(model)) is TorchEngine
 
 
 def test_models_can_be_copied_and_pickled_after_a_call(engine):
@@ -124,7 +124,7 @@ def test_models_can_be_copied_and_pickled_after_a_call(engine):
     codes = generate(model, cond, 9, generators=streams(3))
     size = len(pickle.dumps(tiny()))
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert not twin.engines
+        assert engine_of(twin) is None
         with torch.no_grad():
             twin.output.weight.neg_()  # its own weights
         assert not torch.equal(generate(twin, cond, 9, generators=streams(3)), codes)
@@ -166,7 +166,7 @@ def test_without_a_compiler_pytorch_does_the_work(trouble, own_cache, tmp_path, 
         model, codes = tiny(), []
         for _ in range(2):
             codes.append(generate(model, torch.arange(3), 9, generators=streams(3)))
-        assert [type(one) for one in model.engines] == [TorchEngine]
+        assert type(engine_of(model)) is TorchEngine
         lines = capsys.readouterr().err.splitlines()
     finally:
         build._compiler.cache_clear(), build._load.cache_clear()

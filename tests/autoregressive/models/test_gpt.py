@@ -10,10 +10,11 @@ from torch import nn
 
 from autoregressive.models import lean
 from autoregressive.models.conditions import CaptionMLP
-from autoregressive.models.generate import generate, take_engine
+from autoregressive.models.engines import engine_for
+from autoregressive.models.generate import generate
 from autoregressive.models.gpt import GPT_models, ModelArgs, Transformer
 from autoregressive.models.rope import apply_rope, rope_table
-from tests.autoregressive.models.decoding import attention_mask
+from tests.autoregressive.models.decoding import attention_mask, run_step
 
 V, CAPTION, TEXT = 37, 24, 5
 PLAIN = {"token_dropout_p": 0.0, "resid_dropout_p": 0.0, "ffn_dropout_p": 0.0, "class_dropout_prob": 0.0}
@@ -49,15 +50,15 @@ def test_cached_decoding_is_the_full_forward(options, engine):
     whole, _ = model(codes[:, :-1], cond, mask=attention_mask(None, prefix_length, prefix_length + length - 1))
     torch.testing.assert_close(model(codes[:, :-1], cond)[0], whole, atol=1e-4, rtol=0)  # the fused causal path
 
-    decoder, rope = take_engine(model), model.rope(codes.device)[None]
+    decoder = engine_for(model)
     assert type(decoder) is engine
     decoder.reserve(5, prefix_length + length - 1)
-    step = partial(decoder.step, rows=slice(0, 5), uniform=True)
-    steps = [step(model.cls_embedding(cond, drop=False), rope[:, :prefix_length], torch.zeros(5, dtype=torch.long),
-                  wanted=torch.arange(1, 6) * prefix_length - 1, longest=0).clone()]
+    prefix, _ = model.prefix(list(cond) if cond.ndim > 1 else cond.tolist())
+    steps = [run_step(decoder, prefix, torch.zeros(1, dtype=torch.long), [0] * 5,
+                      wanted=[row * prefix_length - 1 for row in range(1, 6)])]
     for at in range(prefix_length, prefix_length + length - 1):
         x = model.tok_embeddings(codes[:, at - prefix_length])[:, None]
-        steps.append(step(x, rope[:, at:at + 1], torch.full((5,), at), longest=at).clone())
+        steps.append(run_step(decoder, x, torch.tensor([at]), [at] * 5))
     torch.testing.assert_close(torch.stack(steps, 1), whole, atol=1e-4, rtol=0)
     assert whole.std() > 0.1
 

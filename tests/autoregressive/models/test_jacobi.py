@@ -1,16 +1,12 @@
 """Windows of drafts, batches and threads: none of them shows in a code, nor in the bits of what it is drawn from."""
-import itertools
-from types import SimpleNamespace
-
 import pytest
 import torch
 
-from autoregressive.models import generate as module
-from autoregressive.models.engine import TorchEngine
+from autoregressive.models import ridge
 from autoregressive.models.generate import Statistics, generate
 from autoregressive.models.gpt import GPT_models
 from autoregressive.models.native_engine import NativeEngine
-from tests.autoregressive.models.decoding import Record, keys_of, plain_codes, same_bits, streams
+from tests.autoregressive.models.decoding import Record, engine_of, keys_of, plain_codes, same_bits, streams
 from tests.autoregressive.models.test_gpt import CAPTION, TEXT, condition, tiny
 from utils.seeding import sample_generator
 
@@ -59,7 +55,7 @@ def test_a_sample_is_the_same_alone_and_in_any_batch(name, scale, engine, monkey
                  for first in range(0, 9, size)]
         assert torch.equal(torch.cat([part[0] for part in parts]), codes), size
         assert same_bits([row for part in parts for row in part[1]], logits), size
-    assert type(model.engines[0]) is engine
+    assert type(engine_of(model)) is engine
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -74,7 +70,7 @@ def test_windows_batches_and_threads_leave_every_bit(name, dtype, native, thread
         parts = [sample(range(first, min(first + size, 9)), scale=2.0, **way) for first in range(0, 9, size)]
         assert torch.equal(torch.cat([part[0] for part in parts]), codes), (count, size, window)
         assert same_bits([row for part in parts for row in part[1]], logits), (count, size, window)
-    assert type(model.engines[0]) is NativeEngine
+    assert type(engine_of(model)) is NativeEngine
 
 
 def test_the_record_sees_bits(native, monkeypatch):
@@ -92,7 +88,7 @@ def test_bfloat16_windows_draw_the_codes_of_one_after_the_other(window, native):
     settings = {"cfg_scale": [1.0, 2.0, 3.0, 0.0, 2.0, 2.0, 1.0], "top_k": 20}
     expected = generate(model, cond, 16, generators=streams(7), decode="sequential", **settings)
     found = generate(model, cond, 16, generators=streams(7), decode="jacobi", window=window, **settings)
-    assert torch.equal(found, expected) and type(model.engines[0]) is NativeEngine
+    assert torch.equal(found, expected) and type(engine_of(model)) is NativeEngine
 
 
 def test_statistics_say_what_was_done(engine):
@@ -114,32 +110,49 @@ def test_statistics_say_what_was_done(engine):
     assert (told.steps, told.tokens, told.tokens_per_step) == (0, 0, 0)
 
 
-def test_windows_without_a_width_get_one(engine):
+LINEAR, FREE = ([(n, float(n)) for n in (1, 64)], [(n, 1.0) for n in (1, 64)])  # seconds of n tokens
+
+
+def test_windows_without_a_width_get_the_best_one(engine, monkeypatch):
     model, cond = tiny(grid=(3, 4)), torch.arange(2)
-    for batch, width in ((1, 4), (2, 2)):  # with guidance
+    for seconds, width in ((LINEAR, 2), (FREE, 11), ([(1, 1.0), (2, 1.0), (4, 1.0), (8, 9.0), (16, 20.0)], 2)):
+        monkeypatch.setattr(ridge, "step_seconds", lambda model, seconds=seconds: seconds)
         told = Statistics()
-        generate(model, cond[:batch], 12, cfg_scale=2.0, decode="jacobi", statistics=told)
-        assert told.window == (width if engine is NativeEngine else 2)  # eight rows at least
+        generate(model, cond[:1], 12, cfg_scale=2.0, decode="jacobi", statistics=told)  # two rows
+        assert told.window == width, seconds
 
 
-@pytest.mark.parametrize(("clock", "window"), [((0, 3, 3, 3.1), 4), ((0, 3, 3, 99), 1), ((0, 1e-9), 1)],
-                         ids=["windows pay", "they do not", "too small to ask"])
-def test_auto_tries_both_ways_and_takes_the_faster(clock, window, native, monkeypatch):
-    """A clock of our own: at the start and end of steps in lockstep, then of the steps with windows."""
-    model, cond = tiny(grid=(4, 8)), torch.arange(5) % 3
-    settings = {"cfg_scale": [1.0, 2.0, 3.0, 0.0, 2.0], "cfg_interval": 20, "temperature": 1.5}
-    ticks = itertools.chain(clock, itertools.repeat(clock[-1]))
-    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+@pytest.mark.parametrize(("seconds", "temperature", "window"), [(FREE, 0.0, 4), (LINEAR, 0.0, 1), (None, 1.0, 1)],
+                         ids=["windows pay", "a window costs as much as its codes", "its drafts are wrong"])
+def test_auto_takes_windows_while_they_pay(seconds, temperature, window, native, monkeypatch):
+    model, cond = tiny(grid=(8, 8)), torch.arange(5) % 3
+    with torch.no_grad():
+        model.output.weight.mul_(4)
+    settings = {"cfg_scale": [1.0, 2.0, 3.0, 0.0, 2.0], "cfg_interval": 20, "temperature": temperature}
+    price = [(1, 1.0), (8, 1.0), (32, 1.66)]  # a window of 4 for 8 rows costs 1.66, about what it might bring
+    monkeypatch.setattr(ridge, "step_seconds", lambda model: seconds or price)
+    if window > 1:
+        model.output.weight.data.zero_()  # every draft is right
     told = Statistics()
-    codes = generate(model, cond, 32, generators=streams(5), window=4, statistics=told, **settings)
-    assert told.window == window and told.tokens == 31
+    codes = generate(model, cond, 64, generators=streams(5), window=4, statistics=told, **settings)
+    assert told.window == window and told.tokens == 63
+    if seconds is None:
+        assert 0 < told.steps < 63 + 1  # windows were tried, and given up
     keys = keys_of(streams(5))
-    assert torch.equal(codes, plain_codes(model, cond, 32, keys=keys, scale=torch.tensor(settings["cfg_scale"]),
-                                          interval=20, temperature=1.5))
+    assert torch.equal(codes, plain_codes(model, cond, 64, keys=keys, scale=torch.tensor(settings["cfg_scale"]),
+                                          interval=20, temperature=temperature))
 
 
-def test_auto_without_kernels_goes_one_after_the_other(monkeypatch):
-    monkeypatch.setenv("LLAMAGEN_NATIVE", "0")
-    model, told = tiny(), Statistics()
-    generate(model, torch.arange(2), 9, window=4, statistics=told)
-    assert (told.steps, told.window) == (8, 1) and type(model.engines[0]) is TorchEngine
+def test_what_steps_take_is_measured_once(native, own_cache, monkeypatch):
+    monkeypatch.setattr(ridge, "_KNOWN", {})
+    model = tiny(grid=(6, 6))
+    found = ridge.step_seconds(model)
+    assert [tokens for tokens, _ in found][:3] == [1, 2, 4] and all(seconds > 0 for _, seconds in found)
+    monkeypatch.setattr(ridge, "measured", lambda model: 1 / 0)
+    assert ridge.step_seconds(model) == found
+    ridge._KNOWN.clear()
+    kept = ridge.step_seconds(tiny(grid=(6, 6)))  # from the cache folder
+    assert [tuple(pair) for pair in kept] == [tuple(pair) for pair in found]
+    with pytest.raises(ZeroDivisionError):
+        ridge.step_seconds(tiny(grid=(6, 7)))
+    assert ridge.best_window(tiny(grid=(6, 6)), rows=10**6) == (1, 1.0)

@@ -5,8 +5,7 @@ import pytest
 import torch
 
 from autoregressive.models.generate import generate
-from autoregressive.models.sampling import choose
-from tests.autoregressive.models.decoding import streams
+from tests.autoregressive.models.decoding import draw_codes, engine_of, streams
 from tests.autoregressive.models.test_draws import settings_of
 from tests.autoregressive.models.test_gpt import tiny
 from utils.finite import NotFiniteError
@@ -22,12 +21,11 @@ def test_each_slot_says_whether_its_logits_are_finite(vocab, filtered, greedy, e
     logits[:, vocab - 2] = torch.tensor(list(ROWS.values()))
     images = torch.arange(len(ROWS))
     settings = settings_of(len(ROWS), **{name: torch.full((len(ROWS),), value) for name, value in filtered.items()})
-    settings.greedy = greedy
-    codes, finite = choose(logits, images, images * 0 - 1, images, images, settings)
+    settings.greedy[:] = greedy
+    codes, finite = draw_codes(logits, images, images * 0 - 1, images, images, settings)
     assert finite.tolist() == [True, False, False, False, True]
     assert codes.min() >= 0 and codes.max() < vocab
-    settings.scale = torch.full((len(ROWS),), 4.0)
-    _, guided = choose(logits, images * 0, images, images, images, settings)
+    _, guided = draw_codes(logits, images * 0, images, images, images, settings, scale=4.0)
     assert guided.tolist() == [True, False, False, False, False]  # 4 times the largest number overflows
 
 
@@ -51,7 +49,7 @@ def test_logits_that_are_not_finite_are_refused(value, options, engine):
         model.output.weight.data[3] = value  # finite weights whose product is not
     with pytest.raises(NotFiniteError, match="logits are not finite, from code 0 on, in 3 of 3 images"):
         generate(model, cond, 9, generators=streams(3), **options)
-    assert not model.engines and not model.training
+    assert engine_of(model) is None and not model.training
 
 
 @pytest.mark.parametrize("decode", ["sequential", "jacobi"])

@@ -8,7 +8,7 @@ import torch
 from autoregressive.models.generate import generate
 from autoregressive.models.gpt import GPT_models
 from autoregressive.models.sampling import guide
-from tests.autoregressive.models.decoding import attention_mask
+from tests.autoregressive.models.decoding import attention_mask, engine_of
 from tests.conftest import ROOT
 from tests.data.fill import fill, image
 from tokenizer.tokenizer_image.vq_model import VQ_models
@@ -127,7 +127,7 @@ def test_generate_begins_as_the_reference(gpt, engine):
     expected, gap = torch.from_numpy(reference["greedy_codes"]).long(), reference["greedy_gap"]
     codes = generate(model, condition, min(CACHED_STEPS, expected.shape[1]), emb_masks=valid_text, sample_logits=False,
                      cfg_scale=float(reference["cfg_scale"]), cfg_interval=int(reference["cfg_interval"]))
-    assert type(model.engines[0]) is engine
+    assert type(engine_of(model)) is engine
     for row in range(len(expected)):
         close = np.flatnonzero(gap[row] < CLEAR)
         until = min([codes.shape[1], *close[:1]])

@@ -1,0 +1,86 @@
+"""Keys and values of the tokens seen so far, and attention over them for the tokens of a ragged step, in PyTorch."""
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BUCKET = 64  # on a GPU the cache is read up to a multiple of it: few graphs to capture, few slots read for nothing
+
+
+class KVCache:
+    """Static caches, per layer keys and values (rows, KV heads, capacity, K).
+
+    `place` says where a step's tokens go and what they see; `attend` is what the layers call.
+    """
+
+    def __init__(self, layers: int, rows: int, kv_heads: int, capacity: int, head_dim: int, *, device: torch.device,
+                 dtype: torch.dtype) -> None:
+        self.together = 8 if device.type == "cpu" else 1  # rows: with fewer the last bits depend on their number
+        shape = (-(-rows // self.together) * self.together, kv_heads, -(-capacity // BUCKET) * BUCKET, head_dim)
+        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(layers)]
+        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(layers)]
+        self.rows, self.capacity, self.device = rows, shape[2], device
+
+    def place(self, row: Tensor, slot: Tensor | None, sees: Tensor, *, rows: np.ndarray, sizes: np.ndarray,
+              longest: int) -> None:
+        """The next step's tokens (n,) are of these rows, have these slots (None: only queries) and see so many.
+
+        rows, sizes, longest: see `Batch`.
+        """
+        self.index = None if slot is None else (row, slot)
+        self.end = longest if self.device.type == "cpu" else min(-(-longest // BUCKET) * BUCKET, self.capacity)
+        self.rectangles = []  # rows with equally many tokens attend together
+        for size in np.unique(sizes[sizes > 0]).tolist():
+            chosen = sizes == size
+            low = int(rows[chosen].min()) // self.together * self.together
+            high = -(-(int(rows[chosen].max()) + 1) // self.together) * self.together
+            tokens = slice(0, len(row)) if chosen.all() else torch.from_numpy(
+                np.repeat(chosen, sizes).nonzero()[0]).to(row.device)
+            whole = np.array_equal(rows[chosen], np.arange(low, high))
+            at = None if whole else row[tokens][::size] - low  # where its rows lie among those that are read
+            visible = sees[tokens].unflatten(0, (-1, size))  # (R, T)
+            if at is not None:
+                visible = visible.new_ones(high - low, size).index_copy_(0, at, visible)
+            mask = (torch.arange(self.end, device=row.device) < visible[..., None])[:, None]  # (R, 1, T, end)
+            self.rectangles.append((tokens, size, slice(low, high), at, mask))
+
+    def filled(self, x: Tensor) -> Tensor:
+        """x (n, …) with zeros up to a number of rows with which the bits of a row do not depend on the others."""
+        return F.pad(x, (*[0] * (2 * x.ndim - 1), -len(x) % self.together))
+
+    def restart(self, rows: Tensor) -> None:
+        """Forget what these rows hold: a NaN that an earlier token left would spread, though its weight is 0."""
+        for values in self.values:
+            values[rows] = 0
+
+    def attend(self, layer: int, q: Tensor, k: Tensor | None, v: Tensor | None) -> Tensor:
+        """Write k, v (n, KV heads, K) of one layer, if given; attention of q (n, H, K) → (n, H, K)."""
+        keys, values = self.keys[layer], self.values[layer]
+        if k is not None:
+            row, slot = self.index
+            keys[row, :, slot], values[row, :, slot] = k[:len(row)].to(keys.dtype), v[:len(row)].to(values.dtype)
+        out = torch.zeros_like(q)  # tokens that only fill the step up stay zero
+        for tokens, size, rows, at, mask in self.rectangles:
+            asked = q[tokens].unflatten(0, (-1, size))  # (R, T, H, K)
+            if at is not None:
+                asked = asked.new_zeros(len(mask), *asked.shape[1:]).index_copy_(0, at, asked)
+            found = attention(asked.transpose(1, 2), keys[rows, :, :self.end], values[rows, :, :self.end], mask)
+            found = found.transpose(1, 2)  # (R, T, H, K)
+            out[tokens] = (found if at is None else found[at]).flatten(0, 1)
+        return out
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Attention of the newest T tokens q (B, H, T, K) over S cached ones, k and v (B, KV heads, S, K).
+
+    mask (B, 1, T, S) bool, True where attended. On a CPU it is two matrix products: the fused kernel splits its sum by
+    the number of rows, so that the last bits of an image would depend on the batch it was drawn in; with the products
+    they do not (tests/autoregressive/models/test_jacobi.py).
+    """
+    if q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+    grouped = q.unflatten(1, (k.shape[1], -1))  # (B, KV heads, H / KV heads, T, K)
+    scores = grouped.flatten(2, 3) @ k.transpose(-1, -2) * q.shape[-1] ** -0.5  # (B, KV heads, group*T, S)
+    scores = scores.float().unflatten(2, grouped.shape[2:4]).masked_fill(~mask[:, None], float("-inf"))
+    weights = scores.softmax(-1).type_as(v)
+    return (weights.flatten(2, 3) @ v).unflatten(2, grouped.shape[2:4]).flatten(1, 2)  # (B, H, T, K)

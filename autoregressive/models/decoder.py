@@ -1,0 +1,232 @@
+"""The decoder: requests join and leave at any step, each with its own condition, plan, key and settings.
+
+`generate`, a server and editing are its callers. A step takes what every request's plan says comes next, as one flat
+batch: prefixes of the new ones and codes of the others share a forward pass. An image depends on its request alone.
+"""
+import heapq
+import weakref
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from autoregressive.models.attend import BUCKET
+from autoregressive.models.batch import Batch, Layout, Turn
+from autoregressive.models.engines import Decodable, Engine, engine_for
+from autoregressive.models.graphs import StepGraphs
+from autoregressive.models.plan import Plan
+from autoregressive.models.sampling import Settings, check_sampling, choose
+
+NEVER = 2**62  # a position beyond all
+PREFILL_TOKENS = 4096  # prefix tokens in one step at most: bounds the memory
+
+
+@dataclass(eq=False)
+class Request:
+    """One image. condition: a label, or text features (N, caption_dim); visible (N,) bool: which of the features are
+    text, None: all; key: of its noise, 64 bits; known: the codes of the plan's first cells, (plan.known,)."""
+
+    condition: int | Tensor
+    plan: Plan
+    key: int
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    visible: Tensor | None = None
+    greedy: bool = False  # the best code instead of a draw
+    known: Tensor | None = None
+
+
+@dataclass
+class Finished:
+    """An image that is complete: its codes (L,) int64 in raster order. broken: the first position whose logits were not
+    finite, None if all were."""
+
+    slot: int
+    codes: Tensor
+    broken: int | None
+
+
+@dataclass
+class _Active:
+    """A request that has joined."""
+
+    request: Request
+    prefix: int  # tokens of its prefix that stay in the cache
+    tokens: np.ndarray  # those that are fed: also the last, if it is hidden, as it gives the first logits
+    fresh: bool = True  # nothing is cached yet
+
+
+class Decoder:
+    """Decodes images that join and leave. For one thread. After an error in `step`, the same step can be done again."""
+
+    def __init__(self, model: Decodable) -> None:
+        self.model = weakref.proxy(model)
+        self.engine: Engine | None = None
+        self.active: dict[int, _Active] = {}
+        self.free: list[int] = []
+        self.slots = 0
+        self.orders, self.scales = np.empty((0, 0), np.int64), np.empty((0, 0), np.float32)  # (slots, L)
+
+    @torch.no_grad()
+    def reserve(self, requests: int, *, length: int | None = None, guided: bool = True) -> None:
+        """Have room for `requests` images of at most `length` codes (None: the model's grid), and see what the model is
+        like now: its weights, their type, their device. `guided`: whether guidance may be asked for. Not while there
+        are requests.
+        """
+        assert not self.active, f"{len(self.active)} requests are being decoded"
+        config, weight = self.model.config, next(self.model.parameters())
+        length, engine = length or config.block_size, self.engine
+        self.engine = engine_for(self.model, engine)
+        moved = self.engine.reserve(requests * (1 + guided), config.cls_token_num + length)
+        if moved or engine is not self.engine or requests > len(self.orders) or length > self.orders.shape[1]:
+            self.graphs = StepGraphs()
+            shape = max(requests, len(self.orders)), max(length, self.orders.shape[1])
+            self.orders, self.scales = np.zeros(shape, np.int64), np.ones(shape, np.float32)
+            self.codes = torch.zeros(shape, dtype=torch.long, device=weight.device)
+            self.broken = torch.full(shape[:1], NEVER, device=weight.device)
+            self.settings = Settings(*(torch.zeros(shape[0], dtype=dtype, device=weight.device) for dtype in (
+                torch.float32, torch.long, torch.float32, torch.long, torch.bool)))
+        self.slots, self.length, self.guided, self.turns = requests, length, guided, ()
+        self.rounding = 4 * torch.finfo(weight.dtype).eps
+        self.free = list(range(requests))
+
+    def join(self, request: Request) -> int:
+        """Take a request in; its slot, which is its own until it is finished or leaves.
+
+        Raises ValueError for what the model cannot do, RuntimeError when all slots are taken.
+        """
+        plan, config = request.plan, self.model.config
+        check_sampling(temperature=request.temperature, top_k=request.top_k, top_p=request.top_p)
+        if len(plan.order) > self.length or (plan.guided_until and not self.guided):
+            raise ValueError(f"a plan of {len(plan.order)} codes {'with' if plan.guided_until else 'without'} guidance "
+                             f"does not fit: {self.length} {'with' if self.guided else 'without'} were reserved")
+        if plan.known != (0 if request.known is None else len(request.known)):
+            raise ValueError(f"the plan has {plan.known} known codes, the request other ones: {request.known}")
+        if not isinstance(request.condition, Tensor) and not 0 <= request.condition <= config.num_classes:
+            raise ValueError(f"class {request.condition} is out of range: the model has 0 to {config.num_classes - 1} "
+                             f"(and {config.num_classes} for none)")
+        if not self.free:
+            raise RuntimeError(f"all {self.slots} slots are taken")
+        visible = np.ones(config.cls_token_num, bool) if request.visible is None else request.visible.cpu().numpy() > 0
+        shown = visible.copy()
+        shown[-1] |= plan.known == 0  # prefix tokens have no position, so hidden ones are left out
+        slot = heapq.heappop(self.free)
+        self.active[slot] = _Active(request, int(visible.sum()), shown.nonzero()[0])
+        length = len(plan.order)
+        self.orders[slot, :length], self.scales[slot, :length] = plan.order, plan.scales
+        return slot
+
+    def leave(self, slot: int) -> None:
+        """Drop the request of a slot."""
+        del self.active[slot]
+        heapq.heappush(self.free, slot)
+
+    @torch.no_grad()  # not inference_mode: later calls reuse these tensors in any mode
+    def step(self) -> list[Finished]:
+        """Let every request take its next step; those that are finished by it, which leave."""
+        turns, starts, firsts = self._turns()
+        if not turns:
+            return []
+        if turns != self.turns:  # mostly they do what they did in the last step, further on
+            self.layout = Layout(turns, slots=self.slots, prefix_rows=self.model.config.cls_token_num,
+                                 width=self.orders.shape[1])
+            self.turns = turns
+        batch = self.layout.batch(starts, firsts, self.orders, self.scales, device=self.codes.device)
+        run = partial(self._run, prefix=self._begin(turns) if batch.fresh else None)
+        *_, right = self.graphs.run(batch, run, bucket=BUCKET, rounding=self.rounding)
+        if batch.fresh:
+            self._share(turns)
+        right, done, at = right.cpu().numpy() if batch.drafts else None, [], 0
+        for turn, first in zip(turns, firsts, strict=True):
+            active = self.active[turn.slot]
+            plan, active.fresh = active.request.plan, False
+            plan.settle(turn.count if right is None else int(right[at:at + turn.count].sum()))
+            at += turn.count
+            if plan.window > 1 and first == plan.known:  # the first code is the first draft of the others
+                self.codes[turn.slot, plan.decided:] = self.codes[turn.slot, first]
+            if plan.finished:
+                done.append((turn.slot, len(plan.order)))
+        broken = self.broken[[slot for slot, _ in done]].tolist() if done else []
+        for slot, _ in done:
+            self.leave(slot)
+        return [Finished(slot, self.codes[slot, :length].clone(), None if first == NEVER else first)
+                for (slot, length), first in zip(done, broken, strict=True)]
+
+    def _turns(self) -> tuple[tuple[Turn, ...], list[int], list[int]]:
+        """What each request does, which position it feeds first, which it asks for first."""
+        turns, starts, firsts, patterns, spent = [], [], [], {}, 0
+        for slot in sorted(self.active):
+            active = self.active[slot]
+            plan, embedded, like = active.request.plan, 0, len(turns)
+            start, (end, first, count) = plan.seen, plan.next()
+            guided = first < plan.guided_until
+            if active.fresh:
+                embedded = len(active.tokens)
+                if spent and spent + embedded > PREFILL_TOKENS:
+                    continue  # its turn comes in a later step
+                spent += embedded
+                start, end = -active.prefix, end + embedded - active.prefix
+                if guided and not plan.known:  # without conditions, prefixes differ only in which tokens are visible
+                    like = patterns.setdefault((active.prefix, active.tokens.tobytes()), like)
+            turns.append(Turn(slot, active.prefix, embedded, end - start, count, plan.block, guided, like))
+            starts.append(start)
+            firsts.append(first)
+        return tuple(turns), starts, firsts
+
+    def _begin(self, turns: list[Turn]) -> Tensor:
+        """Note the settings of new requests; their prefixes' embeddings (tokens, D), in the order of the batch."""
+        new = [turn.slot for turn in turns if turn.embedded]
+        requests, settings = [self.active[slot].request for slot in new], self.settings
+        for table, values in ((settings.temperature, [one.temperature for one in requests]),
+                              (settings.top_k, [one.top_k for one in requests]),
+                              (settings.top_p, [one.top_p for one in requests]),
+                              (settings.keys, [one.key for one in requests]),
+                              (settings.greedy, [one.greedy for one in requests])):
+            table[new] = torch.tensor(values, dtype=table.dtype, device=table.device)
+        everyone, vocab = [active.request for active in self.active.values()], self.model.config.vocab_size
+        settings.largest_k = max((one.top_k for one in everyone if one.top_k < vocab), default=0)
+        settings.uses_top_p = any(one.top_p < 1 for one in everyone)
+        self.broken[new] = NEVER
+        for slot, request in zip(new, requests, strict=True):
+            if request.plan.known:
+                self.codes[slot, request.plan.order[:request.plan.known]] = request.known.to(self.codes.device)
+        with_condition, without = self.model.prefix([one.condition for one in requests])
+        own = [prefix[self.active[slot].tokens] for slot, prefix in zip(new, with_condition, strict=True)]
+        own += [without[self.active[turn.slot].tokens] for i, turn in enumerate(turns)
+                if turn.embedded and turn.guided and turn.like == i]
+        return torch.cat(own)
+
+    def _share(self, turns: list[Turn]) -> None:
+        """Copy unconditional prefixes that were fed once for several requests."""
+        copies: dict[int, list[int]] = {}
+        for i, turn in enumerate(turns):
+            if turn.like != i:
+                copies.setdefault(turn.like, []).append(self.slots + turn.slot)
+        for source, targets in copies.items():
+            self.engine.copy(self.slots + turns[source].slot, torch.tensor(targets, device=self.codes.device),
+                             length=turns[source].prefix)
+
+    def _run(self, batch: Batch, *, prefix: Tensor | None, fused: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """What a step does on the device: (logits (a, V), codes (d,), which of them are decided (d,)). Here codes are
+        chosen and noted."""
+        codes, source = self.codes.view(-1), batch.fed[0]
+        *_, image, _, place, position, window = batch.draws.unbind()
+        if prefix is None:
+            x = self.model.embed(codes.index_select(0, source))  # (n, D)
+        else:
+            x = self.model.embed(codes.index_select(0, source.clamp_min(0)))
+            x[source < 0] = prefix
+        logits = self.engine.forward(x, batch)
+        found, decided = choose(logits, batch.draws, batch.scale, self.settings, fused=fused)
+        wrong = ~decided
+        if batch.drafts:  # up to and including the first code that differs from its draft
+            differ = found != codes.index_select(0, place)
+            before = differ.cumsum(0) - differ.long()
+            decided = before == before[window]
+            wrong &= decided  # drafts that are not decided may be what the model never sees
+        codes.index_copy_(0, place, found)
+        self.broken.scatter_reduce_(0, image, torch.where(wrong, position, NEVER), "amin")
+        return logits, found, decided

@@ -1,0 +1,91 @@
+"""Plans: which codes of an image come next. Host integers, without a model.
+
+A plan is an order of the grid's cells, with the strength of guidance at each position of that order. The first `known`
+positions hold codes that are given (an image that is edited, say); the others are drawn, some at a time.
+"""
+from collections.abc import Sequence
+
+import numpy as np
+
+TRIAL = 16  # windows after which a plan knows whether they pay
+
+
+class Plan:
+    """Positions below `decided` hold codes for good; those below `seen` were fed to the model, with these codes."""
+
+    block = False  # codes that are fed together see each other
+    window = 1  # codes that are drawn at once, all but the first after drafts
+
+    def __init__(self, order: np.ndarray, scales: np.ndarray, *, known: int = 0) -> None:
+        """order (L,): cells in the order in which they are drawn, the known ones first; scales (L,): 1 or less is no
+        guidance."""
+        length = len(order)
+        if not 0 <= known < length or len(scales) != length or (np.sort(order) != np.arange(length)).any():
+            raise ValueError(f"an order of {length} cells, {len(scales)} scales and {known} known codes make no plan: "
+                             "the order holds every cell once, every position has a scale, and one is to be drawn")
+        self.order, self.scales = np.asarray(order, np.int64), np.asarray(scales, np.float32)
+        self.known = self.decided = known
+        self.seen = 0
+        self.guided_until = int(np.flatnonzero(self.scales > 1).max(initial=-1)) + 1  # positions from here on are not
+
+    @property
+    def finished(self) -> bool:
+        """Whether all codes are there."""
+        return self.decided == len(self.order)
+
+    def next(self) -> tuple[int, int, int]:
+        """(end, first, count): feed the positions `seen` … end - 1, ask for first … first + count - 1."""
+        raise NotImplementedError
+
+    def settle(self, right: int) -> None:
+        """The first `right` of the codes that were asked for are decided."""
+        raise NotImplementedError
+
+
+class Raster(Plan):
+    """Row by row, as a GPT draws. With a window, drafts (guessed codes) go through the model at once (exact Jacobi).
+
+    The noise of every position is fixed beforehand, so a code is a function of the codes before it. The results are
+    right up to and including the first that differs from its draft; these are kept, the rest becomes the next drafts.
+    So the codes are those of one after the other, whatever the window ("Parallel and flexible sampling from
+    autoregressive models", arXiv 2105.08164; for discrete codes with shared noise, "Predictive sampling with
+    forecasting autoregressive models", arXiv 2002.09928). `price`: how many times as long as a single code a window
+    takes; if after some windows fewer codes come from each, single codes follow.
+    """
+
+    def __init__(self, scales: np.ndarray, *, known: int = 0, window: int = 1, price: float = 0.0) -> None:
+        super().__init__(np.arange(len(scales)), scales, known=known)
+        self.window, self.price, self.windows = window, price, 0
+
+    def next(self) -> tuple[int, int, int]:
+        # The first code is drawn alone: it is the first draft of the others.
+        count = 1 if self.decided == self.known else min(self.window, len(self.order) - self.decided)
+        return self.decided + count - 1, self.decided, count
+
+    def settle(self, right: int) -> None:
+        if self.decided > self.known and self.window > 1:
+            self.windows += 1
+            if self.windows == TRIAL and self.decided + right - self.known - 1 < self.price * TRIAL:
+                self.window = 1
+        self.decided += right
+        self.seen = self.decided - 1
+
+
+class Groups(Plan):
+    """Any order, in groups of any size; the codes of a group are drawn independently and then see each other."""
+
+    block = True
+
+    def __init__(self, order: np.ndarray, scales: np.ndarray, sizes: Sequence[int], *, known: int = 0) -> None:
+        """sizes: how many codes each step draws."""
+        super().__init__(order, scales, known=known)
+        if min(sizes, default=0) < 1 or sum(sizes) != len(order) - known:
+            raise ValueError(f"groups of {list(sizes)} codes do not make up the {len(order) - known} that are to be "
+                             "drawn")
+        self.ends = (known + np.cumsum(sizes)).tolist()
+
+    def next(self) -> tuple[int, int, int]:
+        return self.decided, self.decided, self.ends[0] - self.decided
+
+    def settle(self, right: int) -> None:
+        self.seen, self.decided = self.decided, self.ends.pop(0)
