@@ -4,31 +4,43 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BUCKET = 64  # on a GPU the cache is read up to a multiple of it: few graphs to capture, few slots read for nothing
+from autoregressive.models.batch import Batch
+
+BUCKET = {"cpu": 1, "cuda": 64}  # the cache is read up to a multiple of it: few graphs to capture on a GPU
 
 
 class KVCache:
     """Static caches, per layer keys and values (rows, KV heads, capacity, K).
 
-    `place` says where a step's tokens go and what they see; `attend` is what the layers call.
+    `place` says where a step's tokens go and what they see; `write` and `attend` are what the layers call.
     """
 
     def __init__(self, layers: int, rows: int, kv_heads: int, capacity: int, head_dim: int, *, device: torch.device,
                  dtype: torch.dtype) -> None:
         self.together = 8 if device.type == "cpu" else 1  # rows: with fewer the last bits depend on their number
-        shape = (-(-rows // self.together) * self.together, kv_heads, -(-capacity // BUCKET) * BUCKET, head_dim)
+        self.bucket = BUCKET.get(device.type, 64)
+        shape = (-(-rows // self.together) * self.together, kv_heads, -(-capacity // 64) * 64, head_dim)
         self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(layers)]
         self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(layers)]
-        self.rows, self.capacity, self.device = rows, shape[2], device
+        self.rows, self.capacity = rows, shape[2]
 
-    def place(self, row: Tensor, slot: Tensor | None, sees: Tensor, *, rows: np.ndarray, sizes: np.ndarray,
-              longest: int) -> None:
-        """The next step's tokens (n,) are of these rows, have these slots (None: only queries) and see so many.
+    def place(self, batch: Batch) -> None:
+        """The tokens of the next calls are those that the batch feeds."""
+        _, _, row, slot, sees = batch.fed.unbind()
+        self.index = row, slot
+        if batch.fresh:  # a NaN that an earlier sequence left would spread, though its weight is 0
+            for values in self.values:
+                values[row[slot == 0]] = 0
+        self._see(row, sees, batch, batch.sizes)
 
-        rows, sizes, longest: see `Batch`.
-        """
-        self.index = None if slot is None else (row, slot)
-        self.end = longest if self.device.type == "cpu" else min(-(-longest // BUCKET) * BUCKET, self.capacity)
+    def place_asks(self, batch: Batch) -> None:
+        """The tokens of the next calls are queries, one for each ask of the batch."""
+        _, _, row, sees = batch.asks.unbind()
+        self._see(row, sees, batch, batch.counts)
+
+    def _see(self, row: Tensor, sees: Tensor, batch: Batch, sizes: np.ndarray) -> None:
+        rows = batch.rows
+        self.end = min(-(-batch.longest // self.bucket) * self.bucket, self.capacity)
         self.rectangles = []  # rows with equally many tokens attend together
         for size in np.unique(sizes[sizes > 0]).tolist():
             chosen = sizes == size
@@ -48,17 +60,15 @@ class KVCache:
         """x (n, …) with zeros up to a number of rows with which the bits of a row do not depend on the others."""
         return F.pad(x, (*[0] * (2 * x.ndim - 1), -len(x) % self.together))
 
-    def restart(self, rows: Tensor) -> None:
-        """Forget what these rows hold: a NaN that an earlier token left would spread, though its weight is 0."""
-        for values in self.values:
-            values[rows] = 0
+    def write(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Store k, v (n, KV heads, K) of one layer."""
+        row, slot = self.index
+        for cache, new in ((self.keys[layer], k), (self.values[layer], v)):
+            cache[row, :, slot] = new[:len(row)].to(cache.dtype)
 
-    def attend(self, layer: int, q: Tensor, k: Tensor | None, v: Tensor | None) -> Tensor:
-        """Write k, v (n, KV heads, K) of one layer, if given; attention of q (n, H, K) → (n, H, K)."""
+    def attend(self, layer: int, q: Tensor) -> Tensor:
+        """Attention of q (n, H, K) over what a layer has stored → (n, H, K)."""
         keys, values = self.keys[layer], self.values[layer]
-        if k is not None:
-            row, slot = self.index
-            keys[row, :, slot], values[row, :, slot] = k[:len(row)].to(keys.dtype), v[:len(row)].to(values.dtype)
         out = torch.zeros_like(q)  # tokens that only fill the step up stay zero
         for tokens, size, rows, at, mask in self.rectangles:
             asked = q[tokens].unflatten(0, (-1, size))  # (R, T, H, K)

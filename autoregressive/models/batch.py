@@ -16,6 +16,7 @@ class Turn(NamedTuple):
 
     slot: int  # of the decoder: which codes, settings and cache rows are its own
     prefix: int  # prefix tokens in its cache rows
+    fresh: bool  # its rows begin with this step
     embedded: int  # how many of the tokens that it feeds are no codes: the prefix, in its first step
     fed: int  # tokens that it feeds
     count: int  # codes that it asks for
@@ -35,8 +36,9 @@ class Batch:
     scale: Tensor  # (d,) fp32: of guidance
     rows: np.ndarray  # (R,) cache rows that are fed, in the order of the tokens
     sizes: np.ndarray  # (R,) tokens of each
+    counts: np.ndarray  # (R,) asks of each
     longest: int  # slots that the token that sees most sees
-    fresh: bool  # prefixes are fed: rows begin
+    fresh: bool  # rows begin: prefixes are fed
     drafts: bool  # some are drawn after codes that are only guessed
 
     @property
@@ -62,7 +64,7 @@ class Layout:
     slots + slot. prefix_rows: rotary rows before that of cell 0; width: places that a slot has for codes."""
 
     def __init__(self, turns: tuple[Turn, ...], *, slots: int, prefix_rows: int, width: int) -> None:
-        slot, prefix, embedded, fed, count, block, guided, like = np.array(turns).T
+        slot, prefix, fresh, embedded, fed, count, block, guided, like = np.array(turns).T
         everyone = np.arange(len(turns))
         owner = np.concatenate([everyone, np.flatnonzero((guided == 1) & (like == everyone))])  # turn of each row
         self.rows, self.sizes, self.prefix_rows = slot[owner], fed[owner], prefix_rows
@@ -71,7 +73,7 @@ class Layout:
         self.turn, self.within = turn, _ = owner[row], within
         self.codes, self.base, self.prefix, self.fed = within >= embedded[turn], slot[turn] * width, prefix[turn], fed
         self.all_codes, self.block = bool(self.codes.all()), (block[turn] == 1) & self.codes
-        counts = count[owner]
+        self.counts = counts = count[owner]
         ask_row, self.ask_within = _ragged(counts)
         self.ask_turn = turn = owner[ask_row]
         self.ask_base, self.ask_end = slot[turn] * width, (prefix + fed)[turn]
@@ -80,7 +82,7 @@ class Layout:
         begin[owner[len(turns):]] = (np.cumsum(counts) - counts)[len(turns):]
         turn, within = turn[:drawn], self.ask_within[:drawn]
         self.other = np.where(guided[turn] == 1, begin[like[turn]] + within, -1)
-        self.drafts = bool((count[block == 0] > 1).any())
+        self.fresh, self.drafts = bool(fresh.any()), bool((count[block == 0] > 1).any())
 
         sizes = [5 * len(self.turn), 4 * len(self.ask_turn), 7 * drawn]
         self.whole, self.scale = np.empty(sum(sizes), np.int64), np.empty(drawn, np.float32)
@@ -122,7 +124,8 @@ class Layout:
             sizes = [block.numel() for block in blocks]
             blocks = [part.view(block.shape) for part, block in zip(whole.to(device).split(sizes), blocks, strict=True)]
             scale = scale.to(device)
-        return Batch(*blocks, scale, self.rows, self.sizes, int(tokens[4].max()), not self.all_codes, self.drafts)
+        return Batch(*blocks, scale, self.rows, self.sizes, self.counts, int(tokens[4].max()), self.fresh,
+                     self.drafts)
 
 
 def _ragged(sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

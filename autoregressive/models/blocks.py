@@ -83,7 +83,8 @@ class Attention(nn.Module):
             q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.wqkv(norm(x)).split(sizes, dim=-1))
             q, k = apply_rope(q, rope), apply_rope(k, rope)
         if cache is not None:
-            return self.wo(cache.attend(layer, q[0], k[0], v[0]).flatten(1))[None]
+            cache.write(layer, k[0], v[0])
+            return self.wo(cache.attend(layer, q[0]).flatten(1))[None]
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (B, heads, T, K)
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.kv_heads != self.heads,

@@ -103,8 +103,14 @@ class Decoder:
         if len(plan.order) > self.length or (plan.guided_until and not self.guided):
             raise ValueError(f"a plan of {len(plan.order)} codes {'with' if plan.guided_until else 'without'} guidance "
                              f"does not fit: {self.length} {'with' if self.guided else 'without'} were reserved")
-        if plan.known != (0 if request.known is None else len(request.known)):
-            raise ValueError(f"the plan has {plan.known} known codes, the request other ones: {request.known}")
+        known = [] if request.known is None else request.known.tolist()
+        if len(known) != plan.known:
+            raise ValueError(f"the plan has {plan.known} known codes, the request {len(known)}")
+        if known and not 0 <= min(known) <= max(known) < config.vocab_size:
+            raise ValueError(f"known codes lie in [{min(known)}, {max(known)}], the model has 0 to "
+                             f"{config.vocab_size - 1}")
+        if not -2**63 <= request.key < 2**63:
+            raise ValueError(f"the key {request.key} does not fit into 64 bits")
         if not isinstance(request.condition, Tensor) and not 0 <= request.condition <= config.num_classes:
             raise ValueError(f"class {request.condition} is out of range: the model has 0 to {config.num_classes - 1} "
                              f"(and {config.num_classes} for none)")
@@ -136,7 +142,7 @@ class Decoder:
             self.turns = turns
         batch = self.layout.batch(starts, firsts, self.orders, self.scales, device=self.codes.device)
         run = partial(self._run, prefix=self._begin(turns) if batch.fresh else None)
-        *_, right = self.graphs.run(batch, run, bucket=BUCKET, rounding=self.rounding)
+        *_, right = self.graphs.run(batch, run, bucket=BUCKET["cuda"], rounding=self.rounding)
         if batch.fresh:
             self._share(turns)
         right, done, at = right.cpu().numpy() if batch.drafts else None, [], 0
@@ -169,16 +175,17 @@ class Decoder:
                     continue  # its turn comes in a later step
                 spent += embedded
                 start, end = -active.prefix, end + embedded - active.prefix
-                if guided and not plan.known:  # without conditions, prefixes differ only in which tokens are visible
+                if guided and not (plan.known or plan.block):  # prefixes differ only in which tokens are visible
                     like = patterns.setdefault((active.prefix, active.tokens.tobytes()), like)
-            turns.append(Turn(slot, active.prefix, embedded, end - start, count, plan.block, guided, like))
             starts.append(start)
+            turns.append(Turn(slot, active.prefix, active.fresh, embedded, end - start, count, plan.block, guided,
+                              like))
             firsts.append(first)
         return tuple(turns), starts, firsts
 
     def _begin(self, turns: list[Turn]) -> Tensor:
         """Note the settings of new requests; their prefixes' embeddings (tokens, D), in the order of the batch."""
-        new = [turn.slot for turn in turns if turn.embedded]
+        new = [turn.slot for turn in turns if turn.fresh]
         requests, settings = [self.active[slot].request for slot in new], self.settings
         for table, values in ((settings.temperature, [one.temperature for one in requests]),
                               (settings.top_k, [one.top_k for one in requests]),
@@ -196,7 +203,7 @@ class Decoder:
         with_condition, without = self.model.prefix([one.condition for one in requests])
         own = [prefix[self.active[slot].tokens] for slot, prefix in zip(new, with_condition, strict=True)]
         own += [without[self.active[turn.slot].tokens] for i, turn in enumerate(turns)
-                if turn.embedded and turn.guided and turn.like == i]
+                if turn.fresh and turn.guided and turn.like == i]
         return torch.cat(own)
 
     def _share(self, turns: list[Turn]) -> None:

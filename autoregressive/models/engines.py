@@ -71,10 +71,7 @@ class TorchEngine:
 
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
         """See `Engine.forward`."""
-        _, _, row, slot, sees = batch.fed.unbind()
-        if batch.fresh:
-            self.cache.restart(row[slot == 0])
-        self.cache.place(row, slot, sees, rows=batch.rows, sizes=batch.sizes, longest=batch.longest)
+        self.cache.place(batch)
         return self.model.decode(self.cache.filled(x), batch, self.cache).float()
 
     def copy(self, source: int, targets: Tensor, *, length: int) -> None:

@@ -46,7 +46,7 @@ class StepGraphs:
             try:
                 expected, held = ([tensor.clone() for tensor in tensors] for tensors in (results, batch.tensors))
                 step(batch.over(held), fused=True)  # loads and compiles kernels, which is not allowed during capture
-                replay = capture(lambda: step(batch.over(held), fused=True))
+                replay = capture(lambda: step(batch.over(held), fused=True), batch.fed.device)
                 check(replay(), expected, rounding=rounding)
                 self.kept[shape] = held, replay
             except Exception as error:  # whatever it is, the step can be done directly
@@ -66,10 +66,11 @@ def possible(device: torch.device) -> bool:
             and not torch.is_autocast_enabled("cuda"))  # autocast keeps copies of weights for a while
 
 
-def capture(step: Callable[[], Results]) -> Callable[[], Results]:
-    """A function that replays what `step` launches on the current GPU."""
+def capture(step: Callable[[], Results], device: torch.device) -> Callable[[], Results]:
+    """A function that replays what `step` launches on a GPU."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):  # others may use it
+    with torch.cuda.device(device), torch.cuda.graph(graph, stream=torch.cuda.Stream(device),
+                                                     capture_error_mode="thread_local"):  # other threads may use it
         results = step()
 
     def replay() -> Results:
@@ -83,7 +84,7 @@ def check(found: Sequence[Tensor], expected: Sequence[Tensor], *, rounding: floa
     """Raise ValueError unless whole numbers are equal and the others within `rounding` of the largest."""
     for ours, reference in zip(found, expected, strict=True):
         if ours.is_floating_point():
-            room = rounding * reference.abs().max().item()
+            room = rounding * reference.nan_to_num().abs().max().item()
             if not torch.allclose(ours, reference, rtol=0, atol=room, equal_nan=True):
                 raise ValueError(f"a replayed step gave other logits than the step done directly, by up to "
                                  f"{(ours - reference).abs().max().item():.2g}")

@@ -23,6 +23,8 @@ class Plan:
         if not 0 <= known < length or len(scales) != length or (np.sort(order) != np.arange(length)).any():
             raise ValueError(f"an order of {length} cells, {len(scales)} scales and {known} known codes make no plan: "
                              "the order holds every cell once, every position has a scale, and one is to be drawn")
+        if not np.isfinite(scales).all():
+            raise ValueError("scales of guidance are not finite")
         self.order, self.scales = np.asarray(order, np.int64), np.asarray(scales, np.float32)
         self.known = self.decided = known
         self.seen = 0
@@ -55,6 +57,8 @@ class Raster(Plan):
 
     def __init__(self, scales: np.ndarray, *, known: int = 0, window: int = 1, price: float = 0.0) -> None:
         super().__init__(np.arange(len(scales)), scales, known=known)
+        if window < 1:
+            raise ValueError(f"the window is {window}, expected 1 or more")
         self.window, self.price, self.windows = window, price, 0
 
     def next(self) -> tuple[int, int, int]:

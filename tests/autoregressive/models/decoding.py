@@ -33,7 +33,7 @@ def run_step(engine: Engine, x: Tensor, places: Tensor, lengths: list[int], *, r
     asks = torch.stack([token, *[torch.zeros_like(token)] * 3])
     empty = torch.empty(7, 0, dtype=torch.long)
     batch = Batch(fed.flatten(1), asks, empty, torch.empty(0), rows.numpy(), np.full(count, new),
-                  int(sees.max()), fresh=False, drafts=False)
+                  np.full(count, 0), int(sees.max()), fresh=False, drafts=False)
     return engine.forward(x.flatten(0, 1).clone(), batch).clone()
 
 

@@ -79,7 +79,7 @@ def test_rows_of_any_number_of_tokens_share_a_step(engine):
         fed, ends = torch.cat(parts, 1), torch.tensor(sizes).cumsum(0) - 1
         empty = torch.empty(7, 0, dtype=torch.long)
         batch = Batch(fed, torch.stack([ends] * 4), empty, torch.empty(0), np.array(rows), np.array(sizes),
-                      5 + max(sizes), fresh=False, drafts=False)
+                      np.array(sizes) * 0, 5 + max(sizes), fresh=False, drafts=False)
         found = decoder.forward(torch.cat([x[row, :size] for row, size in zip(rows, sizes, strict=True)]), batch)
         expected = torch.cat([
             plain_step(model, before[row, :5], x[row, :size],
