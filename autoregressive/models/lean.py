@@ -25,7 +25,8 @@ def applies(*linears: nn.Linear) -> bool:
 
 def normed_qkv(x: Tensor, norm: Tensor, eps: float, wqkv: Tensor, rope: Tensor,
                heads: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-    """RMS norm, packed projection and rotation: x (B, T, D) → q (B, T, heads[0], K), k and v (B, T, heads[1], K)."""
+    """RMS norm, packed projection and rotation: x (B, T, D), rope (T, K/2, 2) or one table per row (B, T, K/2, 2) → q
+    (B, T, heads[0], K), k and v (B, T, heads[1], K)."""
     return _NormedQKV.apply(x, norm, wqkv, rope, eps, _compute_type(x), heads)
 
 
@@ -178,7 +179,7 @@ def _norm_backward(grad: Tensor, x: Tensor, rms: Tensor, norm: Tensor, grad_x: T
 def _rotate_(x: Tensor, rope: Tensor, *, transposed: bool = False) -> None:
     """`apply_rope` in place on x (B, T, H, K): a pair is a complex number, (cos, sin) another. `transposed` multiplies
     by the transposed matrices, for the backward (not the inverse: the prefix's matrices are zero and have none)."""
-    table = torch.view_as_complex(rope)[:, None]  # (T, 1, K/2)
+    table = torch.view_as_complex(rope).unsqueeze(-2)  # (T, 1, K/2) or (B, T, 1, K/2)
     table = table.conj().resolve_conj() if transposed else table
     if x.dtype == torch.float32:
         torch.view_as_complex(x.unflatten(-1, (-1, 2))).mul_(table)

@@ -357,6 +357,39 @@ def test_lean_blocks_in_bf16(half, monkeypatch):
         assert (a - wanted).norm() <= 1.5 * (b - wanted).norm() + 1e-3 * wanted.norm()
 
 
+@pytest.mark.parametrize("tokens", [9, 8])  # 8: as many as heads and key heads together
+@pytest.mark.parametrize("half", [None, "autocast", "weights"])
+@pytest.mark.parametrize("tables", [4, 1, None])  # one per row; one for all rows, with and without a row dimension
+def test_lean_rotations_by_tables_of_rows(tables, half, tokens, monkeypatch):
+    model = tiny(dim=64, **PLAIN).train()
+    if half == "weights":
+        model.bfloat16()
+    table = model.rope(torch.device("cpu"))
+    places = torch.rand(tables or 1, len(table)).argsort(1)[:, :tokens]
+    rope = table[places] if tables else table[places[0]]
+    values, weights = torch.randn(2, 4, tokens, 64, dtype=model.output.weight.dtype)
+
+    def found() -> list:
+        model.zero_grad()
+        x = values.clone().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half == "autocast"):
+            out = model.hidden_states(x, mask=None, rope=rope)
+        (out * weights).sum().backward()
+        return [out.detach(), x.grad, *(p.grad for p in model.layers.parameters())]
+
+    ours = found()
+    with monkeypatch.context() as plain_ones:
+        plain_ones.setattr(lean, "applies", lambda *linears: False)
+        plain = found()
+        if half:
+            rope, other = rope.flip(-3), rope  # what another table gives: rounding is far smaller than that
+            turned, rope = found(), other
+    if not half:
+        assert torch.equal(ours[0], plain[0])
+    for i, (a, b) in enumerate(zip(ours, plain, strict=True)):
+        assert (a - b).norm() <= ((turned[i] - b).norm() / 4 if half else 1e-5 * b.norm())
+
+
 def test_lean_blocks_under_checkpointing_and_without_gradients():
     options = {"token_dropout_p": 0.0, "class_dropout_prob": 0.0}  # dropout in the blocks: its masks come back
     model = tiny(dim=64, **options).train()
