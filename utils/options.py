@@ -3,6 +3,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from utils.cli import flag, image_size
+from utils.seeding import seed_number
 
 SCORED_AT = 256  # pixels: LlamaGen's default of --image-size-eval
 
@@ -11,7 +12,8 @@ SCORED_AT = 256  # pixels: LlamaGen's default of --image-size-eval
 class SeedFlags:
     """Randomness."""
 
-    global_seed: int = flag(0, "every random choice derives from it, whatever the number of processes")
+    global_seed: int = flag(0, "every random choice derives from it, whatever the number of processes",
+                            parse=seed_number)
 
 
 @dataclass(kw_only=True)

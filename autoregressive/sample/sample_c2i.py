@@ -16,6 +16,7 @@ from autoregressive.sample.pipeline import Pipeline, load_pipeline
 from utils import cli, dist, images
 from utils.cli import flag
 from utils.options import OutputFlags
+from utils.seeding import seed_number
 
 IMAGENET_CLASSES = [207, 360, 387, 974, 88, 979, 417, 279]  # golden retriever, otter, red panda, geyser, …
 
@@ -27,7 +28,7 @@ class GridFlags(SampleFlags, OutputFlags):
     classes: str | None = flag(None, "class names or numbers, comma-separated, one picture each; a name with a comma "
                                      "goes in double quotes ('\"tench, Tinca tinca\",3'); None: a few of them")
     output: str = "sample_c2i.png"
-    seed: int = flag(0, "image i of a seed is always the same")
+    seed: int = flag(0, "image i of a seed is always the same", parse=seed_number)
     top_k: int = 2000
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from utils import dist, images
 from utils.files import replacing, sweep
-from utils.seeding import derive_seed
+from utils.seeding import check_seed, derive_seed
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Job(NamedTuple):
 
     def seed(self, global_seed: int) -> int:
         """The seed of this picture's random stream, whatever the number of processes and of pictures per prompt."""
-        return derive_seed(global_seed, self.prompt_index, self.image_index)
+        return derive_seed(check_seed(global_seed), self.prompt_index, self.image_index)
 
 
 def read_prompts(path: str | Path) -> list[Prompt]:

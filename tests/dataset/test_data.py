@@ -17,6 +17,7 @@ from dataset import augmentation, image_folders, loader
 from dataset.augmentation import center_crop, code_views, random_crop, train_view
 from dataset.build import build_dataset
 from dataset.loader import StepSampler, TrainImages
+from evaluations.t2i.layouts import Job, Prompt
 from tests.conftest import ROOT, write_images
 from utils.images import grid, load_png, save_npz, save_png, to_float, to_uint8
 from utils.seeding import derive_seed, hash_choice, sample_generator
@@ -258,11 +259,29 @@ def test_a_decompression_bomb_counts_as_unreadable(tmp_path, monkeypatch):
 
 
 def test_seeds_depend_on_every_number():
-    keys = [(seed, index) for seed in range(20) for index in range(20)] + [(2**40, 1), (-1, 0), (1, 2, 3), (3, 2, 1)]
+    keys = [(seed, index) for seed in range(20) for index in range(20)] + [(2**40, 1), (1, 2, 3), (3, 2, 1)]
     assert len({derive_seed(*key) for key in keys}) == len(keys)
     assert all(0 <= derive_seed(*key) < 2**62 for key in keys)
     assert derive_seed(3, 4) == derive_seed(3, 4)
+    assert derive_seed(7, 3, 5) == 4316895526964219963  # seeds stay what they are: images and batches depend on them
+    assert derive_seed(2**40 + 7) == 243648170076096133
     assert torch.rand(1, generator=sample_generator(0, 1)) != torch.rand(1, generator=sample_generator(1, 0))
+
+
+def test_large_numbers_repeat_no_streams():
+    """(2^32, 0) is (0, 1) to SeedSequence, and 2^64 was 0: refused where a run's seed enters, and what would wrap."""
+    edges = [0, 1, 2, 2**32 - 1, 2**32, 2**32 + 1, 2**33, 2**64 - 1]
+    pairs = [(seed, index) for seed in edges[:4] for index in edges]
+    assert len({derive_seed(*pair) for pair in pairs}) == len(pairs)
+    for seed in (-1, 2**32, 2**32 + 5, 2**64, 0.5):
+        with pytest.raises(ValueError, match=f"^{seed} is no seed: expected a whole number from 0 to 4294967295$"):
+            sample_generator(seed, 0)
+        with pytest.raises(ValueError, match="is no seed"):
+            Job(Prompt("a cat"), 0, 0).seed(seed)
+    assert sample_generator(np.int64(3), np.int64(4)).initial_seed() == derive_seed(3, 4)
+    for key in ((-1,), (0, -1), (2**64,), (0, 2**64), (0, -2**64, 1)):
+        with pytest.raises(ValueError, match="no seed can be derived from"):
+            derive_seed(*key)
 
 
 def test_views_are_chosen_evenly_and_for_each_visit_alone():

@@ -1,4 +1,5 @@
 """A user's mistake: one line on stderr that starts with "error: ", exit code 2, and nothing written."""
+import importlib
 import os
 import pickle
 import subprocess
@@ -12,6 +13,7 @@ from PIL import Image
 from autoregressive.sample.sample_c2i import GridFlags
 from autoregressive.sample.sample_ddp import SampleSetFlags
 from tests.conftest import ROOT, TINY, TINY_GPT, TINY_VQ, call, entry, write_images
+from tests.house.test_architecture import ENTRIES
 from tokenizer.reconstruct import ReconstructFlags
 from utils.checkpoints import containers
 from utils.cli import build_parser, image_size
@@ -291,6 +293,23 @@ def test_a_mistake_has_no_traceback_unless_asked_for(refuse, monkeypatch):
     monkeypatch.setenv("LLAMAGEN_TRACEBACK", "1")
     with pytest.raises(FileNotFoundError, match="absent is not a folder"):
         call("train_gpt", *GPT, "--code-path", "absent")
+
+
+@pytest.mark.parametrize(("module", "flags"), ENTRIES, ids=[module for module, _ in ENTRIES])
+def test_seeds_are_refused_where_they_would_repeat_others(module, flags, capsys):
+    parser = build_parser(getattr(importlib.import_module(module), flags), described_in=module)
+    actions = [action for action in parser._actions if action.dest in ("seed", "global_seed")]
+    for action in actions:
+        action.required = False
+        assert [action.type(str(seed)) for seed in (0, 2**32 - 1)] == [0, 2**32 - 1]
+        for seed in (-1, 2**32, 2**32 + 1, 2**64, "1.5", "", "²"):
+            with pytest.raises(SystemExit):
+                parser.parse_args([f"--{action.dest}={seed}"])
+            line, = capsys.readouterr().err.splitlines()
+            assert f"--{action.dest.replace('_', '-')}: {seed!r} is no seed: expected a whole number from 0 to " \
+                   f"{2**32 - 1}" in line
+    if module.endswith((".train", "sample_ddp", "sample_c2i", "extract_codes", "class_accuracy", "reconstruct")):
+        assert len(actions) == 1
 
 
 # ---- the flags that users' scripts already contain: name → default, "!" required there, "sw" a switch
