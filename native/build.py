@@ -10,6 +10,7 @@ import functools
 import hashlib
 import os
 import platform
+import secrets
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,21 @@ from utils.files import cache_folder
 
 SOURCES = Path(__file__).resolve().parent
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
+
+# sh -c COMPILE <temporary folder> <library> <compiler> <its arguments>. Its standard input is a pipe whose other end we
+# hold and write nothing to. A process of its own waits for that end to close, which the kernel does when we end, by
+# SIGKILL too; then it ends the compiler and what that has started, and removes the temporary folder.
+COMPILE = """
+exec 3<&0 </dev/null
+( trap '' TERM; read -r _ <&3; kill -TERM 0; rm -rf "$0" || rm -rf "$0"; kill -KILL 0 ) >/dev/null 2>&1 &
+library=$1
+shift
+mkdir -m 700 "$0" && TMPDIR=$0 "$@" -o "$0/made" 3<&- && mv -f "$0/made" "$library"
+code=$?
+rm -rf "$0"
+{ kill -KILL $!; wait $!; } 2>/dev/null
+exit $code
+"""
 
 _LOCKS: dict[tuple[str, tuple[str, ...]], threading.Lock] = defaultdict(threading.Lock)  # one build of each at a time
 
@@ -101,17 +117,29 @@ def _built(name: str, compiler: str, defines: list[str], folder: Path) -> Path:
     if library.is_file():
         return library
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        made, failure = Path(temporary) / library.name, None
-        for tuning in (("-march=native", "-fopenmp"), ("-march=native",), ("-fopenmp",), ()):  # some lack one
-            command = [compiler, *FLAGS, *tuning, *defines, str(SOURCES / f"{name}.cpp"), "-o", str(made)]
-            try:
-                subprocess.run(command, capture_output=True, text=True, check=True)
-                os.replace(made, library)
-                return library
-            except subprocess.CalledProcessError as error:
-                failure = failure or error
-        raise failure
+    failure = None
+    for tuning in (("-march=native", "-fopenmp"), ("-march=native",), ("-fopenmp",), ()):  # some lack one
+        try:
+            _compile([compiler, *FLAGS, *tuning, *defines, str(SOURCES / f"{name}.cpp")], library)
+            return library
+        except subprocess.CalledProcessError as error:
+            failure = failure or error
+    raise failure
+
+
+def _compile(command: list[str], library: Path) -> None:
+    """Run the compiler; what it makes becomes `library` if all went well. Raises CalledProcessError.
+
+    However this process ends, the compiler ends with it and leaves no file: see COMPILE.
+    """
+    temporary = library.with_name(f".{library.name}.{secrets.token_hex(4)}.tmp")
+    ends_with_us, ours = os.pipe()
+    try:
+        subprocess.run(["sh", "-c", COMPILE, temporary, library, *command], stdin=ends_with_us, capture_output=True,
+                       text=True, check=True, start_new_session=True)
+    finally:
+        os.close(ends_with_us)
+        os.close(ours)
 
 
 def cpu() -> str:
