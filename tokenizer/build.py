@@ -107,11 +107,15 @@ def encode_images(tokenizer: ImageTokenizer, images: Tensor) -> Tensor:
                      rows=rows_at_once(tokenizer, images[:1, 0].numel()))
 
 
+def runs_on_kernels(tokenizer: ImageTokenizer) -> bool:
+    """Whether our C++ kernels decode and encode: results depend neither on the batch nor on threads then."""
+    return (isinstance(tokenizer, VQModel) and convolution.ready(tokenizer.decoder.conv_in)
+            and tokenizer.decoder._compiled_call_impl is None)  # a compiled one runs PyTorch's kernels
+
+
 def rows_at_once(tokenizer: ImageTokenizer, pixels: int) -> int | None:
     """How many images to take at a time; None where results would depend on it: where our kernels do not run."""
-    free = (isinstance(tokenizer, VQModel) and convolution.ready(tokenizer.decoder.conv_in)
-            and tokenizer.decoder._compiled_call_impl is None)  # a compiled one runs PyTorch's kernels
-    return max(1, PIXELS // max(1, pixels)) if free else None
+    return max(1, PIXELS // max(1, pixels)) if runs_on_kernels(tokenizer) else None
 
 
 def in_chunks(function: Callable[[Tensor], Tensor], x: Tensor, *, rows: int | None = None) -> Tensor:

@@ -4,25 +4,33 @@ Image (seed, index) comes from its own random stream, so it does not depend on t
 """
 import csv
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from autoregressive.models.generate import Decode, generate
 from autoregressive.models.gpt import GPT_models, Transformer
-from autoregressive.models.native_engine import WEIGHTS
+from autoregressive.models.native_engine import WEIGHTS, fitting_kernels
 from autoregressive.models.quantized import quantize_
 from autoregressive.models.sampling import check_sampling
 from autoregressive.sample.options import SampleFlags
 from autoregressive.train.finetune import class_names
 from native.build import available, prepare
-from tokenizer.build import ImageTokenizer, check_image_size, decode_images, load_tokenizer, other_tokenizer
+from tokenizer.build import (
+    ImageTokenizer,
+    check_image_size,
+    decode_images,
+    load_tokenizer,
+    other_tokenizer,
+    runs_on_kernels,
+)
 from utils import cli, dist, images
 from utils.checkpoints import containers
+from utils.files import exists
 from utils.seeding import sample_generator
 
 DEFAULT_IMAGE_SIZE = 384  # of the released models; our own checkpoints say theirs
@@ -120,11 +128,15 @@ def load_pipeline(flags: SampleFlags, *, device: torch.device) -> Pipeline:
     check_sampling(temperature=flags.temperature, top_k=flags.top_k, top_p=flags.top_p)
     if flags.quantize and device.type != "cpu":
         raise ValueError(f"--quantize {flags.quantize} is for CPUs: there are no such kernels for a GPU here")
-    if device.type == "cpu":
+    if device.type == "cpu" and all(path and exists(containers.resolve(path))
+                                    for path in (flags.gpt_ckpt, flags.vq_ckpt)):
         weights = WEIGHTS[KINDS.get(flags.quantize, sampling_dtype(flags, device))]
         prepare(("decode", f"WEIGHTS={weights}"), ("sample",), ("conv",))
     gpt, saved = load_gpt(flags, device=device)
     vq_name, tokenizer = load_tokenizer(flags, device=device)
+    plain = dist.compute_dtype(flags.precision, device)
+    if not flags.quantize and sampling_dtype(flags, device) != plain and fitting_kernels(gpt)[1] is None:
+        gpt, saved = load_gpt(replace(flags, precision="none"), device=device)  # PyTorch would emulate bfloat16
     config = gpt.config
     if config.vocab_size != tokenizer.codebook_size:
         raise ValueError(f"the GPT has {config.vocab_size} codes, the tokenizer {tokenizer.codebook_size}: "
@@ -155,8 +167,8 @@ def load_pipeline(flags: SampleFlags, *, device: torch.device) -> Pipeline:
     described = {"gpt_model": flags.gpt_model or saved.get("gpt_model") or "GPT-B", "vq_model": vq_name,
                  "gpt_ckpt_sha256": containers.content_hash(flags.gpt_ckpt),
                  "vq_ckpt_sha256": containers.content_hash(flags.vq_ckpt), "dtype": str(next(gpt.parameters()).dtype),
-                 "weights": saved["weights"], "num_classes": config.num_classes, "image_size": list(config_size),
-                 **settings}
+                 "engine": engine_name(gpt, tokenizer), "weights": saved["weights"], "num_classes": config.num_classes,
+                 "image_size": list(config_size), **settings}
     if flags.quantize:
         described["dtype"] = flags.quantize
     return Pipeline(gpt, tokenizer, saved.get("classes"), settings, described, flags.decode, warnings)
@@ -200,10 +212,23 @@ def load_gpt(flags: SampleFlags, *, device: torch.device) -> tuple[Transformer, 
 
 
 def sampling_dtype(flags: SampleFlags, device: torch.device) -> torch.dtype:
-    """The type of the weights. Our own kernels are fast in bfloat16 on any CPU, PyTorch's on few."""
+    """The type of the weights if C++ kernels can be built that fit the model. They are fast in bfloat16 on any CPU,
+    PyTorch's on few."""
     if device.type == "cpu" and flags.precision == "bf16" and not flags.compile and available():
         return torch.bfloat16
     return dist.compute_dtype(flags.precision, device)
+
+
+def engine_name(gpt: Transformer, tokenizer: ImageTokenizer) -> str:
+    """What computes codes and pixels here: other engines round differently, which changes some images a little."""
+    codes = "C++ kernels" if fitting_kernels(gpt)[1] is not None else torch_engine(gpt)
+    pixels = "C++ kernels" if runs_on_kernels(tokenizer) else torch_engine(tokenizer)
+    return f"{codes} for codes and {pixels} for pixels on {next(gpt.parameters()).device.type}"
+
+
+def torch_engine(model: nn.Module) -> str:
+    """How PyTorch runs a model that our kernels do not."""
+    return "torch.compile" if any(part._compiled_call_impl is not None for part in model.modules()) else "PyTorch"
 
 
 def labels_for(indices: range | list[int], *, mode: str, num_classes: int, seed: int) -> list[int]:

@@ -31,8 +31,10 @@ from autoregressive.sample.set_writer import SetWriter
 from utils import cli, dist, images
 from utils.checkpoints.containers import resolve
 from utils.cli import flag
-from utils.files import replacing
+from utils.files import few, replacing
 from utils.options import BatchFlags, RecipeFlags, SeedFlags, SetFlags
+
+ENGINE = "engine"  # the key under which a set's description names what drew the images
 
 
 @dataclass(kw_only=True)
@@ -64,26 +66,39 @@ def folder_name(described: dict, flags: SampleSetFlags, *, earlier: bool = False
             f"-topp-{flags.top_p}-temperature-{flags.temperature}-cfg-{flags.cfg_scale}{interval}{mode}-seed-{flags.global_seed}")
 
 
-def choose_folder(described: dict, flags: SampleSetFlags) -> tuple[Path, str]:
-    """(the set's folder, what to say of it or "").
+def choose_folder(described: dict, flags: SampleSetFlags) -> tuple[Path, dict, str]:
+    """(the set's folder, its description, what to say of it or "").
 
     A set that an earlier version has begun, under the name that it had then, is gone on with where it is: nothing is
-    renamed, so whatever else points there keeps working. One whose images were not resized then is pointed out.
+    renamed, so whatever else points there keeps working. Earlier versions did not record the engine either. One whose
+    images were not resized then is pointed out. To a set that is complete it does not matter which engine runs here.
     """
     root = Path(flags.sample_dir)
     folder, old = root / folder_name(described, flags), root / folder_name(described, flags, earlier=True)
-    if is_begun(folder, described):
-        return folder, ""
-    if is_begun(old, described):
-        return old, f"going on with {old}, the name that an earlier version gave to this set; today's is {folder.name}"
+    renamed = f"going on with {old}, the name that an earlier version gave to this set; today's is {folder.name}"
+    for place, said in ((folder, ""), (old, renamed)):
+        if is_begun(place, described):
+            return place, described, said
+        recorded = (config_of(place) or {}).get(ENGINE)
+        theirs = {**described, ENGINE: recorded} if recorded else {
+            key: value for key, value in described.items() if key != ENGINE}
+        if is_begun(place, theirs):
+            if SampleStore(place, theirs, size=tuple(theirs["image_size_eval"])).is_finished(flags.num_fid_samples):
+                return place, theirs, said
+            if not recorded:
+                unsure = (f"{place} does not record which engine drew its images, as an earlier version began it: "
+                          f"{described[ENGINE]} draws the others; to be sure that one drew all, give another "
+                          "--sample-dir")
+                return place, theirs, f"{said}\n{unsure}".strip()
     whole = {**described, "image_size_eval": described["image_size"]}
     unresized = root / folder_name(whole, flags, earlier=True)
     if flags.image_size_eval is None and config_of(unresized) is not None and whole != described:
         side = cli.shown_size(described["image_size"])
-        return folder, (f"{unresized} is left as it is: it holds images of {side} pixels; without --image-size-eval "
-                        f"they are now resized to {described['image_size_eval'][0]}, as by LlamaGen. To go on with "
-                        f"that folder, give --image-size-eval {side}")
-    return folder, ""
+        return folder, described, (
+            f"{unresized} is left as it is: it holds images of {side} pixels; without --image-size-eval they are now "
+            f"resized to {described['image_size_eval'][0]}, as by LlamaGen. To go on with that folder, give "
+            f"--image-size-eval {side}")
+    return folder, described, ""
 
 
 def is_begun(folder: Path, described: dict) -> bool:
@@ -103,7 +118,7 @@ def config_of(folder: Path) -> dict | None:
 
 def differing(described: dict, other: dict) -> list[str]:
     """The settings in which two descriptions of a set differ."""
-    return [key for key, value in described.items() if other.get(key) != value]
+    return [key for key in dict.fromkeys([*described, ENGINE]) if other.get(key) != described.get(key)]
 
 
 def claim(store: SampleStore, described: dict, *, warnings: list[str]) -> None:
@@ -122,9 +137,13 @@ def claim(store: SampleStore, described: dict, *, warnings: list[str]) -> None:
         if other is None:
             raise ValueError(f"{path} is damaged, so that nothing says how the images there were made: give another "
                              "--sample-dir")
-        differs = differing(described, other)
+        differs = [key for key in differing(described, other) if key != ENGINE or ENGINE in other]
         if differs:
-            raise ValueError(f"{folder} holds images made with another {', '.join(differs)}: give another --sample-dir")
+            engines = "" if ENGINE not in differs else (
+                f" ({other[ENGINE]} drew them, here {described[ENGINE]} would: go on where that is so too, with the "
+                "same --compile, C++ compiler and LLAMAGEN_NATIVE)")
+            raise ValueError(f"{folder} holds images made with another {', '.join(differs)}{engines}: give another "
+                             "--sample-dir")
         if other.get("warnings", []) == warnings:
             return
     with replacing(path) as temporary:
@@ -140,7 +159,12 @@ def main(flags: SampleSetFlags, pipeline: Pipeline | None = None) -> Path:
     size = flags.scored_size(pipeline.image_size)
     described = {**pipeline.described, "image_size_eval": list(size), "label_mode": flags.label_mode,
                  "seed": flags.global_seed}
-    folder, said = dist.broadcast_object(choose_folder(described, flags) if process.is_main else None)
+    engines = dist.gather_lists([described[ENGINE]])
+    if len(set(engines)) > 1:
+        raise ValueError("the processes would draw images of one set differently, by "
+                         f"{few(sorted(set(engines)), between='; ')}: give all of them the same kind of device, a C++ "
+                         "compiler and the same LLAMAGEN_NATIVE")
+    folder, described, said = dist.broadcast_object(choose_folder(described, flags) if process.is_main else None)
     if said and process.is_main:
         print(said, flush=True)
     store = SampleStore(folder, described, size=size)
