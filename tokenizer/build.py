@@ -1,5 +1,6 @@
 """Tokenizers by name: the interface that the rest of the program uses, and how they are loaded."""
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,10 @@ from utils.cli import flag
 from utils.finite import finite_images
 
 RELEASED = "pretrained_models"  # the folder in which LlamaGen's scripts look for its weights
-CHUNK = {"cpu": 8, "cuda": 16}  # images at a time
 PIXELS = 2**18  # at a time where results do not depend on the batch: 4 images of 256 pixels, about 0.5 GiB
+PADDED = {"cpu": 2**13, "cuda": 2**16}  # pixels at a time elsewhere; one small image is padded to as many
+ENCODED = {"cpu": 2**13, "cuda": 2**18}  # when encoding: mostly data sets, so more at a time for a GPU
+MOST = {"cpu": 8, "cuda": 16}  # images at a time, however small
 
 
 class ImageTokenizer(Protocol):
@@ -96,7 +99,7 @@ def decode_images(tokenizer: ImageTokenizer, codes: Tensor, grid: tuple[int, int
     """
     with torch.autocast(codes.device.type, dtype=dtype, enabled=dtype != torch.float32):
         images = in_chunks(lambda chunk: tokenizer.decode_code(chunk, grid).float().cpu(), codes,
-                           rows=rows_at_once(tokenizer, codes[:1].numel() * tokenizer.downsample**2))
+                           pixels=math.prod(grid) * tokenizer.downsample**2, free=runs_on_kernels(tokenizer))
     return finite_images(images, f"the tokenizer ({type(tokenizer).__name__})")
 
 
@@ -104,7 +107,7 @@ def decode_images(tokenizer: ImageTokenizer, codes: Tensor, grid: tuple[int, int
 def encode_images(tokenizer: ImageTokenizer, images: Tensor) -> Tensor:
     """Images (B, 3, H, W) in [-1, 1] → codes (B, h*w); they do not depend on the other images of the batch."""
     return in_chunks(lambda chunk: tokenizer.encode_codes(chunk.contiguous(memory_format=torch.channels_last)), images,
-                     rows=rows_at_once(tokenizer, images[:1, 0].numel()))
+                     pixels=math.prod(images.shape[-2:]), free=runs_on_kernels(tokenizer), padded=ENCODED)
 
 
 def runs_on_kernels(tokenizer: ImageTokenizer) -> bool:
@@ -113,20 +116,23 @@ def runs_on_kernels(tokenizer: ImageTokenizer) -> bool:
             and tokenizer.decoder._compiled_call_impl is None)  # a compiled one runs PyTorch's kernels
 
 
-def rows_at_once(tokenizer: ImageTokenizer, pixels: int) -> int | None:
-    """How many images to take at a time; None where results would depend on it: where our kernels do not run."""
-    return max(1, PIXELS // max(1, pixels)) if runs_on_kernels(tokenizer) else None
+def images_at_once(pixels: int, device: str, *, free: bool, padded: dict[str, int] = PADDED) -> int:
+    """How many images of `pixels` pixels `in_chunks` takes at a time on a type of device."""
+    return max(1, PIXELS // max(1, pixels)) if free else max(1, min(MOST[device], padded[device] // max(1, pixels)))
 
 
-def in_chunks(function: Callable[[Tensor], Tensor], x: Tensor, *, rows: int | None = None) -> Tensor:
-    """function(x), called on at most `rows` rows at a time; None: always on the same number, the last rows padded.
+def in_chunks(function: Callable[[Tensor], Tensor], x: Tensor, *, pixels: int, free: bool = False,
+              padded: dict[str, int] = PADDED) -> Tensor:
+    """function(x), called on a few rows at a time: images of `pixels` pixels, or what belongs to one each.
 
-    The batch size decides which of PyTorch's convolution kernels runs, and so the last bits of its sums. Codes whose
-    distances nearly tie, and pixels on the edge between two 8-bit values, would change with it.
+    `free`: the results do not depend on how many there are. Else it is always the same number, which depends on
+    `pixels` and the type of device alone, and the last rows are padded: the batch size decides which of PyTorch's
+    convolution kernels runs, and so the last bits of its sums. Codes whose distances nearly tie, and pixels on the edge
+    between two 8-bit values, would change with it.
     """
-    if rows is not None or len(x) == 0:
-        return torch.cat([function(chunk) for chunk in x.split(rows or 1)])
-    rows = CHUNK[x.device.type]
+    rows = images_at_once(pixels, x.device.type, free=free, padded=padded)
+    if free or len(x) == 0:
+        return torch.cat([function(chunk) for chunk in x.split(rows)])
     parts = [function(torch.cat([chunk, chunk[-1:].expand(rows - len(chunk), *chunk.shape[1:])]))[:len(chunk)]
              for chunk in x.split(rows)]
     return torch.cat(parts)

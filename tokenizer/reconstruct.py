@@ -20,6 +20,7 @@ as in LlamaGen's tables; codebook_usage and codebook_perplexity are over the who
 """
 import importlib.metadata
 import json
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -110,7 +111,8 @@ def scores(inputs: Tensor, made: Tensor, *, perceptual: Callable[[Tensor, Tensor
     distances = torch.zeros_like(decibels)
     if perceptual is not None:
         pairs = (2 * torch.cat([inputs, made], 1) - 1).float()  # (B, 6, H, W)
-        distances = in_chunks(lambda pair: perceptual(pair[:, :3], pair[:, 3:]).flatten(), pairs)
+        distances = in_chunks(lambda pair: perceptual(pair[:, :3], pair[:, 3:]).flatten(), pairs,
+                              pixels=math.prod(pairs.shape[-2:]))
     return torch.column_stack([torch.ones_like(decibels), identical, decibels.where(~identical, 0),
                                ssim(inputs, made, data_ranges=(1.0, 2.0)), distances]).sum(0)
 

@@ -1,4 +1,5 @@
 """Models that reconstruct images, all called alike: VQ, taming VQGAN, SD/SDXL VAE, Consistency Decoder, identity."""
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -6,7 +7,14 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from tokenizer.build import TokenizerFlags, check_image_size, encode_images, in_chunks, load_tokenizer
+from tokenizer.build import (
+    TokenizerFlags,
+    check_image_size,
+    encode_images,
+    in_chunks,
+    load_tokenizer,
+    runs_on_kernels,
+)
 from tokenizer.tokenizer_image.vq_model import VQModel
 from tokenizer.vae.model import VAE, VAES, ConsistencyDecoder
 from tokenizer.vqgan.model import VQGANS, load_vqgan
@@ -63,7 +71,8 @@ class ThroughCodes:
     def __call__(self, pixels: Tensor, indices: list[int]) -> tuple[Tensor, Tensor]:
         grid = check_image_size(pixels.shape[-2:], self.downsample)
         codes = encode_images(self.model, pixels)
-        made = in_chunks(lambda chunk: self.model.decode_code(chunk, grid).float(), codes)
+        made = in_chunks(lambda chunk: self.model.decode_code(chunk, grid).float(), codes,
+                         pixels=math.prod(pixels.shape[-2:]), free=runs_on_kernels(self.model))
         return finite_images(made, self.name), codes
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from autoregressive.sample.pipeline import Pipeline
-from tokenizer.build import CHUNK, rows_at_once
+from tokenizer.build import images_at_once, runs_on_kernels
 
 ENOUGH = {"cpu": 32, "cuda": 512}  # images; a larger batch is no faster, as arithmetic is the limit
 SHARE = 0.8  # of the free memory; the rest is for fragmentation and what is not counted here
@@ -36,7 +36,7 @@ def bytes_per_image(pipeline: Pipeline, device: torch.device) -> int:
 def decoder_bytes(pipeline: Pipeline, device: torch.device) -> int:
     """Bytes that the tokenizer's decoder needs for any batch size: it takes few images at a time."""
     config, pixels = pipeline.tokenizer.config, math.prod(pipeline.image_size)
-    at_once = rows_at_once(pipeline.tokenizer, pixels) or CHUNK[device.type]
+    at_once = images_at_once(pixels, device.type, free=runs_on_kernels(pipeline.tokenizer))
     return at_once * config.ch * max(config.decoder_ch_mult[:2]) * 4 * pixels * DECODER_COPIES
 
 

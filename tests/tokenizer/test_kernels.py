@@ -1,5 +1,6 @@
 """The tokenizer's own CPU kernels: against PyTorch's layers, bit for bit in any batch and number of threads."""
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 
 from benchmarks.bench_tokenizer import PlainTokenizer, deviation
 from native import build
-from tokenizer.build import decode_images, encode_images, rows_at_once
+from tokenizer.build import ENCODED, decode_images, encode_images, images_at_once, runs_on_kernels
 from tokenizer.tokenizer_image import convolution
 from tokenizer.tokenizer_image.convolution import convolve, ready
 from tokenizer.tokenizer_image.vq_model import VQ_models, VQConfig, VQModel
@@ -130,6 +131,30 @@ def test_without_kernels_the_batch_is_padded(model, no_kernels, monkeypatch):
     monkeypatch.setattr(model, "decode_code", lambda codes, shape: (seen.append(len(codes)), decode(codes, shape))[1])
     assert decode_images(model, torch.zeros(9, 4, dtype=torch.long), (2, 2)).shape == (9, 3, 4, 4)
     assert seen == [8, 8]
+    seen.clear()
+    side = 46  # pixels: four of such images are as many as are taken at a time, and so is one, padded
+    one, five = (decode_images(model, torch.arange(count * 529).view(count, 529) % 24, (23, 23)) for count in (1, 5))
+    assert torch.equal(one, five[:1]) and seen == [2**13 // side**2, *[2**13 // side**2] * 2] == [3, 3, 3]
+
+
+def test_one_image_costs_no_more_than_needed_on_any_device():
+    """Where results depend on the batch it has one size for each size of image: what one image costs."""
+    at_once = partial(images_at_once, free=False)
+    assert [at_once(side**2, "cuda") for side in (16, 48, 64, 128, 256, 384, 1024)] == [16, 16, 16, 4, 1, 1, 1]
+    assert [at_once(side**2, "cpu") for side in (16, 48, 64, 128, 256)] == [8, 3, 2, 1, 1]
+    assert [at_once(side**2, "cuda", padded=ENCODED) for side in (16, 128, 256, 512)] == [16, 16, 4, 1]
+    assert [images_at_once(side**2, "cpu", free=True) for side in (16, 256, 1024)] == [1024, 4, 1]
+    assert at_once(0, "cpu") == 8  # an image without pixels is refused elsewhere
+
+
+def test_one_large_image_is_decoded_and_encoded_alone_without_kernels_too(model, no_kernels, monkeypatch):
+    seen = []
+    for name in ("decode_code", "encode_codes"):
+        whole = getattr(model, name)
+        monkeypatch.setattr(model, name, lambda x, *shape, whole=whole: (seen.append(len(x)), whole(x, *shape))[1])
+    codes = encode_images(model, torch.rand(1, 3, 128, 128) * 2 - 1)
+    decode_images(model, codes, (64, 64))
+    assert seen == [1, 1]
 
 
 @needs_kernels
@@ -165,7 +190,7 @@ def test_training_and_other_types_run_on_the_layers(model):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert not ready(layer, x)
         assert not ready(trained.train().decoder.conv_in, x)
-        assert rows_at_once(trained, 64) is None and rows_at_once(trained.eval(), 64) == 2**18 // 64
+        assert not runs_on_kernels(trained) and runs_on_kernels(trained.eval())
     assert not ready(layer.requires_grad_(False), x.requires_grad_())
     trained.requires_grad_(True)(torch.rand(1, 3, 8, 8))[0].sum().backward()
     assert all(p.grad is not None for p in trained.decoder.parameters())

@@ -3,6 +3,7 @@
 An image's latent is drawn from its posterior, as in LlamaGen's comparison, with noise that depends on the seed and the
 image's index only. Everything runs in fp32.
 """
+import math
 from pathlib import Path
 
 import torch
@@ -33,7 +34,7 @@ class VAE:
     def __call__(self, pixels: Tensor, indices: list[int]) -> tuple[Tensor, None]:
         """Images (B, 3, H, W) in [-1, 1], numbered `indices` → reconstructions (B, 3, H, W), no codes."""
         generators = [sample_generator(self.seed, index) for index in indices]
-        mean, std = in_chunks(self.posterior, pixels).chunk(2, 1)  # (B, C, h, w)
+        mean, std = in_chunks(self.posterior, pixels, pixels=math.prod(pixels.shape[-2:])).chunk(2, 1)  # (B, C, h, w)
         noise = torch.stack([torch.randn(mean.shape[1:], generator=generator) for generator in generators])
         return finite_images(self.decode(mean + std * noise.to(mean), generators), self.name), None
 
@@ -44,7 +45,8 @@ class VAE:
 
     def decode(self, latents: Tensor, generators: list[torch.Generator]) -> Tensor:
         """Latents (B, C, h, w) → images (B, 3, H, W). Needs no noise."""
-        return in_chunks(lambda chunk: self.model.decode(chunk).sample, latents)
+        return in_chunks(lambda chunk: self.model.decode(chunk).sample, latents,
+                         pixels=math.prod(latents.shape[-2:]) * self.downsample**2)
 
 
 class ConsistencyDecoder(VAE):
