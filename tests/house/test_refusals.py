@@ -12,6 +12,7 @@ from PIL import Image
 
 from autoregressive.sample.sample_c2i import GridFlags
 from autoregressive.sample.sample_ddp import SampleSetFlags
+from tests.conftest import ENTRIES as ENTRIES_BY_NAME
 from tests.conftest import ROOT, TINY, TINY_GPT, TINY_VQ, call, entry, write_images
 from tests.house.test_architecture import ENTRIES
 from tokenizer.reconstruct import ReconstructFlags
@@ -163,7 +164,7 @@ def test_weights_that_are_not_finite(refuse, tmp_path, image_folder, code_store,
         assert tensor in refuse(*command)
 
 
-def test_pixels_and_logits_that_are_not_finite(tmp_path, capsys, image_folder, vq_ckpt, gpt_ckpt):
+def test_pixels_and_logits_that_are_not_finite(tmp_path, capsys, monkeypatch, image_folder, vq_ckpt, gpt_ckpt):
     """Finite weights whose products are not: found while sampling, and no picture is written."""
     vq = spoil(vq_ckpt, tmp_path / "vq.pt", "decoder.conv_out.bias", 3e38)
     content = torch.load(vq, weights_only=True)
@@ -173,14 +174,22 @@ def test_pixels_and_logits_that_are_not_finite(tmp_path, capsys, image_folder, v
     content["model"]["output.weight"][5] = 3e38
     torch.save({"model": content["model"], "config": content["config"]}, tmp_path / "gpt.pt")
     sampling = ["--num-fid-samples", 3, "--sample-dir", tmp_path / "samples", "--precision", "none"]
-    for command, said in ((["sample", *sampling, "--gpt-ckpt", gpt_ckpt, "--vq-ckpt", vq], "gave images that are not"),
-                          (["sample", *sampling, "--gpt-ckpt", tmp_path / "gpt.pt", "--vq-ckpt", vq_ckpt], "logits"),
+    np.savez(tmp_path / "reference.npz", arr_0=np.zeros((9, 16, 16, 3), np.uint8))
+    scoring = ["--fid-reference", tmp_path / "reference.npz", "--metrics", "frechet_distance", "--features",
+               "tests.evaluations.stand_ins:tiny_network"]
+    monkeypatch.setitem(ENTRIES_BY_NAME, "grid", ("autoregressive.sample.sample_c2i", "GridFlags"))
+    monkeypatch.setitem(ENTRIES_BY_NAME, "score", ("autoregressive.sample.sample_and_score", "SampleAndScoreFlags"))
+    grid = ["grid", "--precision", "none", "--output", tmp_path / "grid.png"]
+    for command, said in (*(([*command, "--gpt-ckpt", gpt, "--vq-ckpt", tokenizer], said)
+                            for command in (["sample", *sampling], ["score", *sampling, *scoring], grid)
+                            for gpt, tokenizer, said in ((gpt_ckpt, vq, "gave images that are not"),
+                                                         (tmp_path / "gpt.pt", vq_ckpt, "logits"))),
                           (["reconstruct", *TINY, "--data-path", image_folder, "--vq-ckpt", vq, "--sample-dir",
                             tmp_path / "samples"], "VQ-4-S gave images that are not finite")):
         capsys.readouterr()
         with pytest.raises(SystemExit) as caught:
             call(*command)
-        assert caught.value.code == 2 and not list(tmp_path.rglob("*.png"))
+        assert caught.value.code == 2 and not [*tmp_path.rglob("*.png"), *(tmp_path / "samples").rglob("*.npz")]
         shown = capsys.readouterr().err  # a progress bar may stand before it
         assert shown.count("error: ") == 1 and said in shown.partition("error: ")[2] and "Traceback" not in shown, shown
 

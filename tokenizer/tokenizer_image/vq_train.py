@@ -32,6 +32,7 @@ from tokenizer.tokenizer_image.vq_loss import LossFlags, VQLoss, build_discrimin
 from utils import cli, dist, images
 from utils.checkpoints import containers
 from utils.cli import flag
+from utils.finite import finite_images
 from utils.training import parallel
 from utils.training.flags import TrainFlags, check_flags
 from utils.training.run_folder import choose_run, identity_of
@@ -103,7 +104,7 @@ class TokenizerTask:
         """Inputs above their reconstructions."""
         pixels = self.samples.to(next(model.parameters()).device)
         with dist.autocast(pixels.device, self.dtype):
-            reconstructions, _ = model(pixels)
+            reconstructions = finite_images(model(pixels)[0], "the tokenizer")
         both = np.concatenate([images.to_uint8(pixels), images.to_uint8(reconstructions)])
         return images.grid(both, columns=len(self.samples))
 

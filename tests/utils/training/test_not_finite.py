@@ -3,8 +3,9 @@ import numpy as np
 import pytest
 
 from autoregressive.train.train import GPTTask, SampleStream
-from tests.conftest import TINY_GPT, call
+from tests.conftest import TINY_GPT, TINY_VQ, call
 from tests.runs import OFTEN, rows
+from tokenizer.tokenizer_image.vq_train import TokenizerTask
 from utils.finite import NotFiniteError
 from utils.training.trainer import Trainer
 
@@ -35,6 +36,25 @@ def test_a_preview_of_nan_is_told_and_training_goes_on(command, tmp_path, monkey
     assert [line.split(": ")[1] for line in said] == [f"no preview of step {step}" for step in (4, 8, 9)]
     assert "the GPT's logits are not finite, from code 0 on, in" in said[0]
     assert rows(tmp_path / "000-GPT-S")[-1]["step"] == 9 and not list(tmp_path.rglob("previews/*.png"))
+
+
+def test_a_tokenizer_s_preview_of_nan_is_told_and_no_black_picture(image_folder, tmp_path, monkeypatch, capsys):
+    real = TokenizerTask.preview
+
+    def preview(self, model):
+        bias = model.decoder.conv_out.bias
+        kept = bias.data.clone()
+        bias.data[1] = NAN
+        try:
+            return real(self, model)
+        finally:
+            bias.data.copy_(kept)
+
+    monkeypatch.setattr(TokenizerTask, "preview", preview)
+    call("train_vq", *TINY_VQ, *OFTEN, "--no-ema", "--data-path", image_folder, "--results-dir", tmp_path)
+    said = [line for line in capsys.readouterr().out.splitlines() if "warning: no preview" in line]
+    assert said and all("the tokenizer gave images that are not finite" in line for line in said)
+    assert not list(tmp_path.rglob("previews/*.png"))
 
 
 def test_an_evaluation_of_nan_is_told_and_training_goes_on(command, tmp_path, monkeypatch, capsys, stand_in, own_cache):
