@@ -59,7 +59,7 @@ class Batch:
                 -(-self.longest // bucket))
 
 
-class Layout:
+class StepLayout:
     """All that steps in which the same requests do the same have in common. A request's cache rows are its slot and
     slots + slot. prefix_rows: rotary rows before that of cell 0; width: places that a slot has for codes."""
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from autoregressive.models.attend import BUCKET
-from autoregressive.models.batch import Batch, Layout, Turn
+from autoregressive.models.batch import Batch, StepLayout, Turn
 from autoregressive.models.engines import Decodable, Engine, engine_for
 from autoregressive.models.graphs import StepGraphs
 from autoregressive.models.plan import Plan
@@ -59,7 +59,7 @@ class _Active:
     fresh: bool = True  # nothing is cached yet
 
 
-class Decoder:
+class CodeDecoder:
     """Decodes images that join and leave. For one thread. After an error in `step`, the same step can be done again."""
 
     def __init__(self, model: Decodable) -> None:
@@ -137,7 +137,7 @@ class Decoder:
         if not turns:
             return []
         if turns != self.turns:  # mostly they do what they did in the last step, further on
-            self.layout = Layout(turns, slots=self.slots, prefix_rows=self.model.config.cls_token_num,
+            self.layout = StepLayout(turns, slots=self.slots, prefix_rows=self.model.config.cls_token_num,
                                  width=self.orders.shape[1])
             self.turns = turns
         batch = self.layout.batch(starts, firsts, self.orders, self.scales, device=self.codes.device)

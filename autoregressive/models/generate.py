@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from autoregressive.models.decoder import Decoder, Request
+from autoregressive.models.decoder import CodeDecoder, Request
 from autoregressive.models.gpt import Transformer
 from autoregressive.models.plan import Raster
 from autoregressive.models.ridge import WINDOWS, best_window
@@ -53,7 +53,7 @@ def generate(model: Transformer, cond: Tensor, max_new_tokens: int, emb_masks: T
     range, NotFiniteError, at the end, for logits that were not finite.
     """
     batch = len(cond)
-    _check(model, cond, max_new_tokens, emb_masks, decode=decode, window=window)
+    _check_call(model, cond, max_new_tokens, emb_masks, decode=decode, window=window)
     scales, temperatures, ks, ps = (_per_image(name, value, batch, whole=name == "top_k") for name, value in (
         ("cfg_scale", cfg_scale), ("temperature", temperature), ("top_k", top_k), ("top_p", top_p)))
     for values in zip(temperatures, ks, ps, strict=True):
@@ -96,17 +96,17 @@ def generate(model: Transformer, cond: Tensor, max_new_tokens: int, emb_masks: T
 
 # ---- idle decoders: one for each model, with its caches, for the next call
 
-_IDLE: WeakKeyDictionary[Transformer, Decoder] = WeakKeyDictionary()
+_IDLE: WeakKeyDictionary[Transformer, CodeDecoder] = WeakKeyDictionary()
 _LOCK = threading.Lock()
 
 
-def take_decoder(model: Transformer) -> Decoder:
+def take_decoder(model: Transformer) -> CodeDecoder:
     """The model's idle decoder, or a new one: two threads that generate at once have one each."""
     with _LOCK:
-        return _IDLE.pop(model, None) or Decoder(model)
+        return _IDLE.pop(model, None) or CodeDecoder(model)
 
 
-def give_back(model: Transformer, decoder: Decoder) -> None:
+def give_back(model: Transformer, decoder: CodeDecoder) -> None:
     """Keep a decoder for the next call; one at most."""
     with _LOCK:
         _IDLE[model] = decoder
@@ -141,7 +141,7 @@ def _evaluating(model: Transformer) -> Iterator[None]:
                 module.training = True
 
 
-def _check(model: Transformer, cond: Tensor, length: int, emb_masks: Tensor | None, *, decode: str,
+def _check_call(model: Transformer, cond: Tensor, length: int, emb_masks: Tensor | None, *, decode: str,
            window: int | None) -> None:
     config = model.config
     if not 0 < length <= config.block_size:

@@ -47,7 +47,7 @@ class StepGraphs:
                 expected, held = ([tensor.clone() for tensor in tensors] for tensors in (results, batch.tensors))
                 step(batch.over(held), fused=True)  # loads and compiles kernels, which is not allowed during capture
                 replay = capture(lambda: step(batch.over(held), fused=True), batch.fed.device)
-                check(replay(), expected, rounding=rounding)
+                check_replay(replay(), expected, rounding=rounding)
                 self.kept[shape] = held, replay
             except Exception as error:  # whatever it is, the step can be done directly
                 StepGraphs.broken = True
@@ -80,7 +80,7 @@ def capture(step: Callable[[], Results], device: torch.device) -> Callable[[], R
     return replay
 
 
-def check(found: Sequence[Tensor], expected: Sequence[Tensor], *, rounding: float) -> None:
+def check_replay(found: Sequence[Tensor], expected: Sequence[Tensor], *, rounding: float) -> None:
     """Raise ValueError unless whole numbers are equal and the others within `rounding` of the largest."""
     for ours, reference in zip(found, expected, strict=True):
         if ours.is_floating_point():

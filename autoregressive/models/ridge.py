@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from autoregressive.models.decoder import Decoder, Request
+from autoregressive.models.decoder import CodeDecoder, Request
 from autoregressive.models.gpt import Transformer
 from autoregressive.models.native_engine import weight_type
 from autoregressive.models.plan import Raster
@@ -46,13 +46,13 @@ def step_seconds(model: Transformer) -> list[tuple[int, float]]:
            config.n_layer, config.dim, config.n_head, config.n_kv_head, config.hidden, config.vocab_size,
            config.block_size)
     if key not in _KNOWN:
-        _KNOWN[key] = remembered("step-seconds", key, lambda: measured(model))
+        _KNOWN[key] = remembered("step-seconds", key, lambda: measure_steps(model))
     return _KNOWN[key]
 
 
-def measured(model: Transformer) -> list[tuple[int, float]]:
+def measure_steps(model: Transformer) -> list[tuple[int, float]]:
     """The same, measured now: some steps of each size, a fraction of a second in all for GPT-B."""
-    config, decoder, found = model.config, Decoder(model), []
+    config, decoder, found = model.config, CodeDecoder(model), []
     decoder.reserve(1, guided=False)
     condition = 0 if config.model_type == "c2i" else torch.zeros(config.cls_token_num, config.caption_dim)
     for tokens in (1, *WINDOWS, 2 * WINDOWS[-1]):

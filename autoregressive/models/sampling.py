@@ -106,10 +106,10 @@ def choose(logits: Tensor, draws: Tensor, scale: Tensor, settings: Settings, *,
     if kernels is not None:
         return _choose_native(kernels, logits, draws, scale, settings)
     values = settings.temperature, settings.top_k, settings.top_p, settings.keys, settings.greedy
-    return (_fused() if fused else _choose)(logits, draws, scale, *values, settings.largest_k, settings.uses_top_p)
+    return (_fused() if fused else _choose_plain)(logits, draws, scale, *values, settings.largest_k, settings.uses_top_p)
 
 
-def _choose(logits: Tensor, draws: Tensor, scale: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor,
+def _choose_plain(logits: Tensor, draws: Tensor, scale: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor,
             keys: Tensor, greedy: Tensor, largest_k: int, uses_top_p: bool) -> tuple[Tensor, Tensor]:
     conditional, unconditional, image, position = draws[:4].unbind()
     chosen = logits[conditional]
@@ -125,7 +125,7 @@ def _choose(logits: Tensor, draws: Tensor, scale: Tensor, temperature: Tensor, t
 
 @functools.cache
 def _fused() -> Callable[..., tuple[Tensor, Tensor]]:
-    return torch.compile(_choose, dynamic=True)
+    return torch.compile(_choose_plain, dynamic=True)
 
 
 class Draws(ctypes.Structure):

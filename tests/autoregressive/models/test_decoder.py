@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from autoregressive.models.decoder import Decoder, Request
+from autoregressive.models.decoder import CodeDecoder, Request
 from autoregressive.models.generate import generate
 from autoregressive.models.plan import Groups, Raster
 from autoregressive.models.sampling import gumbel
@@ -17,7 +17,7 @@ from tests.autoregressive.models.two_streams import TwoStreams, plain_codes
 MANY = 1000
 
 
-def run(decoder: Decoder) -> dict[int, torch.Tensor]:
+def run(decoder: CodeDecoder) -> dict[int, torch.Tensor]:
     """Steps until nobody is left; the codes by slot."""
     found = {}
     while decoder.active:
@@ -52,7 +52,7 @@ def random_request(model, seed: int) -> Request:
 def test_a_thousand_requests_join_and_leave_at_random(kind, dtype, native):
     """Every image is the one that is made alone, to the last bit of what it is drawn from: so all codes are equal."""
     model = tiny(grid=(3, 4), model_type=kind, n_kv_head=2).to(dtype)
-    alone, decoder, rng = Decoder(model), Decoder(model), random.Random(0)
+    alone, decoder, rng = CodeDecoder(model), CodeDecoder(model), random.Random(0)
     alone.reserve(1)
     decoder.reserve(7)
     waiting, running, expected, finished, cancelled = iter(range(MANY)), {}, {}, 0, 0
@@ -81,7 +81,7 @@ def test_a_thousand_requests_join_and_leave_at_random(kind, dtype, native):
 def test_on_pytorch_s_modules_requests_join_and_leave_too(kind, engine):
     """Greedy codes, as rounding may differ with what is beside a row."""
     model, rng = tiny(grid=(3, 4), model_type=kind), random.Random(1)
-    decoder, running = Decoder(model), {}
+    decoder, running = CodeDecoder(model), {}
     decoder.reserve(5)
     for seed in range(40):
         request = random_request(model, seed)
@@ -97,7 +97,7 @@ def test_on_pytorch_s_modules_requests_join_and_leave_too(kind, engine):
 def check_alone(model, finished, running) -> None:
     for done in finished:
         seed, _ = running.pop(done.slot)
-        decoder, request = Decoder(model), random_request(model, seed)
+        decoder, request = CodeDecoder(model), random_request(model, seed)
         decoder.reserve(1)
         request.temperature, request.greedy = 1.0, True
         decoder.join(request)
@@ -107,7 +107,7 @@ def check_alone(model, finished, running) -> None:
 def test_a_plan_of_a_plain_raster_is_what_generate_does(engine):
     model, cond = tiny(grid=(3, 4)), torch.arange(3)
     expected = generate(model, cond, 12, cfg_scale=3.0, cfg_interval=4, top_k=9, generators=streams(3))
-    decoder = Decoder(model)
+    decoder = CodeDecoder(model)
     decoder.reserve(4)
     keys = [int(torch.randint(2**62, (), generator=g)) for g in streams(3)]
     scales = np.where(np.arange(12) < 6, 3.0, 1.0)
@@ -118,7 +118,7 @@ def test_a_plan_of_a_plain_raster_is_what_generate_does(engine):
 
 def test_known_codes_stay_and_the_rest_follows_them(engine):
     model = tiny(grid=(3, 4))
-    decoder = Decoder(model)
+    decoder = CodeDecoder(model)
     decoder.reserve(2)
     whole = Request(1, Raster(np.full(12, 2.0)), 77)
     decoder.join(whole)
@@ -149,7 +149,7 @@ def groups(seed: int, length: int, *, known: int = 0) -> SimpleNamespace:
 def test_groups_in_any_order_are_those_of_whole_forwards(kv_heads, engine):
     model, length = TwoStreams((3, 5), n_kv_head=kv_heads), 15
     plans = [groups(seed, length, known=known) for seed, known in ((0, 0), (1, 0), (2, 4), (3, 0), (4, 14), (6, 1))]
-    decoder, slots, found = Decoder(model), {}, {}
+    decoder, slots, found = CodeDecoder(model), {}, {}
     decoder.reserve(4)
     waiting = list(plans)
     while waiting or decoder.active:
@@ -171,7 +171,7 @@ def test_groups_in_any_order_are_those_of_whole_forwards(kv_heads, engine):
 def test_groups_do_not_depend_on_what_is_beside_them(dtype, native):
     model, together, alone = TwoStreams((4, 4)).to(dtype), None, []
     for size in (1, 6):
-        decoder = Decoder(model)
+        decoder = CodeDecoder(model)
         decoder.reserve(size)
         found = []
         for first in range(0, 6, size):
@@ -188,7 +188,7 @@ def test_groups_do_not_depend_on_what_is_beside_them(dtype, native):
 
 def test_what_does_not_fit_is_refused_and_nothing_is_taken(engine):
     model = tiny(grid=(3, 4))
-    decoder, plan = Decoder(model), Raster(np.ones(12))
+    decoder, plan = CodeDecoder(model), Raster(np.ones(12))
     decoder.reserve(1, length=9, guided=False)
     for request, message in (
             (Request(0, plan, 1), "12 codes without guidance does not fit: 9 without"),
@@ -220,7 +220,7 @@ def test_a_step_that_raised_can_be_done_again(failing, window, engine, monkeypat
     def requests():
         return [Request(i, Raster(np.full(12, 2.0), window=window), i) for i in range(3)]
 
-    decoder = Decoder(model)
+    decoder = CodeDecoder(model)
     decoder.reserve(3)
     for request in requests():
         decoder.join(request)
@@ -253,7 +253,7 @@ def test_a_long_prefill_is_spread_over_steps(engine, monkeypatch):
 
     def codes(budget: int) -> tuple[torch.Tensor, int]:
         monkeypatch.setattr(module, "PREFILL_TOKENS", budget)
-        decoder, steps, found = Decoder(model), 0, {}
+        decoder, steps, found = CodeDecoder(model), 0, {}
         decoder.reserve(6)
         for i in range(6):
             decoder.join(Request(features[i], Raster(np.full(6, 2.0)), i, greedy=True))
@@ -268,7 +268,7 @@ def test_a_long_prefill_is_spread_over_steps(engine, monkeypatch):
 
 def test_broken_images_are_told_apart(engine):
     model = tiny()
-    decoder = Decoder(model)
+    decoder = CodeDecoder(model)
     decoder.reserve(2)
     decoder.join(Request(0, Raster(np.ones(9)), 1))
     model.cls_embedding.embedding_table.weight.data[1] = float("nan")
@@ -287,7 +287,7 @@ def test_a_decoder_does_not_keep_its_model_alive(engine):
     import weakref
 
     model = tiny()
-    decoder, gone = Decoder(model), weakref.ref(model)
+    decoder, gone = CodeDecoder(model), weakref.ref(model)
     decoder.reserve(1)
     decoder.join(Request(0, Raster(np.ones(9)), 1))
     run(decoder)

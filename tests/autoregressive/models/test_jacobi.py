@@ -148,7 +148,7 @@ def test_what_steps_take_is_measured_once(native, own_cache, monkeypatch):
     model = tiny(grid=(6, 6))
     found = ridge.step_seconds(model)
     assert [tokens for tokens, _ in found][:3] == [1, 2, 4] and all(seconds > 0 for _, seconds in found)
-    monkeypatch.setattr(ridge, "measured", lambda model: 1 / 0)
+    monkeypatch.setattr(ridge, "measure_steps", lambda model: 1 / 0)
     assert ridge.step_seconds(model) == found
     ridge._KNOWN.clear()
     kept = ridge.step_seconds(tiny(grid=(6, 6)))  # from the cache folder

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import torch
 
-from autoregressive.models.batch import Layout, Turn
+from autoregressive.models.batch import StepLayout, Turn
 from autoregressive.models.plan import TRIAL, Groups, Raster
 
 CPU = torch.device("cpu")
@@ -75,7 +75,7 @@ def test_a_step_is_flat():
     scales = np.array([[2, 2, 2, 1, 1], [3, 3, 3, 3, 3], [1, 1, 1, 1, 1]], np.float32)
     turns = (Turn(0, 1, False, 0, 3, 3, False, True, 0), Turn(1, 1, False, 0, 2, 2, True, True, 1),
              Turn(2, 2, True, 2, 2, 1, False, False, 2))
-    layout = Layout(turns, slots=3, prefix_rows=2, width=5)
+    layout = StepLayout(turns, slots=3, prefix_rows=2, width=5)
     batch = layout.batch([0, 1, -2], [1, 3, 0], orders, scales, device=CPU)
     code, rope, row, slot, sees = batch.fed.tolist()
     assert row == [0, 0, 0, 1, 1, 2, 2, 3, 3, 3, 4, 4] and batch.rows.tolist() == [0, 1, 2, 3, 4]
