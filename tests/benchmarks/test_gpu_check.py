@@ -2,6 +2,7 @@
 import io
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -208,6 +209,29 @@ def test_the_whole_cpu_form(tmp_path):
     assert "21 of 21" in found["parity"][1]
     assert "DDP, processes: 2 against one, loss: " in report and "FSDP2, processes: 2 against one, loss: " in report
     assert "side: plain; tokens/s: " in report and "side: ours; tokens/s: " in report
+
+
+PRETENDED_PYTHON = """#!/usr/bin/env bash
+printf '%s|' "$@" >> "$(dirname "${BASH_SOURCE[0]}")/calls"
+echo >> "$(dirname "${BASH_SOURCE[0]}")/calls"
+"""
+
+
+@pytest.mark.processes
+def test_the_script_installs_what_is_required_and_passes_flags_on(tmp_path):
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    for name in ("requirements.txt", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(PRETENDED_PYTHON)
+    python.chmod(0o755)
+    environment = {name: value for name, value in os.environ.items() if name != "TORCH"}
+    subprocess.run(["bash", tmp_path / "scripts" / "gpu_check.sh", "--checks", "two words"], check=True, cwd=tmp_path,
+                   env={**environment, "PYTHON": sys.executable}, capture_output=True)
+    _, install, started = (python.parent / "calls").read_text().splitlines()
+    assert install == f"-m|pip|install|--quiet|--editable|{tmp_path}|"
+    assert started == f"{tmp_path}/benchmarks/gpu_check.py|--checks|two words|"
 
 
 # ---- that each check can fail
