@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader, Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.bench_metrics import cpu_name
+from benchmarks.machine import cpu_name
 from dataset import code_writer
 from dataset.code_manifest import FORMAT
 from dataset.codes import CodeBatches, open_store

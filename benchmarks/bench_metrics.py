@@ -30,6 +30,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.machine import cpu_name
 from evaluations.c2i.metrics import FeatureStatistics, frechet_distance, precision_recall
 from utils import cli
 from utils.cli import flag
@@ -194,12 +195,6 @@ def in_own_process(config: BenchMetricsFlags, side: str) -> dict[str, float]:
     output = subprocess.run([sys.executable, __file__, "--side", side, *flags], env=environment, check=True,
                             stdout=subprocess.PIPE, text=True).stdout
     return json.loads(output.splitlines()[-1])
-
-
-def cpu_name() -> str:
-    """The processor's name."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
 def main(config: BenchMetricsFlags) -> None:

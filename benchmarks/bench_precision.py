@@ -26,7 +26,7 @@ from autoregressive.models.generate import generate
 from autoregressive.models.gpt import GPT_models
 from autoregressive.train.config import GPTTrainFlags
 from benchmarks import bench_train
-from benchmarks.bench_metrics import cpu_name
+from benchmarks.machine import cpu_name
 from tokenizer.build import decode_images, encode_images
 from tokenizer.tokenizer_image.layers import to_channels_last
 from tokenizer.tokenizer_image.vq_loss import VQLoss, build_discriminator

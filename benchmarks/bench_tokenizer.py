@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.bench_metrics import cpu_name
 from benchmarks.bench_train import product_speed
+from benchmarks.machine import cpu_name
 from tokenizer.build import decode_images, encode_images
 from tokenizer.tokenizer_image.layers import AttnBlock, Decoder, Encoder, ResnetBlock, to_channels_last
 from tokenizer.tokenizer_image.vq_model import VQ_models, VQModel

@@ -33,7 +33,7 @@ from autoregressive.models.conditions import LabelEmbedder
 from autoregressive.models.gpt import GPT_models, ModelArgs, Transformer
 from autoregressive.train.config import GPTTrainFlags
 from autoregressive.train.train import GPTTask
-from benchmarks.bench_metrics import cpu_name
+from benchmarks.machine import cpu_name
 from utils import cli, dist
 from utils.cli import flag
 from utils.options import DeviceFlags

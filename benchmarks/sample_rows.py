@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from benchmarks.bench_metrics import cpu_name
+from benchmarks.machine import cpu_name
 from utils.cli import flag
 from utils.files import replacing
 from utils.options import DeviceFlags

@@ -8,6 +8,7 @@ import os
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,10 +22,12 @@ Results = tuple[Tensor, ...]
 class StepGraphs:
     """The graphs of one decoder, by the shapes of its steps."""
 
-    broken = False  # for all decoders of this process: said once
+    broken = False  # for all decoders of this process, as is the next: each is said once
+    compiles = True  # the choice of codes
 
     def __init__(self) -> None:
         self.kept: OrderedDict[Hashable, tuple[Sequence[Tensor], Callable[[], Results]] | None] = OrderedDict()
+        self.pool = None  # graphs never run at the same time, so they share the memory of their intermediate results
 
     def run(self, batch: Batch, step: Callable[..., Results], *, bucket: int, rounding: float) -> Results:
         """The results of step(batch, fused=…), which writes the same when it is repeated. A shape's first step is done
@@ -40,24 +43,39 @@ class StepGraphs:
                 own.copy_(given)
             return replay()
         results = step(batch, fused=False)
-        if shape not in self.kept:
-            self.kept[shape] = None
-        else:
-            try:
-                expected, held = ([tensor.clone() for tensor in tensors] for tensors in (results, batch.tensors))
-                step(batch.over(held), fused=True)  # loads and compiles kernels, which is not allowed during capture
-                replay = capture(lambda: step(batch.over(held), fused=True), batch.fed.device)
-                check_replay(replay(), expected, rounding=rounding)
-                self.kept[shape] = held, replay
-            except Exception as error:  # whatever it is, the step can be done directly
-                StepGraphs.broken = True
+        if shape in self.kept:
+            expected = [tensor.clone() for tensor in results]
+            self.kept[shape] = self.captured(batch, step, expected, rounding=rounding)
+            if StepGraphs.broken:  # what a wrong replay wrote is written again
                 self.kept.clear()
-                said = (str(error).strip() or type(error).__name__).splitlines()[0]
-                print(f"note: CUDA graphs are not used, which makes sampling slower: {said}", file=sys.stderr)
                 return step(batch, fused=False)
+        else:
+            self.kept[shape] = None
         while len(self.kept) > MOST:
             self.kept.popitem(last=False)
         return results
+
+    def captured(self, batch: Batch, step: Callable[..., Results], expected: Sequence[Tensor], *,
+                 rounding: float) -> tuple[Sequence[Tensor], Callable[[], Results]] | None:
+        """(The tensors of the batch that a replay reads, the replay): with a compiled choice of codes if that works,
+        else with a plain one; None if neither does."""
+        said = ""
+        for fused in (True, False) if StepGraphs.compiles else (False,):
+            try:
+                held = [tensor.clone() for tensor in batch.tensors]
+                step(batch.over(held), fused=fused)  # loads and compiles kernels, which is not allowed during capture
+                replay, self.pool = capture(partial(step, batch.over(held), fused=fused), batch.fed.device, self.pool)
+                check_replay(replay(), expected, rounding=rounding)
+                if said:
+                    StepGraphs.compiles = False
+                    print(f"note: the choice of codes is not compiled, which makes sampling slower: {said}",
+                          file=sys.stderr)
+                return held, replay
+            except Exception as error:  # whatever it is, the step can be done directly
+                said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        StepGraphs.broken = True
+        print(f"note: CUDA graphs are not used, which makes sampling slower: {said}", file=sys.stderr)
+        return None
 
 
 def possible(device: torch.device) -> bool:
@@ -66,10 +84,10 @@ def possible(device: torch.device) -> bool:
             and not torch.is_autocast_enabled("cuda"))  # autocast keeps copies of weights for a while
 
 
-def capture(step: Callable[[], Results], device: torch.device) -> Callable[[], Results]:
-    """A function that replays what `step` launches on a GPU."""
+def capture(step: Callable[[], Results], device: torch.device, pool: object) -> tuple[Callable[[], Results], object]:
+    """(A function that replays what `step` launches on a GPU, the pool of memory that it uses: `pool` or a new one)."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(device), torch.cuda.graph(graph, stream=torch.cuda.Stream(device),
+    with torch.cuda.device(device), torch.cuda.graph(graph, pool=pool, stream=torch.cuda.Stream(device),
                                                      capture_error_mode="thread_local"):  # other threads may use it
         results = step()
 
@@ -77,7 +95,7 @@ def capture(step: Callable[[], Results], device: torch.device) -> Callable[[], R
         graph.replay()
         return results
 
-    return replay
+    return replay, graph.pool()
 
 
 def check_replay(found: Sequence[Tensor], expected: Sequence[Tensor], *, rounding: float) -> None:

@@ -105,8 +105,9 @@ def choose(logits: Tensor, draws: Tensor, scale: Tensor, settings: Settings, *,
     kernels = load("sample") if logits.device.type == "cpu" else None
     if kernels is not None:
         return _choose_native(kernels, logits, draws, scale, settings)
-    values = settings.temperature, settings.top_k, settings.top_p, settings.keys, settings.greedy
-    return (_fused() if fused else _choose_plain)(logits, draws, scale, *values, settings.largest_k, settings.uses_top_p)
+    chosen = _fused() if fused else _choose_plain
+    return chosen(logits, draws, scale, settings.temperature, settings.top_k, settings.top_p, settings.keys,
+                  settings.greedy, settings.largest_k, settings.uses_top_p)
 
 
 def _choose_plain(logits: Tensor, draws: Tensor, scale: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor,

@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "tokenizer": {"utils", "native", "dataset", "evaluations", "tokenizer"},
     "autoregressive": {"utils", "native", "dataset", "evaluations", "language", "tokenizer", "autoregressive"},
     "compatibility": {"utils", "dataset", "tokenizer", "autoregressive", "compatibility"},  # LlamaGen's names of them
-    "benchmarks": set(OURS[:-1]),
+    "benchmarks": {*OURS[:-1], "tests.data", "tests.autoregressive.models.toy_training"},  # what the GPU check tries
 }
 MODEL_FILES = [Path("tokenizer/tokenizer_image") / name for name in
                ("vq_model.py", "layers.py", "quantize.py", "discriminator.py")]
@@ -82,7 +82,9 @@ def test_no_module_imports_itself_through_others():
                          ids=str)
 def test_models_need_only_torch(path):
     foreign = {module for module in imports(path) if module.split(".")[0] not in sys.stdlib_module_names}
-    beyond = {m for m in foreign if not within(m, {*ONLY_TORCH, "autoregressive.models", "tokenizer.tokenizer_image"})}
+    own = {"autoregressive.models", "tokenizer.tokenizer_image"}
+    own |= {"numpy"} if path.is_relative_to("autoregressive/models") else set()  # a step's few host integers: torch is
+    beyond = {m for m in foreign if not within(m, {*ONLY_TORCH, *own})}  # two to three times as slow on them
     assert not beyond
     assert not imports(path) & {"argparse", "torch.distributed"}
 

@@ -34,7 +34,7 @@ CONFIGS = {
     "evaluations/t2i/evaluation.py": "T2IEvaluationFlags",
     "evaluations/t2i/geneval.py": "GenEvalFlags",
 }
-WALKS = ["quickstart.sh", "test.sh", "finetune_emoji.sh"]  # scripts that run several commands and take no flags
+WALKS = ["quickstart.sh", "test.sh", "gpu_check.sh", "finetune_emoji.sh"]  # of several commands, shown without flags
 
 
 def blocks(name: str, *, kind: str = "") -> list[str]:

@@ -18,10 +18,11 @@ class Captures:
         monkeypatch.setattr(graphs, "possible", lambda device: not StepGraphs.broken)
         monkeypatch.setattr(graphs, "capture", self.capture)
         monkeypatch.setattr(StepGraphs, "broken", False)
+        monkeypatch.setattr(StepGraphs, "compiles", True)
         monkeypatch.setitem(attend.BUCKET, "cpu", 64)  # what a replay reads must not depend on the step
         monkeypatch.setattr(sampling, "_fused", lambda: sampling._choose_plain)  # compiled in a test of its own
 
-    def capture(self, step, device):
+    def capture(self, step, device, pool):
         self.made += 1
         if isinstance(self.spoil, Exception):
             raise self.spoil
@@ -34,7 +35,7 @@ class Captures:
                 spoilt[(-1,) * spoilt.ndim] += self.spoil[2]
             return results
 
-        return replay
+        return replay, pool
 
 
 @pytest.fixture
@@ -89,7 +90,27 @@ def test_after_a_difference_or_failure_steps_are_done_directly(spoil, said, engi
         assert torch.equal(generate(other, cond, 16, generators=streams(3), **settings), expected)
     lines = capsys.readouterr().err
     assert said in lines and lines.count("\n") == 1 and lines.startswith("note: CUDA graphs are not used")
-    assert captures.made == (2 if isinstance(spoil, tuple) and spoil[0] == 2 else 1) and StepGraphs.broken
+    assert captures.made == (3 if isinstance(spoil, tuple) and spoil[0] == 2 else 2) and StepGraphs.broken
+
+
+def test_a_choice_that_cannot_be_compiled_is_captured_plain(captures, monkeypatch, capsys):
+    """No Triton, or no compiler, say: the rest of the step is a graph nevertheless."""
+    monkeypatch.setenv("LLAMAGEN_NATIVE", "0")
+    model, cond = tiny(grid=(4, 4)), torch.arange(3)
+    expected = generate(model, cond, 16, decode="sequential", generators=streams(3))
+
+    def missing():
+        raise RuntimeError("no Triton here")
+
+    monkeypatch.setattr(sampling, "_fused", missing)
+    other = tiny(grid=(4, 4))
+    captures.made = captures.replayed = 0
+    for scale in (1.0, 3.0):
+        codes = generate(other, cond, 16, decode="sequential", cfg_scale=scale, generators=streams(3))
+        assert scale > 1 or torch.equal(codes, expected)
+    assert captures.made == 2 and captures.replayed > 20 and not StepGraphs.broken and not StepGraphs.compiles
+    said = capsys.readouterr().err
+    assert said == "note: the choice of codes is not compiled, which makes sampling slower: no Triton here\n"
 
 
 def test_rounding_is_no_difference():
