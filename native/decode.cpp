@@ -1,7 +1,7 @@
 // One step of a Llama decoder over cached tokens: embeddings in, logits out, all layers in one parallel region.
 //
-// A step is flat: n tokens of any rows (sequences), each with its place in its row's cache and the number of places that
-// it sees; and asks, whose logits are wanted: fed tokens, or queries of their own that attend keys and values which all
+// A step is flat: n tokens of any rows (sequences), each with its place in its row's cache and the number of places
+// that it sees; and asks, whose logits are wanted: fed tokens, or queries of their own that attend keys and values which all
 // their layers share. Keys are stored sixteen positions side by side, so that scores of neighbouring positions are
 // computed together; values position by position. Compiled once for each type of weights (-DWEIGHTS=…); the cache is
 // bfloat16 unless the weights are fp32. Arithmetic is fp32 throughout.
@@ -130,7 +130,8 @@ static inline void mix(const float* p, const Cached* values, int64_t n, int64_t 
 }
 
 // Attention of one query (K,) over n cached positions; `scores` holds capacity floats, out P.
-static void attend(const float* q, const Cached* keys, const Cached* values, int64_t n, int64_t K, float* scores, float* out) {
+static void attend(const float* q, const Cached* keys, const Cached* values, int64_t n, int64_t K, float* scores,
+                   float* out) {
     const int64_t blocks = (n + SIDE - 1) / SIDE, padded = blocks * SIDE, P = rounded(K, SIDE);
     const float scale = 1.0f / std::sqrt((float)K);
     int64_t b = 0;
@@ -171,15 +172,34 @@ static void norm_rows(const Work& w, const float* x, const float* weight, int64_
     for (int64_t i = 0; i < n; i++) rms_norm(x + i * w.m.dim, weight, w.m.dim, w.m.eps, w.normed + i * w.m.dim);
 }
 
-// put(i, j, y) for every y = x_i . w_j; threads go on without waiting for each other.
+constexpr int COLUMNS = 48;  // that a thread computes at a time: whole tiles, and whole cache lines of results
+
+// put(i, j, y) for every y = x_i . w_j.
 template <class Put>
-static void project(const float* x, int64_t ldx, int64_t n, const Linear& linear, int64_t N, int64_t K, const Put& put) {
-    constexpr int COLUMNS = 48;  // that a thread computes at a time: whole tiles, and whole cache lines of results
-#pragma omp for schedule(dynamic) nowait
+static void project(const float* x, int64_t ldx, int64_t n, const Linear& linear, int64_t N, int64_t K,
+                    const Put& put) {
+#pragma omp for schedule(dynamic)
     for (int64_t j = 0; j < N; j += COLUMNS) product<WEIGHTS>(x, ldx, n, linear, j, std::min(N, j + COLUMNS), K, put);
 }
 
-// The tokens [first, end) of one row, and one KV head: store their keys and values, let all queries of the group attend.
+// The rows' queries, keys and values into qkv, in one loop, as there is little to do for few rows.
+static void project_qkv(const Work& w, const Attention& a, int64_t n) {
+    const int64_t D = w.m.dim, width = w.width(), H = w.m.heads * w.m.head_dim, G = w.m.kv_heads * w.m.head_dim;
+    const Linear* linears[] = {&a.q, &a.k, &a.v};
+    const int64_t sizes[] = {a.q.weight ? H : 0, a.k.weight ? G : 0, a.k.weight ? G : 0}, offsets[] = {0, H, H + G};
+    int64_t chunks[4] = {};
+    for (int p = 0; p < 3; p++) chunks[p + 1] = chunks[p] + (sizes[p] + COLUMNS - 1) / COLUMNS;
+#pragma omp for schedule(dynamic)
+    for (int64_t c = 0; c < chunks[3]; c++) {
+        const int p = (c >= chunks[1]) + (c >= chunks[2]);
+        const int64_t begin = (c - chunks[p]) * COLUMNS;
+        float* into = w.qkv + offsets[p];
+        product<WEIGHTS>(w.normed, D, n, *linears[p], begin, std::min(sizes[p], begin + COLUMNS), D,
+                         [&](int64_t i, int64_t j, float y) { into[i * width + j] = y; });
+    }
+}
+
+// The tokens [first, end) of one row, and one KV head: store keys and values, let all queries of the group attend.
 static void attend_head(const Work& w, const Attention& a, const Tokens& t, int64_t first, int64_t end, int64_t g) {
     const Model& m = w.m;
     const int64_t K = m.head_dim, P = rounded(K, SIDE), group = m.heads / m.kv_heads, width = w.width();
@@ -205,25 +225,22 @@ static void attend_head(const Work& w, const Attention& a, const Tokens& t, int6
 }
 
 // x += attention(norm(x)). `starts` holds the first token of each row, and their number at the end.
-static void attention(const Work& w, const Attention& a, const Tokens& t, const std::vector<int64_t>& starts, float* x) {
+static void attention(const Work& w, const Attention& a, const Tokens& t, const std::vector<int64_t>& starts,
+                      float* x) {
     const Model& m = w.m;
-    const int64_t n = t.count, D = m.dim, H = m.heads * m.head_dim, G = m.kv_heads * m.head_dim, width = w.width();
+    const int64_t n = t.count, D = m.dim;
     norm_rows(w, x, a.norm, n);
-    const auto into = [&](int64_t offset) { return [&w, width, offset](int64_t i, int64_t j, float y) {
-        w.qkv[i * width + offset + j] = y; }; };
-    if (a.q.weight) project(w.normed, D, n, a.q, H, D, into(0));
-    if (a.k.weight) project(w.normed, D, n, a.k, G, D, into(H)), project(w.normed, D, n, a.v, G, D, into(H + G));
-#pragma omp barrier
+    project_qkv(w, a, n);
 #pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < ((int64_t)starts.size() - 1) * m.kv_heads; i++)
         attend_head(w, a, t, starts[i / m.kv_heads], starts[i / m.kv_heads + 1], i % m.kv_heads);
-    if (a.q.weight) project(w.attended, H, n, a.out, D, H, [&](int64_t i, int64_t j, float y) { x[i * D + j] += y; });
-#pragma omp barrier
+    if (a.q.weight)
+        project(w.attended, m.heads * m.head_dim, n, a.out, D, m.heads * m.head_dim,
+                [&](int64_t i, int64_t j, float y) { x[i * D + j] += y; });
 }
 
 // x += down(silu(gate n) * up n) with n = norm(x).
 static void feed_forward(const Work& w, const FeedForward& f, int64_t n, float* x) {
-    constexpr int COLUMNS = 48;
     const int64_t D = w.m.dim, F = w.m.hidden, apart = hidden_stride(w.m);
     norm_rows(w, x, f.norm, n);
 #pragma omp for schedule(dynamic)
@@ -236,7 +253,6 @@ static void feed_forward(const Work& w, const FeedForward& f, int64_t n, float* 
             w.hidden[i * apart + W::place(j)] *= y; });
     }
     project(w.hidden, apart, n, f.down, D, F, [&](int64_t i, int64_t j, float y) { x[i * D + j] += y; });
-#pragma omp barrier
 }
 
 // The logits of `n` rows of x: those that `chosen` names, or the first.
@@ -245,7 +261,8 @@ static void head(const Work& w, const float* x, const int64_t* chosen, int64_t n
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < n; i++)
         rms_norm(x + (chosen ? chosen[i] : i) * D, w.m.norm, D, w.m.eps, w.normed + i * D);
-    project(w.normed, D, n, w.m.output, w.m.vocab, D, [&](int64_t i, int64_t j, float y) { logits[i * stride + j] = y; });
+    project(w.normed, D, n, w.m.output, w.m.vocab, D,
+            [&](int64_t i, int64_t j, float y) { logits[i * stride + j] = y; });
 }
 
 static std::vector<int64_t> starts_of_rows(const Tokens& t) {
@@ -287,8 +304,8 @@ static void run(const Model& m, const Step& s) {
 extern "C" {
 // Floats that a step of at most `tokens` tokens, and as many asks, needs as scratch.
 int64_t scratch_size(const Model* m, int64_t tokens, int64_t threads) {
-    const int64_t K = m->head_dim, widths = m->dim + m->heads * K + (m->heads + 2 * m->kv_heads) * K + hidden_stride(*m);
-    return tokens * widths + threads * scratch_of_thread(*m);
+    const int64_t projected = (2 * m->heads + 2 * m->kv_heads) * m->head_dim;  // q, k, v, and what was attended
+    return tokens * (m->dim + projected + hidden_stride(*m)) + threads * scratch_of_thread(*m);
 }
 
 void step(const Model* m, const Step* s) { run(*m, *s); }

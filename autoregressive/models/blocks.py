@@ -1,11 +1,12 @@
 """Transformer blocks in Llama's layout: RMSNorm, grouped-query attention with rotary positions, SwiGLU."""
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autoregressive.models import lean
+from autoregressive.models.args import ModelArgs
 from autoregressive.models.attend import KVCache
 from autoregressive.models.rope import apply_rope
 
@@ -92,19 +93,6 @@ class Attention(nn.Module):
         return self.dropout(self.wo(out.transpose(1, 2).flatten(2)))
 
 
-class BlockArgs(Protocol):
-    """What shapes a block: a part of ModelArgs (gpt.py)."""
-
-    dim: int
-    n_head: int
-    n_kv_head: int
-    hidden: int
-    norm_eps: float
-    resid_dropout_p: float
-    ffn_dropout_p: float
-    attn_dropout_p: float
-
-
 class AttentionParts(NamedTuple):
     """Attention as the C++ kernels take it; q, k and v are (layer, first of its rows). Without q it only stores keys
     and values, without k and v it attends those that another stored."""
@@ -140,7 +128,7 @@ class Parts(NamedTuple):
 class TransformerBlock(nn.Module):
     """Pre-norm residual block: attention, then feed-forward, each with stochastic depth (arXiv 1603.09382)."""
 
-    def __init__(self, config: BlockArgs, drop_path: float) -> None:
+    def __init__(self, config: ModelArgs, drop_path: float) -> None:
         super().__init__()
         self.attention = Attention(config.dim, config.n_head, config.n_kv_head, dropout=config.resid_dropout_p,
                                    attn_dropout=config.attn_dropout_p)

@@ -16,27 +16,11 @@ from autoregressive.models.attend import BUCKET
 from autoregressive.models.batch import Batch, StepLayout, Turn
 from autoregressive.models.engines import Decodable, Engine, engine_for
 from autoregressive.models.graphs import StepGraphs
-from autoregressive.models.plan import Plan
-from autoregressive.models.sampling import Settings, check_sampling, choose
+from autoregressive.models.plan import Request
+from autoregressive.models.sampling import Settings, choose
 
 NEVER = 2**62  # a position beyond all
 PREFILL_TOKENS = 4096  # prefix tokens in one step at most: bounds the memory
-
-
-@dataclass(eq=False)
-class Request:
-    """One image. condition: a label, or text features (N, caption_dim); visible (N,) bool: which of the features are
-    text, None: all; key: of its noise, 64 bits; known: the codes of the plan's first cells, (plan.known,)."""
-
-    condition: int | Tensor
-    plan: Plan
-    key: int
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    visible: Tensor | None = None
-    greedy: bool = False  # the best code instead of a draw
-    known: Tensor | None = None
 
 
 @dataclass
@@ -99,21 +83,8 @@ class CodeDecoder:
         Raises ValueError for what the model cannot do, RuntimeError when all slots are taken.
         """
         plan, config = request.plan, self.model.config
-        check_sampling(temperature=request.temperature, top_k=request.top_k, top_p=request.top_p)
-        if len(plan.order) > self.length or (plan.guided_until and not self.guided):
-            raise ValueError(f"a plan of {len(plan.order)} codes {'with' if plan.guided_until else 'without'} guidance "
-                             f"does not fit: {self.length} {'with' if self.guided else 'without'} were reserved")
-        known = [] if request.known is None else request.known.tolist()
-        if len(known) != plan.known:
-            raise ValueError(f"the plan has {plan.known} known codes, the request {len(known)}")
-        if known and not 0 <= min(known) <= max(known) < config.vocab_size:
-            raise ValueError(f"known codes lie in [{min(known)}, {max(known)}], the model has 0 to "
-                             f"{config.vocab_size - 1}")
-        if not -2**63 <= request.key < 2**63:
-            raise ValueError(f"the key {request.key} does not fit into 64 bits")
-        if not isinstance(request.condition, Tensor) and not 0 <= request.condition <= config.num_classes:
-            raise ValueError(f"class {request.condition} is out of range: the model has 0 to {config.num_classes - 1} "
-                             f"(and {config.num_classes} for none)")
+        request.check(vocab_size=config.vocab_size, length=self.length, guided=self.guided)
+        self.model.check(request.condition, request.visible)
         if not self.free:
             raise RuntimeError(f"all {self.slots} slots are taken")
         visible = np.ones(config.cls_token_num, bool) if request.visible is None else request.visible.cpu().numpy() > 0
@@ -187,11 +158,8 @@ class CodeDecoder:
         """Note the settings of new requests; their prefixes' embeddings (tokens, D), in the order of the batch."""
         new = [turn.slot for turn in turns if turn.fresh]
         requests, settings = [self.active[slot].request for slot in new], self.settings
-        for table, values in ((settings.temperature, [one.temperature for one in requests]),
-                              (settings.top_k, [one.top_k for one in requests]),
-                              (settings.top_p, [one.top_p for one in requests]),
-                              (settings.keys, [one.key for one in requests]),
-                              (settings.greedy, [one.greedy for one in requests])):
+        for name in ("temperature", "top_k", "top_p", "key", "greedy"):
+            table, values = getattr(settings, name), [getattr(request, name) for request in requests]
             table[new] = torch.tensor(values, dtype=table.dtype, device=table.device)
         everyone, vocab = [active.request for active in self.active.values()], self.model.config.vocab_size
         settings.largest_k = max((one.top_k for one in everyone if one.top_k < vocab), default=0)

@@ -21,6 +21,9 @@ class Decodable(Protocol):
     def embed(self, codes: Tensor) -> Tensor:
         """Codes (n,) → (n, D)."""
 
+    def check(self, condition: int | Tensor, visible: Tensor | None) -> None:
+        """Raise ValueError for a condition that the model does not take."""
+
     def prefix(self, conditions: list) -> tuple[Tensor, Tensor]:
         """Labels, or text features (N, caption_dim) each → prefixes (n, N, D), and the one of no condition (N, D)."""
 

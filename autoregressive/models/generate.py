@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from autoregressive.models.decoder import CodeDecoder, Request
+from autoregressive.models.decoder import CodeDecoder
 from autoregressive.models.gpt import Transformer
-from autoregressive.models.plan import Raster
+from autoregressive.models.plan import Raster, Request
 from autoregressive.models.ridge import WINDOWS, best_window
 from autoregressive.models.sampling import check_sampling
 from utils.compatible import missing_names

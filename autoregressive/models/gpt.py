@@ -2,17 +2,15 @@
 
 `GPT_models` is the registry; state-dict names are those of the released checkpoints.
 """
-import math
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from autoregressive.models.args import PRESETS, ModelArgs, find_multiple
 from autoregressive.models.attend import KVCache
 from autoregressive.models.batch import Batch
 from autoregressive.models.blocks import Parts, RMSNorm, TransformerBlock
@@ -24,65 +22,6 @@ from utils.compatible import missing_names
 from utils.seeding import derive_seed
 
 UNCONDITIONAL = "cls_embedding.uncond_embedding"
-
-
-def find_multiple(n: int, k: int) -> int:
-    """The smallest multiple of k that is not below n."""
-    return k * -(-n // k)
-
-
-@dataclass
-class ModelArgs:
-    """Everything that shapes a GPT. `grid` (h, w) wins over `block_size`, which means a square grid."""
-
-    dim: int = 768
-    n_layer: int = 12
-    n_head: int = 12
-    n_kv_head: int | None = None
-    multiple_of: int = 256
-    ffn_dim_multiplier: float | None = None
-    rope_base: float = 10000.0
-    norm_eps: float = 1e-5
-    initializer_range: float = 0.02
-
-    token_dropout_p: float = 0.1
-    attn_dropout_p: float = 0.0
-    resid_dropout_p: float = 0.1
-    ffn_dropout_p: float = 0.1
-    drop_path_rate: float = 0.0
-
-    model_type: Literal["c2i", "t2i"] = "c2i"
-    num_classes: int = 1000
-    caption_dim: int = 2048
-    class_dropout_prob: float = 0.1
-    cls_token_num: int = 1
-
-    vocab_size: int = 16384
-    block_size: int = 256
-    grid: tuple[int, int] | None = None
-
-    def __post_init__(self) -> None:
-        if self.dim % self.n_head:
-            raise ValueError(f"width {self.dim} is not divisible by {self.n_head} heads")
-        self.n_kv_head = self.n_kv_head or self.n_head
-        if self.n_head % self.n_kv_head:
-            raise ValueError(f"{self.n_head} heads cannot share {self.n_kv_head} KV heads: n_head must be a multiple")
-        if self.model_type not in ("c2i", "t2i"):
-            raise ValueError(f"model_type is {self.model_type!r}, expected c2i or t2i")
-        if self.model_type == "c2i" and self.cls_token_num != 1:
-            raise ValueError(f"a class is one prefix token, got cls_token_num {self.cls_token_num}")
-        if self.grid is None:
-            side = math.isqrt(self.block_size)
-            if side * side != self.block_size:
-                raise ValueError(f"block_size {self.block_size} is no square: give grid=(h, w)")
-            self.grid = (side, side)
-        self.grid = tuple(self.grid)
-        self.block_size = self.grid[0] * self.grid[1]
-
-    @property
-    def hidden(self) -> int:
-        """Feed-forward width: 8/3 of dim, times ffn_dim_multiplier, rounded up to a multiple of `multiple_of`."""
-        return find_multiple(int((self.ffn_dim_multiplier or 1) * int(8 * self.dim / 3)), self.multiple_of)
 
 
 class Transformer(nn.Module):
@@ -157,6 +96,18 @@ class Transformer(nn.Module):
         """Codes (n,) → (n, D)."""
         return self.tok_embeddings(codes)
 
+    def check(self, condition: int | Tensor, visible: Tensor | None) -> None:
+        """Raise ValueError for a condition that the model does not take: labels are 0 to num_classes, which is none."""
+        config, text = self.config, self.config.model_type == "t2i"
+        if not text and not (isinstance(condition, int) and 0 <= condition <= config.num_classes):
+            raise ValueError(f"class {condition} is out of range: the model has 0 to {config.num_classes - 1} (and "
+                             f"{config.num_classes} for none)")
+        shape = config.cls_token_num, config.caption_dim
+        if text and (not isinstance(condition, Tensor) or condition.shape != shape):
+            raise ValueError(f"text features are {tuple(getattr(condition, 'shape', ()))}, the model takes {shape}")
+        if visible is not None and visible.shape != (config.cls_token_num,):
+            raise ValueError(f"the mask of the prefix is {tuple(visible.shape)}, expected ({config.cls_token_num},)")
+
     def prefix(self, conditions: list[int] | list[Tensor]) -> tuple[Tensor, Tensor]:
         """Labels, or text features (N, caption_dim) each → prefixes (n, N, D), and the one of no condition (N, D)."""
         embed, weight = self.cls_embedding, self.tok_embeddings.weight
@@ -220,17 +171,7 @@ def _build(width: dict[str, int], **options) -> Transformer:
     return Transformer(ModelArgs(**{**width, **options}))
 
 
-PRESETS: dict[str, dict[str, int]] = {
-    "GPT-S": {"n_layer": 4, "n_head": 2, "dim": 128, "multiple_of": 64},  # trains in minutes on a laptop
-    "GPT-B": {"n_layer": 12, "n_head": 12, "dim": 768},  # 111M
-    "GPT-L": {"n_layer": 24, "n_head": 16, "dim": 1024},  # 343M
-    "GPT-XL": {"n_layer": 36, "n_head": 20, "dim": 1280},  # 775M
-    "GPT-XXL": {"n_layer": 48, "n_head": 24, "dim": 1536},  # 1.4B
-    "GPT-XXXL": {"n_layer": 48, "n_head": 40, "dim": 2560},  # 3.9B
-    "GPT-1B": {"n_layer": 22, "n_head": 32, "dim": 2048},  # 1.2B
-    "GPT-3B": {"n_layer": 24, "n_head": 32, "dim": 3200},  # 3.1B
-    "GPT-7B": {"n_layer": 32, "n_head": 32, "dim": 4096},  # 6.6B
-}
 GPT_models: dict[str, Callable[..., Transformer]] = {name: partial(_build, size) for name, size in PRESETS.items()}
 
+__all__ = ["PRESETS", "GPT_models", "ModelArgs", "Transformer", "find_multiple"]
 __getattr__ = missing_names(__name__)  # LlamaGen's other names: GPT_B, …

@@ -1,11 +1,15 @@
-"""Plans: which codes of an image come next. Host integers, without a model.
+"""What a request asks of a decoder, and its plan: which codes come next. Host integers, without a model.
 
 A plan is an order of the grid's cells, with the strength of guidance at each position of that order. The first `known`
 positions hold codes that are given (an image that is edited, say); the others are drawn, some at a time.
 """
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
+from torch import Tensor
+
+from autoregressive.models.sampling import check_sampling
 
 TRIAL = 16  # windows after which a plan knows whether they pay
 
@@ -93,3 +97,34 @@ class Groups(Plan):
 
     def settle(self, right: int) -> None:
         self.seen, self.decided = self.decided, self.ends.pop(0)
+
+
+@dataclass(eq=False)
+class Request:
+    """One image. condition: a label, or text features (N, caption_dim); visible (N,) bool: which of the features are
+    text, None: all; key: of its noise, 64 bits; known: the codes of the plan's first cells, (plan.known,)."""
+
+    condition: int | Tensor
+    plan: Plan
+    key: int
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    visible: Tensor | None = None
+    greedy: bool = False  # the best code instead of a draw
+    known: Tensor | None = None
+
+    def check(self, *, vocab_size: int, length: int, guided: bool) -> None:
+        """Raise ValueError for what makes no sense, or has no room where `length` codes, `guided` or not, have it."""
+        check_sampling(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
+        with_guidance = {True: "with guidance", False: "without guidance"}
+        if len(self.plan.order) > length or (self.plan.guided_until and not guided):
+            raise ValueError(f"a plan of {len(self.plan.order)} codes {with_guidance[self.plan.guided_until > 0]} does "
+                             f"not fit: there is room for {length} {with_guidance[guided]}")
+        known = [] if self.known is None else self.known.tolist()
+        if len(known) != self.plan.known:
+            raise ValueError(f"the plan has {self.plan.known} known codes, the request {len(known)}")
+        if known and not 0 <= min(known) <= max(known) < vocab_size:
+            raise ValueError(f"known codes lie in [{min(known)}, {max(known)}], the model has 0 to {vocab_size - 1}")
+        if not -2**63 <= self.key < 2**63:
+            raise ValueError(f"the key {self.key} does not fit into 64 bits")

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from autoregressive.models.decoder import CodeDecoder, Request
+from autoregressive.models.decoder import CodeDecoder
 from autoregressive.models.gpt import Transformer
 from autoregressive.models.native_engine import weight_type
-from autoregressive.models.plan import Raster
+from autoregressive.models.plan import Raster, Request
 from native.build import available, cpu
 from utils.files import remembered
 

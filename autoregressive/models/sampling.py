@@ -25,7 +25,7 @@ class Settings:
     temperature: Tensor  # fp32
     top_k: Tensor  # int64, 0: all
     top_p: Tensor  # fp32, 1: all
-    keys: Tensor  # int64
+    key: Tensor  # int64
     greedy: Tensor  # bool: take the best code
     largest_k: int = 0  # the largest top_k in use, 0: none; this and the following are known without asking the device
     uses_top_p: bool = False
@@ -106,7 +106,7 @@ def choose(logits: Tensor, draws: Tensor, scale: Tensor, settings: Settings, *,
     if kernels is not None:
         return _choose_native(kernels, logits, draws, scale, settings)
     chosen = _fused() if fused else _choose_plain
-    return chosen(logits, draws, scale, settings.temperature, settings.top_k, settings.top_p, settings.keys,
+    return chosen(logits, draws, scale, settings.temperature, settings.top_k, settings.top_p, settings.key,
                   settings.greedy, settings.largest_k, settings.uses_top_p)
 
 
@@ -144,7 +144,7 @@ def _choose_native(kernels: ctypes.CDLL, logits: Tensor, draws: Tensor, scale: T
     count, first = draws.shape[1], draws.data_ptr()
     assert draws.is_contiguous() and draws.dtype == torch.int64, (draws.stride(), draws.dtype)
     codes, finite = torch.empty(count, dtype=torch.long), torch.empty(count, dtype=torch.bool)
-    arrays = scale, settings.temperature, settings.top_k, settings.top_p, settings.keys, settings.greedy, codes, finite
+    arrays = scale, settings.temperature, settings.top_k, settings.top_p, settings.key, settings.greedy, codes, finite
     kernels.sample(ctypes.byref(Draws(logits.data_ptr(), logits.stride(0), logits.shape[1], count,
                                       *(first + 8 * count * i for i in range(4)), *(x.data_ptr() for x in arrays),
                                       min(torch.get_num_threads(), count))))

@@ -40,7 +40,7 @@ def run_step(engine: Engine, x: Tensor, places: Tensor, lengths: list[int], *, r
 def draw_codes(logits: Tensor, conditional: Tensor, unconditional: Tensor, positions: Tensor, images: Tensor,
                settings: Settings, *, scale: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
     """`choose` with its arguments one by one; scale: of guidance, a number or one per image."""
-    scale = torch.as_tensor(scale, dtype=torch.float32).expand(len(settings.keys))[images].contiguous()
+    scale = torch.as_tensor(scale, dtype=torch.float32).expand(len(settings.key))[images].contiguous()
     return choose(logits, torch.stack([conditional, unconditional, images, positions]), scale, settings)
 
 

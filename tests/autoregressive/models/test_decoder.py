@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from autoregressive.models.decoder import CodeDecoder, Request
+from autoregressive.models.decoder import CodeDecoder
 from autoregressive.models.generate import generate
-from autoregressive.models.plan import Groups, Raster
+from autoregressive.models.plan import Groups, Raster, Request
 from autoregressive.models.sampling import gumbel
 from tests.autoregressive.models.decoding import streams
 from tests.autoregressive.models.test_gpt import CAPTION, TEXT, V, tiny
@@ -191,7 +191,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_taken(engine):
     decoder, plan = CodeDecoder(model), Raster(np.ones(12))
     decoder.reserve(1, length=9, guided=False)
     for request, message in (
-            (Request(0, plan, 1), "12 codes without guidance does not fit: 9 without"),
+            (Request(0, plan, 1), "12 codes without guidance does not fit: there is room for 9 without"),
             (Request(0, Raster(np.full(9, 2.0)), 1), "9 codes with guidance does not fit"),
             (Request(4, Raster(np.ones(9)), 1), "class 4 is out of range: the model has 0 to 2"),
             (Request(-1, Raster(np.ones(9)), 1), "class -1"), (Request(0, Raster(np.ones(9)), 1, top_k=-1), "--top-k"),

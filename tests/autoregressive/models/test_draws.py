@@ -17,7 +17,7 @@ RARE = 1e-4  # of seeds, in which a right sampler fails a test
 def settings_of(count: int, **changes) -> Settings:
     """Settings that change nothing, for `count` images."""
     ones, zeros = torch.ones(count), torch.zeros(count, dtype=torch.long)
-    plain = {"temperature": ones, "top_k": zeros, "top_p": ones, "keys": torch.arange(count) * 2**33 + 7,
+    plain = {"temperature": ones, "top_k": zeros, "top_p": ones, "key": torch.arange(count) * 2**33 + 7,
              "greedy": torch.zeros(count, dtype=torch.bool),
              "largest_k": 20000, "uses_top_p": True}
     return Settings(**{**plain, **changes})

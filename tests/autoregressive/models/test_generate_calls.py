@@ -1,15 +1,19 @@
 """What stays between calls of `generate`: only buffers, whatever came before. And what if kernels are missing."""
 import copy
+import gc
 import os
 import pickle
+import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
+from autoregressive.models.decoder import CodeDecoder
 from autoregressive.models.engines import TorchEngine
-from autoregressive.models.generate import generate
+from autoregressive.models.generate import generate, release
 from autoregressive.models.native_engine import NativeEngine
 from native import build
 from tests.autoregressive.models.decoding import engine_of, keys_of, plain_codes, streams
@@ -130,6 +134,25 @@ def test_models_can_be_copied_and_pickled_after_a_call(engine):
         assert not torch.equal(generate(twin, cond, 9, generators=streams(3)), codes)
         assert torch.equal(generate(model, cond, 9, generators=streams(3)), codes)
     assert len(pickle.dumps(model)) < 1.2 * size
+
+
+def test_calls_at_once_have_a_decoder_each_and_leave_one(engine):
+    """Eight threads, each with an image of its own."""
+    model, start = tiny(grid=(4, 4)), threading.Barrier(8)
+    expected = generate(model, torch.arange(8) % 3, 16, cfg_scale=2.0, sample_logits=False)
+
+    def call(i: int) -> torch.Tensor:
+        start.wait()
+        return generate(model, torch.tensor([i % 3]), 16, cfg_scale=2.0, sample_logits=False)[0]
+
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(3):
+            assert torch.equal(torch.stack(list(pool.map(call, range(8)))), expected)
+    gc.collect()
+    decoders = [one for one in gc.get_objects() if type(one) is CodeDecoder and one.model.config is model.config]
+    assert len(decoders) == 1 and decoders[0].engine is engine_of(model)
+    release(model)
+    assert engine_of(model) is None
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")

@@ -60,6 +60,9 @@ class TwoStreams(nn.Module):
     def embed(self, codes: Tensor) -> Tensor:
         return self.table(codes)
 
+    def check(self, condition: int, visible: None) -> None:
+        pass
+
     def prefix(self, conditions: list[int]) -> tuple[Tensor, Tensor]:
         rows = self.table(torch.tensor([*conditions, 3]) + V + 1)[:, None]
         return rows[:-1], rows[-1]
