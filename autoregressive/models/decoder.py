@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from autoregressive.models.attend import BUCKET
 from autoregressive.models.batch import Batch, StepLayout, Turn
 from autoregressive.models.engines import Decodable, Engine, engine_for
 from autoregressive.models.graphs import StepGraphs
@@ -108,12 +107,13 @@ class CodeDecoder:
         if not turns:
             return []
         if turns != self.turns:  # mostly they do what they did in the last step, further on
-            self.layout = StepLayout(turns, slots=self.slots, prefix_rows=self.model.config.cls_token_num,
-                                 width=self.orders.shape[1])
+            self.layout = StepLayout(turns, slots=self.slots, width=self.orders.shape[1],
+                                     prefix_rows=self.model.config.cls_token_num)
             self.turns = turns
         batch = self.layout.batch(starts, firsts, self.orders, self.scales, device=self.codes.device)
         run = partial(self._run, prefix=self._begin(turns) if batch.fresh else None)
-        *_, right = self.graphs.run(batch, run, bucket=BUCKET["cuda"], rounding=self.rounding)
+        kind = self.settings.largest_k, self.settings.uses_top_p
+        *_, right = self.graphs.run(batch, run, kind=kind, rounding=self.rounding)
         if batch.fresh:
             self._share(turns)
         right, done, at = right.cpu().numpy() if batch.drafts else None, [], 0

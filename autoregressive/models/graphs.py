@@ -13,6 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from autoregressive.models.attend import BUCKET
 from autoregressive.models.batch import Batch
 
 MOST = 64  # graphs kept; the one that was not used for longest goes first
@@ -29,13 +30,14 @@ class StepGraphs:
         self.kept: OrderedDict[Hashable, tuple[Sequence[Tensor], Callable[[], Results]] | None] = OrderedDict()
         self.pool = None  # graphs never run at the same time, so they share the memory of their intermediate results
 
-    def run(self, batch: Batch, step: Callable[..., Results], *, bucket: int, rounding: float) -> Results:
+    def run(self, batch: Batch, step: Callable[..., Results], *, kind: Hashable, rounding: float) -> Results:
         """The results of step(batch, fused=…), which writes the same when it is repeated. A shape's first step is done
         directly, the second is captured as well, later ones are replayed; ragged steps are always done directly.
-        bucket: the cache is read in multiples of it; rounding: the relative error that logits may have."""
-        shape = batch.shape(bucket) if possible(batch.fed.device) else None
+        kind: whatever else decides which kernels run; rounding: the relative error that logits may have."""
+        shape = batch.shape(BUCKET["cuda"]) if possible(batch.fed.device) else None
         if shape is None:
             return step(batch, fused=False)
+        shape = shape, kind
         if self.kept.get(shape) is not None:
             self.kept.move_to_end(shape)
             held, replay = self.kept[shape]

@@ -6,7 +6,7 @@ from autoregressive.models import attend, graphs, sampling
 from autoregressive.models.generate import generate
 from autoregressive.models.graphs import StepGraphs
 from tests.autoregressive.models.decoding import streams
-from tests.autoregressive.models.test_gpt import tiny
+from tests.autoregressive.models.test_gpt import V, tiny
 
 
 class Captures:
@@ -63,6 +63,15 @@ def test_larger_batches_and_other_weights_are_captured_anew(engine, captures):
     model.bfloat16()
     half = generate(model, torch.arange(5) % 3, 16, decode="sequential", generators=streams(5))
     assert captures.made == 4 and half.shape == codes.shape
+
+
+def test_other_filters_are_other_graphs(captures, monkeypatch):
+    """What is filtered is known on the host, so a graph without a filter cannot serve a call with one."""
+    monkeypatch.setenv("LLAMAGEN_NATIVE", "0")
+    model = tiny(grid=(4, 4))
+    for settings in ({}, {"top_k": 3}, {"top_p": 0.5}, {"top_k": 5}, {"top_k": V + 1}):
+        generate(model, torch.arange(3), 16, decode="sequential", generators=streams(3), **settings)
+    assert captures.made == 4  # more than all codes is no filter
 
 
 def test_windows_of_drafts_are_done_directly(engine, captures):
