@@ -1,7 +1,9 @@
-"""What the ways of decoding beside plain sequential decoding bring: Jacobi's windows, quantised weights.
+"""What the ways of decoding beside plain sequential decoding bring: Jacobi's windows, quantised weights. And what the
+Python around a step takes.
 
     python3 benchmarks/bench_sample_modes.py --gpt-ckpt gpt.pt --vq-ckpt vq.pt    # Jacobi
     python3 benchmarks/bench_sample_modes.py --mode quantized                      # int8, int4
+    python3 benchmarks/bench_sample_modes.py --mode overhead                       # with kernels that do nothing
 
 How many codes a Jacobi pass decides depends on the distribution, so random weights say nothing about it: it needs a
 trained model. Quantised weights are measured on random ones: their error is that of the logits of one forward pass over
@@ -13,15 +15,22 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from autoregressive.models.decoder import CodeDecoder
+from autoregressive.models.engines import engine_for
 from autoregressive.models.generate import Statistics, generate
+from autoregressive.models.gpt import GPT_models
+from autoregressive.models.native_engine import NativeEngine
+from autoregressive.models.plan import Raster, Request
 from autoregressive.models.quantized import quantize_
 from autoregressive.sample.options import SampleFlags
 from autoregressive.sample.pipeline import load_pipeline
@@ -40,7 +49,8 @@ class BenchModesFlags(SampleFlags, RowFlags):
 
     precision: Precision = "none"
     only: str = "GPT-?:256:1:2.0:0:fp32"
-    mode: Literal["jacobi", "quantized"] = flag("jacobi", "what to measure", choices=("jacobi", "quantized"))
+    mode: Literal["jacobi", "quantized", "overhead"] = flag("jacobi", "what to measure",
+                                                            choices=("jacobi", "quantized", "overhead"))
 
 
 def measure_jacobi(config: BenchModesFlags, device: torch.device) -> None:
@@ -89,6 +99,28 @@ def measure_quantized(config: BenchModesFlags, device: torch.device) -> None:
             f"{steps[0] / steps[1]:.2f}×", f"{largest:.2%}", f"{rms:.2%}", f"{same:.1%}"], write=config.append_rows)
 
 
+def measure_overhead(config: BenchModesFlags, device: torch.device) -> None:
+    """A row for each number of images: steps of a small model whose layers are left out, on a CPU with kernels."""
+    model, steps = GPT_models["GPT-S"](vocab_size=64).eval(), 255
+    if device.type != "cpu" or type(engine_for(model)) is not NativeEngine:
+        raise ValueError("--mode overhead needs a CPU and C++ kernels")
+    torch.set_num_threads(1)
+    for images, scale in itertools.product((1, 8, 32), (1.0, 2.0)):
+        decoder, spans = CodeDecoder(model), []
+        for _ in range(10 * config.repeats):
+            decoder.reserve(images)
+            for i in range(images):
+                decoder.join(Request(i, Raster(np.full(steps + 1, scale)), key=i))
+            decoder.step()
+            kernels = decoder.engine.kernels
+            decoder.engine.kernels = SimpleNamespace(step=lambda *_: None, scratch_size=kernels.scratch_size)
+            spans.append(timed(lambda decoder=decoder: [decoder.step() for _ in range(steps)], device) / steps)
+            decoder.engine.kernels = kernels
+        add_row("Python around a step", [
+            str(images), str(scale), *surroundings(device), str(len(spans)), f"{1e3 * statistics.median(spans):.3f}",
+            f"{1e3 * min(spans):.3f}"], write=config.append_rows)
+
+
 def logit_error(exact: Tensor, changed: Tensor) -> tuple[float, float, float]:
     """Of logits (…, V): the largest and the RMS difference, over the RMS of `exact`; the share of equal best codes."""
     exact, changed = exact.double(), changed.double()
@@ -99,7 +131,8 @@ def logit_error(exact: Tensor, changed: Tensor) -> tuple[float, float, float]:
 
 def main(config: BenchModesFlags) -> None:
     device = dist.setup(config.device).device
-    {"jacobi": measure_jacobi, "quantized": measure_quantized}[config.mode](config, device)
+    {"jacobi": measure_jacobi, "quantized": measure_quantized,
+     "overhead": measure_overhead}[config.mode](config, device)
 
 
 if __name__ == "__main__":

@@ -48,6 +48,12 @@ positions whose best code stays. ms/step as above, against the weights of the ca
 largest error | RMS error | same best |
 |---|---|---|---|---|---|---|---|---|---|---|
 """,
+    "Python around a step": """`python3 benchmarks/bench_sample_modes.py --mode overhead`: what a step takes beside its
+layers: plans, the flat batch, embeddings, the call of kernels (which do nothing here), and drawing among 64 codes.
+
+| images | guidance | device, threads | versions, date | repeats | median ms | least ms |
+|---|---|---|---|---|---|---|
+""",
 }
 
 
