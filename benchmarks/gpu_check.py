@@ -77,7 +77,7 @@ def run_apart(name: str, config: GPUCheckFlags) -> Outcome:
         os.killpg(process.pid, signal.SIGKILL)
         stdout, stderr = process.communicate()
     finally:
-        if process.poll() is None:  # Ctrl-C
+        if process.poll() is None:  # Ctrl-C and the signals of `main`
             os.killpg(process.pid, signal.SIGKILL)
     return outcome_of(stdout, stderr, died=died)
 
@@ -135,6 +135,8 @@ def main(config: GPUCheckFlags) -> None:
         with replacing(report) as temporary:
             temporary.write_text(written(outcomes, about, purposes=purposes, left=names[len(outcomes):]))
 
+    for number in (signal.SIGTERM, signal.SIGHUP):  # an end in good order, so that the running check ends too
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     write()  # what cannot be written is known at once
     for name in (bar := tqdm(names)):
         bar.set_description(name)

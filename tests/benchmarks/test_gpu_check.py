@@ -1,11 +1,15 @@
 """The check of a GPU: its CPU form as a command, what its report makes of failures, what it would see of graphs."""
+import contextlib
 import io
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -173,6 +177,51 @@ print(json.dumps({{"held": True, "text": "found before"}}), flush=True)
     assert outcome.verdict == "error" and outcome.error.startswith(expected)
     assert outcome.findings == [CheckResult(True, "found before")]
     assert ("no such thing" in outcome.traceback) == ("no such thing" in how)
+
+
+@pytest.mark.processes
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_an_interrupted_command_ends_the_check_that_runs(tmp_path, number):
+    script = tmp_path / "command.py"
+    script.write_text(f"""import os, signal, sys, time
+if "--one-check" in sys.argv:
+    with open("begun.part", "w") as file:
+        file.write(str(os.getpid()))
+    os.rename("begun.part", "begun")
+    time.sleep(600)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.path.insert(0, {str(ROOT)!r})
+from benchmarks import gpu_check
+gpu_check.__file__ = {str(script)!r}
+gpu_check.cli.run(gpu_check.main, gpu_check.GPUCheckFlags)
+""")
+    running = subprocess.Popen([sys.executable, script, "--device", "cpu", "--checks", "half"], cwd=tmp_path,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    assert waited_for(lambda: (tmp_path / "begun").exists() or running.poll() is not None)
+    check = int((tmp_path / "begun").read_text())
+    running.send_signal(number)
+    try:
+        assert running.wait(60) == 128 + number
+        assert waited_for(lambda: not lives(check))
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(check, signal.SIGKILL)
+
+
+def lives(number: int) -> bool:
+    """Whether a process runs; one that has ended and that nobody has asked for its exit code does not."""
+    try:
+        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def waited_for(condition, seconds: float = 60) -> bool:
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.05)
+    return condition()
 
 
 def run_command(folder, *words: str) -> tuple[str, dict[str, tuple[str, str]]]:
