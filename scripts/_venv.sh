@@ -1,4 +1,4 @@
-# Sourced by quickstart.sh and test.sh: make .venv and install the project into it, once per change of requirements.
+# Sourced by quickstart.sh, test.sh and gpu_check.sh: make .venv and install the project into it, once per change of requirements.
 # Sets root, venv and python. PYTHON chooses the interpreter (3.10 or newer); extras to install are passed as $1.
 # TORCH=2.8 takes that version of torch, and the torchvision that belongs to it, in a folder of its own.
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"

@@ -338,6 +338,12 @@ def test_faults_of_graphs_are_seen(monkeypatch, faults, expected):
     assert os.environ["LLAMAGEN_GRAPHS"] == "1" and PretendedGraph().replay() == "replayed"
 
 
+def test_no_speed_of_graphs_is_told_where_there_are_none(monkeypatch):
+    pretend_gpu(monkeypatch)
+    texts = [finding.text for finding in sampling_checks.check_graphs(CPU)]
+    assert len(texts) > 4 and not [text for text in texts if "ms a code" in text]
+
+
 def test_graphs_that_are_never_used_do_not_hold(monkeypatch):
     pretend_gpu(monkeypatch)
     monkeypatch.setattr(sampling_checks, "drawn", lambda model, images, **settings: torch.zeros(len(images), 4))
