@@ -143,6 +143,12 @@ def test_auto_takes_windows_while_they_pay(seconds, temperature, window, native,
                                           interval=20, temperature=temperature))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["c2i", "t2i"])
+def test_steps_of_every_model_can_be_measured(kind, dtype, engine):
+    assert len(ridge.measure_steps(tiny(model_type=kind, grid=(3, 4)).to(dtype))) > 1
+
+
 def test_what_steps_take_is_measured_once(native, own_cache, monkeypatch):
     monkeypatch.setattr(ridge, "_KNOWN", {})
     model = tiny(grid=(6, 6))
