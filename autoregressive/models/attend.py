@@ -27,10 +27,10 @@ class KVCache:
     def place(self, batch: Batch) -> None:
         """The tokens of the next calls are those that the batch feeds."""
         _, _, row, slot, sees = batch.fed.unbind()
-        self.index = row, slot
+        self.index, self.drafts, self.spoilt = (row, slot), batch.drafts, None
         if batch.fresh:  # a NaN that an earlier sequence left would spread, though its weight is 0
-            for values in self.values:
-                values[row[slot == 0]] = 0
+            for cache in (*self.keys, *self.values):
+                cache[row[slot == 0]] = 0
         self._see(row, sees, batch, batch.sizes)
 
     def place_asks(self, batch: Batch) -> None:
@@ -61,8 +61,15 @@ class KVCache:
         return F.pad(x, (*[0] * (2 * x.ndim - 1), -len(x) % self.together))
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Store k, v (n, KV heads, K) of one layer."""
+        """Store k, v (n, KV heads, K) of one layer.
+
+        Beside drafts, tokens that are not finite are stored as zeros, and `attend` answers them with NaN: a draft that
+        turns out wrong would else spread, as 0 * NaN, to tokens that do not see it.
+        """
         row, slot = self.index
+        if self.drafts:
+            self.spoilt = ~(k.isfinite().all(-1) & v.isfinite().all(-1)).all(-1)[:, None, None]  # (n, 1, 1)
+            k, v = k.masked_fill(self.spoilt, 0), v.masked_fill(self.spoilt, 0)
         for cache, new in ((self.keys[layer], k), (self.values[layer], v)):
             cache[row, :, slot] = new[:len(row)].to(cache.dtype)
 
@@ -77,7 +84,7 @@ class KVCache:
             found = attention(asked.transpose(1, 2), keys[rows, :, :self.end], values[rows, :, :self.end], mask)
             found = found.transpose(1, 2)  # (R, T, H, K)
             out[tokens] = (found if at is None else found[at]).flatten(0, 1)
-        return out
+        return out if self.spoilt is None else out.masked_fill(self.spoilt, float("nan"))
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:

@@ -53,10 +53,10 @@ class Batch:
     def shape(self, bucket: int) -> tuple[int, ...] | None:
         """What fixes the shapes of a step that reads the cache in multiples of `bucket`; None for ragged ones, and for
         those that give other results when they are repeated."""
-        if self.fresh or self.drafts or (self.sizes != self.sizes[0]).any():
+        if self.fresh or self.drafts or (self.sizes != self.sizes[0]).any() or (self.counts != self.counts[0]).any():
             return None
-        return (*(tensor.shape[1] for tensor in self.tensors[:3]), int(self.rows.min()), int(self.rows.max()),
-                -(-self.longest // bucket))
+        return (len(self.rows), *(tensor.shape[1] for tensor in self.tensors[:3]), int(self.rows.min()),
+                int(self.rows.max()), -(-self.longest // bucket))
 
 
 class StepLayout:

@@ -53,6 +53,7 @@ class CodeDecoder:
         self.slots = 0
         self.orders, self.scales = np.empty((0, 0), np.int64), np.empty((0, 0), np.float32)  # (slots, L)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def reserve(self, requests: int, *, length: int | None = None, guided: bool = True) -> None:
         """Have room for `requests` images of at most `length` codes (None: the model's grid), and see what the model is
@@ -67,12 +68,14 @@ class CodeDecoder:
         if moved or engine is not self.engine or requests > len(self.orders) or length > self.orders.shape[1]:
             self.graphs = StepGraphs()
             shape = max(requests, len(self.orders)), max(length, self.orders.shape[1])
-            self.orders, self.scales = np.zeros(shape, np.int64), np.ones(shape, np.float32)
+            self.orders = np.empty((0, 0), np.int64)  # nothing is here until all of it is: memory may run out
             self.codes = torch.zeros(shape, dtype=torch.long, device=weight.device)
             self.broken = torch.full(shape[:1], NEVER, device=weight.device)
             self.settings = Settings(*(torch.zeros(shape[0], dtype=dtype, device=weight.device) for dtype in (
                 torch.float32, torch.long, torch.float32, torch.long, torch.bool)))
+            self.orders, self.scales = np.zeros(shape, np.int64), np.ones(shape, np.float32)
         self.slots, self.length, self.guided, self.turns = requests, length, guided, ()
+        self.queries = self.model.parts().query is not None
         self.rounding = 4 * torch.finfo(weight.dtype).eps
         self.free = list(range(requests))
 
@@ -84,6 +87,11 @@ class CodeDecoder:
         plan, config = request.plan, self.model.config
         request.check(vocab_size=config.vocab_size, length=self.length, guided=self.guided)
         self.model.check(request.condition, request.visible)
+        if plan.block != self.queries:
+            raise ValueError("models with a stream of queries draw codes in groups, others in raster order: the plan "
+                             f"is {type(plan).__name__}")
+        if any(plan is active.request.plan for active in self.active.values()):
+            raise ValueError("the plan is that of another request: each needs one of its own")
         if not self.free:
             raise RuntimeError(f"all {self.slots} slots are taken")
         visible = np.ones(config.cls_token_num, bool) if request.visible is None else request.visible.cpu().numpy() > 0
@@ -100,7 +108,8 @@ class CodeDecoder:
         del self.active[slot]
         heapq.heappush(self.free, slot)
 
-    @torch.no_grad()  # not inference_mode: later calls reuse these tensors in any mode
+    @torch.inference_mode(False)  # later calls reuse these tensors in any mode
+    @torch.no_grad()
     def step(self) -> list[Finished]:
         """Let every request take its next step; those that are finished by it, which leave."""
         turns, starts, firsts = self._turns()

@@ -64,8 +64,9 @@ class TorchEngine:
         """See `Engine.reserve`."""
         cache, weight = self.cache, next(self.model.parameters())
         kind = (weight.device, weight.dtype)
-        if weight.device.type == "cuda":  # graphs are bound to addresses
-            kind += tuple(tensor.data_ptr() for tensor in (*self.model.parameters(), *self.model.buffers()))
+        if weight.device.type == "cuda":  # graphs are bound to addresses; the rotary table's changes with the grid
+            kind += tuple(tensor.data_ptr() for tensor in (*self.model.parameters(), *self.model.buffers(),
+                                                           self.model.rope(weight.device)))
         if cache is not None and cache.rows >= rows and cache.capacity >= tokens and self.kind == kind:
             return False
         self.cache = None  # free the memory before the new one is made
@@ -80,6 +81,7 @@ class TorchEngine:
     def copy(self, source: int, targets: Tensor, *, length: int) -> None:
         """See `Engine.copy`."""
         for cache in (*self.cache.keys, *self.cache.values):
+            cache[targets] = 0  # as where rows begin: see `KVCache.place`
             cache[targets, :, :length] = cache[source, :, :length].clone()
 
 

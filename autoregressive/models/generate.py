@@ -43,9 +43,9 @@ def generate(model: Transformer, cond: Tensor, max_new_tokens: int, emb_masks: T
              statistics: Statistics | None = None) -> Tensor:
     """Generate codes (B, max_new_tokens) int64 in raster order, in eval mode.
 
-    cond: labels (B,) or text features (B, N, caption_dim); emb_masks (B, N): 1 where the prefix is text, 0 where it is
-    padding, which is hidden from attention. cfg_scale <= 1 runs one stream. cfg_interval i > -1 guides only while the
-    index of the decoding step (0 is the first after the prefill) is <= i, then uses conditional logits alone.
+    cond: labels (B,) or (B, 1), or text features (B, N, caption_dim); emb_masks (B, N): 1 where the prefix is text, 0
+    where it is padding, which is hidden from attention. cfg_scale <= 1 runs one stream. cfg_interval i > -1 guides only
+    while the index of the decoding step (0 is the first after the prefill) is <= i, then uses conditional logits alone.
     cfg_scale, temperature, top_k and top_p may be sequences, one value per image. generators: one per sample, from
     which its key is drawn; without them keys come from torch's global state. sample_logits=False takes the best code
     instead of drawing. decode: one code per step, windows of `window` drafts, or auto: windows while they pay. The
@@ -53,6 +53,8 @@ def generate(model: Transformer, cond: Tensor, max_new_tokens: int, emb_masks: T
     range, NotFiniteError, at the end, for logits that were not finite.
     """
     batch = len(cond)
+    if model.config.model_type == "c2i":
+        cond = cond.reshape(batch, -1).squeeze(1)  # labels may be a column (B, 1)
     _check_call(model, cond, max_new_tokens, emb_masks, decode=decode, window=window)
     scales, temperatures, ks, ps = (_per_image(name, value, batch, whole=name == "top_k") for name, value in (
         ("cfg_scale", cfg_scale), ("temperature", temperature), ("top_k", top_k), ("top_p", top_p)))

@@ -110,12 +110,13 @@ class NativeEngine:
         K, grows = config.dim // config.n_head, rows > self.rows or tokens > self.capacity
         if grows:
             self.keys, self.values = [], []  # free the memory before the new ones are made
-            self.rows, self.capacity = rows, -(-tokens // SIDE) * SIDE
+            self.rows, self.capacity = 0, -(-tokens // SIDE) * SIDE
             caches = len(parts.layers) + (parts.shared is not None)
             dtype = torch.float32 if self.weights == 0 else torch.bfloat16
             shape, width = (rows, config.n_kv_head), -(-K // SIDE) * SIDE
             self.keys = [torch.empty(*shape, self.capacity // SIDE, K, SIDE, dtype=dtype) for _ in range(caches)]
             self.values = [torch.empty(*shape, self.capacity, width, dtype=dtype) for _ in range(caches)]
+            self.rows = rows  # only now: there may have been no memory
         self.scratch, self.fits = torch.empty(0), (0, 0)  # tokens and threads for which the scratch is large enough
         self.kept = []  # fp32 copies of the norms' weights
         last = len(parts.layers)  # number of the cache that all queries share

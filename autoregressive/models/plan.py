@@ -117,6 +117,8 @@ class Request:
     def check(self, *, vocab_size: int, length: int, guided: bool) -> None:
         """Raise ValueError for what makes no sense, or has no room where `length` codes, `guided` or not, have it."""
         check_sampling(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
+        if self.plan.decided > self.plan.known:
+            raise ValueError("the plan has begun: it is for one request, once")
         with_guidance = {True: "with guidance", False: "without guidance"}
         if len(self.plan.order) > length or (self.plan.guided_until and not guided):
             raise ValueError(f"a plan of {len(self.plan.order)} codes {with_guidance[self.plan.guided_until > 0]} does "

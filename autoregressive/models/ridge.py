@@ -11,9 +11,9 @@ import torch
 
 from autoregressive.models.decoder import CodeDecoder
 from autoregressive.models.gpt import Transformer
-from autoregressive.models.native_engine import weight_type
+from autoregressive.models.native_engine import fitting_kernels
 from autoregressive.models.plan import Raster, Request
-from native.build import available, cpu
+from native.build import cpu
 from utils.files import remembered
 
 WINDOWS = (2, 4, 8, 16, 32)
@@ -42,7 +42,7 @@ def step_seconds(model: Transformer) -> list[tuple[int, float]]:
     """(tokens, seconds of a step of so many), choosing codes included; kept in the cache folder."""
     config, weight = model.config, next(model.parameters())
     device = cpu() if weight.device.type == "cpu" else torch.cuda.get_device_name(weight.device)
-    key = (device, torch.get_num_threads(), torch.__version__, str(weight.dtype), weight_type(model), available(),
+    key = (device, torch.get_num_threads(), torch.__version__, str(weight.dtype), fitting_kernels(model)[0],
            config.n_layer, config.dim, config.n_head, config.n_kv_head, config.hidden, config.vocab_size,
            config.block_size)
     if key not in _KNOWN:
@@ -51,10 +51,12 @@ def step_seconds(model: Transformer) -> list[tuple[int, float]]:
 
 
 def measure_steps(model: Transformer) -> list[tuple[int, float]]:
-    """The same, measured now: some steps of each size, a fraction of a second in all for GPT-B."""
+    """The same, measured now: some steps of each size, about a second in all for GPT-B on two cores, half a minute for
+    GPT-3B. On a busy machine some take ten times as long, but fewer tokens never longer than more."""
     config, decoder, found = model.config, CodeDecoder(model), []
     decoder.reserve(1, guided=False)
-    condition = 0 if config.model_type == "c2i" else torch.zeros(config.cls_token_num, config.caption_dim)
+    condition = 0 if config.model_type == "c2i" else torch.zeros(
+        config.cls_token_num, config.caption_dim, dtype=next(model.parameters()).dtype)
     for tokens in (1, *WINDOWS, 2 * WINDOWS[-1]):
         plan, spans = Raster(np.ones(config.block_size), window=tokens), []
         slot = decoder.join(Request(condition, plan, key=0))
@@ -70,4 +72,6 @@ def measure_steps(model: Transformer) -> list[tuple[int, float]]:
         if not spans or (found and min(spans) > DEAR * found[0][1]):
             break
         found.append((tokens, min(spans)))
+    for i in reversed(range(len(found) - 1)):
+        found[i] = found[i][0], min(found[i][1], found[i + 1][1])
     return found or [(1, 1.0)]  # a model of one code has no windows

@@ -8,6 +8,7 @@ import torch
 
 from autoregressive.models.decoder import CodeDecoder
 from autoregressive.models.generate import generate
+from autoregressive.models.native_engine import NativeEngine
 from autoregressive.models.plan import Groups, Raster, Request
 from autoregressive.models.sampling import gumbel
 from tests.autoregressive.models.decoding import streams
@@ -197,19 +198,65 @@ def test_what_does_not_fit_is_refused_and_nothing_is_taken(engine):
             (Request(-1, Raster(np.ones(9)), 1), "class -1"), (Request(0, Raster(np.ones(9)), 1, top_k=-1), "--top-k"),
             (Request(0, Raster(np.ones(9), known=2), 1), "2 known codes, the request 0"),
             (Request(0, Raster(np.ones(9), known=1), 1, known=torch.tensor([V])), "codes lie in"),
-            (Request(0, Raster(np.ones(9)), 2**70), "key")):
+            (Request(0, Raster(np.ones(9)), 2**70), "key"),
+            (Request(0, Groups(np.arange(9), np.ones(9), [4, 5]), 1), "in raster order: the plan is Groups")):
         with pytest.raises(ValueError, match=message):
             decoder.join(request)
         assert decoder.free == [0] and not decoder.active
     decoder.join(Request(0, Raster(np.ones(9)), 1))
     with pytest.raises(RuntimeError, match="all 1 slots are taken"):
         decoder.join(Request(0, Raster(np.ones(9)), 1))
+    two_streams = TwoStreams((3, 4))
+    other = CodeDecoder(two_streams)
+    other.reserve(1)
+    with pytest.raises(ValueError, match="in groups, others in raster order: the plan is Raster"):
+        other.join(Request(0, Raster(np.ones(12)), 1))
     with pytest.raises(AssertionError, match="1 requests"):
         decoder.reserve(2)
+    decoder.step()
+    begun = decoder.active[0].request
     decoder.leave(0)
+    with pytest.raises(ValueError, match="the plan has begun"):
+        decoder.join(begun)
     with pytest.raises(KeyError):
         decoder.leave(0)
     assert decoder.step() == []
+
+
+def test_two_requests_do_not_share_a_plan(engine):
+    model = tiny()
+    decoder, plan = CodeDecoder(model), Raster(np.ones(9))
+    decoder.reserve(2)
+    decoder.join(Request(0, plan, 1))
+    with pytest.raises(ValueError, match="plan is that of another request"):
+        decoder.join(Request(1, plan, 2))
+    assert len(run(decoder)) == 1
+
+
+def test_a_decoder_made_in_inference_mode_works_outside(engine):
+    model = tiny()
+    decoder, plain = CodeDecoder(model), CodeDecoder(model)
+    with torch.inference_mode():
+        decoder.reserve(1)
+        decoder.join(Request(0, Raster(np.ones(9)), 1))
+        decoder.step()
+    plain.reserve(1)
+    plain.join(Request(0, Raster(np.ones(9)), 1))
+    assert torch.equal(run(decoder)[0], run(plain)[0])
+
+
+@torch.no_grad()
+def test_room_that_could_not_be_had_is_asked_for_again(engine, monkeypatch):
+    model = tiny()
+    decoder = CodeDecoder(model)
+    for name in ("empty", "zeros") if engine is NativeEngine else ("zeros",):
+        with monkeypatch.context() as context:
+            context.setattr(torch, name, lambda *args, **keywords: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                decoder.reserve(4)
+    decoder.reserve(2)
+    decoder.join(Request(0, Raster(np.ones(9)), 1))
+    assert len(run(decoder)[0]) == 9
 
 
 @pytest.mark.parametrize("window", [1, 4])
@@ -281,6 +328,25 @@ def test_broken_images_are_told_apart(engine):
         assert decoder.join(Request(2, Raster(np.ones(9)), slot)) == slot
     while decoder.active:
         assert all(done.broken is None for done in decoder.step())
+
+
+def test_what_was_not_a_number_does_not_stay_in_rows_without_conditions(engine):
+    """Requests that join together are fed one unconditional prefix, which is copied."""
+    model = tiny()
+    decoder, sound = CodeDecoder(model), model.tok_embeddings.weight.clone()
+    decoder.reserve(3)
+    for value, broken in ((float("nan"), 1), (1.0, None)):
+        model.tok_embeddings.weight.data.copy_(sound * value)
+        for slot in range(3):
+            decoder.join(Request(slot, Raster(np.full(9, 2.0)), slot))
+            if slot == 0:
+                decoder.step(), decoder.step()  # more of the cache is read for it than for the others
+        finished = 0
+        while decoder.active:
+            for done in decoder.step():
+                assert done.broken == broken
+                finished += 1
+        assert finished == 3
 
 
 def test_a_decoder_does_not_keep_its_model_alive(engine):

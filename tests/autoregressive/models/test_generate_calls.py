@@ -106,6 +106,12 @@ def test_calls_inside_and_outside_of_inference_mode(engine):
         assert torch.equal(generate(model, cond, 9, generators=streams(3)), first)
 
 
+def test_labels_may_be_a_column(engine):
+    model, cond = tiny(), torch.arange(3)
+    codes = generate(model, cond, 9, generators=streams(3))
+    assert torch.equal(generate(model, cond[:, None], 9, generators=streams(3)), codes)
+
+
 def test_an_engine_does_not_keep_its_model_alive(engine):
     model = tiny()
     generate(model, torch.arange(3), 9)

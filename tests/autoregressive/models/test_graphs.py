@@ -1,12 +1,16 @@
 """The path of CUDA graphs, with a stand-in for the capture that runs on a CPU: what it replays, and how it gives up."""
+import numpy as np
 import pytest
 import torch
 
 from autoregressive.models import attend, graphs, sampling
+from autoregressive.models.decoder import CodeDecoder
 from autoregressive.models.generate import generate
 from autoregressive.models.graphs import StepGraphs
+from autoregressive.models.plan import Groups, Request
 from tests.autoregressive.models.decoding import streams
 from tests.autoregressive.models.test_gpt import V, tiny
+from tests.autoregressive.models.two_streams import TwoStreams
 
 
 class Captures:
@@ -72,6 +76,34 @@ def test_other_filters_are_other_graphs(captures, monkeypatch):
     for settings in ({}, {"top_k": 3}, {"top_p": 0.5}, {"top_k": 5}, {"top_k": V + 1}):
         generate(model, torch.arange(3), 16, decode="sequential", generators=streams(3), **settings)
     assert captures.made == 4  # more than all codes is no filter
+
+
+def test_steps_of_groups_are_told_apart(captures, monkeypatch):
+    """As many tokens in the same span of rows, but of fewer rows; as many asks, but of other rows."""
+    monkeypatch.setenv("LLAMAGEN_NATIVE", "0")
+    model, length = TwoStreams((4, 8)), 32
+
+    def codes(decoder: CodeDecoder, sizes: dict[int, list[int]]) -> list[list[int]]:
+        for slot in range(4):
+            plan = Groups(np.arange(length), np.ones(length), sizes.get(slot, [length]))
+            decoder.join(Request(slot % 3, plan, slot))
+        for slot in set(range(4)) - set(sizes):
+            decoder.leave(slot)
+        found = {}
+        while decoder.active:
+            found |= {done.slot: done.codes.tolist() for done in decoder.step()}
+        return [found[slot] for slot in sizes]
+
+    calls = [{slot: [1] * length for slot in range(4)}, {0: [2] * 16, 3: [2] * 16},
+             {0: [2, 1, 3, 2] * 4, 3: [2, 3, 1, 2] * 4}]
+    plain, decoder = CodeDecoder(model), CodeDecoder(model)
+    plain.reserve(4, guided=False), decoder.reserve(4, guided=False)
+    with monkeypatch.context() as context:
+        context.setattr(graphs, "possible", lambda device: False)
+        expected = [codes(plain, sizes) for sizes in calls]
+    for _ in range(3):
+        assert [codes(decoder, sizes) for sizes in calls] == expected
+    assert captures.replayed > 20 and not StepGraphs.broken
 
 
 def test_windows_of_drafts_are_done_directly(engine, captures):

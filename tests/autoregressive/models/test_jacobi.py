@@ -1,4 +1,6 @@
 """Windows of drafts, batches and threads: none of them shows in a code, nor in the bits of what it is drawn from."""
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -141,6 +143,20 @@ def test_auto_takes_windows_while_they_pay(seconds, temperature, window, native,
     keys = keys_of(streams(5))
     assert torch.equal(codes, plain_codes(model, cond, 64, keys=keys, scale=torch.tensor(settings["cfg_scale"]),
                                           interval=20, temperature=temperature))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["c2i", "t2i"])
+def test_steps_of_every_model_can_be_measured(kind, dtype, engine):
+    assert len(ridge.measure_steps(tiny(model_type=kind, grid=(3, 4)).to(dtype))) > 1
+
+
+def test_a_machine_that_was_busy_for_a_moment_does_not_make_windows_look_cheap(engine, monkeypatch):
+    spans = iter([*[10.0] * ridge.REPEATS, *[1.0] * 100])
+    ticks = iter(tick for span in spans for tick in (0.0, span))
+    monkeypatch.setattr(ridge, "time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    found = ridge.measure_steps(tiny(grid=(5, 5)))
+    assert [tokens for tokens, _ in found] == [1, 2, 4, 8, 16] and {seconds for _, seconds in found} == {1.0}
 
 
 def test_what_steps_take_is_measured_once(native, own_cache, monkeypatch):

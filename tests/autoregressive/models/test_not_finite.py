@@ -1,13 +1,16 @@
 """Logits that are not finite are refused, in every engine and way of decoding; what filters leave out is not meant."""
 import re
 
+import numpy as np
 import pytest
 import torch
 
+from autoregressive.models.decoder import CodeDecoder
 from autoregressive.models.generate import generate
+from autoregressive.models.plan import Raster, Request
 from tests.autoregressive.models.decoding import draw_codes, engine_of, streams
 from tests.autoregressive.models.test_draws import settings_of
-from tests.autoregressive.models.test_gpt import tiny
+from tests.autoregressive.models.test_gpt import V, tiny
 from utils.finite import NotFiniteError
 
 ROWS = {"sound": 0.0, "nan": float("nan"), "inf": float("inf"), "-inf": float("-inf"), "huge": 3e38}
@@ -73,3 +76,23 @@ def test_the_first_such_code_is_named(decode, cfg_scale, engine):
     alone = [streams(6)[i] for i in (~hit).nonzero()[:, 0].tolist()]
     assert torch.equal(generate(model, cond[~hit], 9, cfg_scale=cfg_scale, decode=decode, window=4, generators=alone),
                        sound[~hit])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_drafts_that_turn_out_wrong_spoil_nothing(value, engine):
+    """They go through the model beside tokens that do not see them, whose logits stay what they are."""
+    for seed in range(6):
+        model = tiny(seed=seed, grid=(3, 4))
+        model.tok_embeddings.weight.data[torch.arange(seed, V, 9)] = value
+        decoder, found = CodeDecoder(model), []
+        decoder.reserve(4)
+        for window in (1, 3, 9):
+            for i in range(4):
+                decoder.join(Request(i % 3, Raster(np.full(12, 2.0), window=window), 10 * seed + i))
+            done = []
+            while decoder.active:
+                done += decoder.step()
+            ends = {one.slot: 12 if one.broken is None else one.broken for one in done}
+            found.append([(ends[one.slot], one.codes[:ends[one.slot]].tolist())
+                          for one in sorted(done, key=lambda one: one.slot)])
+        assert found[0] == found[1] == found[2], seed
