@@ -82,6 +82,9 @@ class StepLayout:
         begin[owner[len(turns):]] = (np.cumsum(counts) - counts)[len(turns):]
         turn, within = turn[:drawn], self.ask_within[:drawn]
         self.other = np.where(guided[turn] == 1, begin[like[turn]] + within, -1)
+        copied = np.flatnonzero((guided == 1) & (like != everyone))
+        self.copies = [(int(slots + slot[source]), (slots + slot[copied[like[copied] == source]]).tolist(),
+                        int(prefix[source])) for source in np.unique(like[copied])]  # (row, to rows, tokens)
         self.fresh, self.drafts = bool(fresh.any()), bool((count[block == 0] > 1).any())
 
         sizes = [5 * len(self.turn), 4 * len(self.ask_turn), 7 * drawn]

@@ -15,21 +15,11 @@ from torch import Tensor
 from autoregressive.models.batch import Batch, StepLayout, Turn
 from autoregressive.models.engines import Decodable, Engine, engine_for
 from autoregressive.models.graphs import StepGraphs
-from autoregressive.models.plan import Request
+from autoregressive.models.plan import Finished, Request
 from autoregressive.models.sampling import Settings, choose
 
 NEVER = 2**62  # a position beyond all
 PREFILL_TOKENS = 4096  # prefix tokens in one step at most: bounds the memory
-
-
-@dataclass
-class Finished:
-    """An image that is complete: its codes (L,) int64 in raster order. broken: the first position whose logits were not
-    finite, None if all were."""
-
-    slot: int
-    codes: Tensor
-    broken: int | None
 
 
 @dataclass
@@ -84,12 +74,10 @@ class CodeDecoder:
 
         Raises ValueError for what the model cannot do, RuntimeError when all slots are taken.
         """
+        assert self.slots, "no room was reserved: call reserve first"
         plan, config = request.plan, self.model.config
-        request.check(vocab_size=config.vocab_size, length=self.length, guided=self.guided)
+        request.check(vocab_size=config.vocab_size, length=self.length, guided=self.guided, queries=self.queries)
         self.model.check(request.condition, request.visible)
-        if plan.block != self.queries:
-            raise ValueError("models with a stream of queries draw codes in groups, others in raster order: the plan "
-                             f"is {type(plan).__name__}")
         if any(plan is active.request.plan for active in self.active.values()):
             raise ValueError("the plan is that of another request: each needs one of its own")
         if not self.free:
@@ -123,8 +111,8 @@ class CodeDecoder:
         run = partial(self._run, prefix=self._begin(turns) if batch.fresh else None)
         kind = self.settings.largest_k, self.settings.uses_top_p
         *_, right = self.graphs.run(batch, run, kind=kind, rounding=self.rounding)
-        if batch.fresh:
-            self._share(turns)
+        for source, targets, tokens in self.layout.copies:
+            self.engine.copy(source, torch.tensor(targets, device=self.codes.device), length=tokens)
         right, done, at = right.cpu().numpy() if batch.drafts else None, [], 0
         for turn, first in zip(turns, firsts, strict=True):
             active = self.active[turn.slot]
@@ -182,16 +170,6 @@ class CodeDecoder:
         own += [without[self.active[turn.slot].tokens] for i, turn in enumerate(turns)
                 if turn.fresh and turn.guided and turn.like == i]
         return torch.cat(own)
-
-    def _share(self, turns: list[Turn]) -> None:
-        """Copy unconditional prefixes that were fed once for several requests."""
-        copies: dict[int, list[int]] = {}
-        for i, turn in enumerate(turns):
-            if turn.like != i:
-                copies.setdefault(turn.like, []).append(self.slots + turn.slot)
-        for source, targets in copies.items():
-            self.engine.copy(self.slots + turns[source].slot, torch.tensor(targets, device=self.codes.device),
-                             length=turns[source].prefix)
 
     def _run(self, batch: Batch, *, prefix: Tensor | None, fused: bool) -> tuple[Tensor, Tensor, Tensor]:
         """What a step does on the device: (logits (a, V), codes (d,), which of them are decided (d,)). Here codes are

@@ -53,8 +53,8 @@ def generate(model: Transformer, cond: Tensor, max_new_tokens: int, emb_masks: T
     range, NotFiniteError, at the end, for logits that were not finite.
     """
     batch = len(cond)
-    if model.config.model_type == "c2i":
-        cond = cond.reshape(batch, -1).squeeze(1)  # labels may be a column (B, 1)
+    if model.config.model_type == "c2i" and cond.ndim == 2 and cond.shape[1] == 1:
+        cond = cond[:, 0]
     _check_call(model, cond, max_new_tokens, emb_masks, decode=decode, window=window)
     scales, temperatures, ks, ps = (_per_image(name, value, batch, whole=name == "top_k") for name, value in (
         ("cfg_scale", cfg_scale), ("temperature", temperature), ("top_k", top_k), ("top_p", top_p)))

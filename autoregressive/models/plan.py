@@ -114,11 +114,15 @@ class Request:
     greedy: bool = False  # the best code instead of a draw
     known: Tensor | None = None
 
-    def check(self, *, vocab_size: int, length: int, guided: bool) -> None:
-        """Raise ValueError for what makes no sense, or has no room where `length` codes, `guided` or not, have it."""
+    def check(self, *, vocab_size: int, length: int, guided: bool, queries: bool) -> None:
+        """Raise ValueError for what makes no sense, or has no room where `length` codes, `guided` or not, have it.
+        queries: whether the model has a stream of them."""
         check_sampling(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
         if self.plan.decided > self.plan.known:
             raise ValueError("the plan has begun: it is for one request, once")
+        if self.plan.block != queries:
+            raise ValueError("models with a stream of queries draw codes in groups, others in raster order: the plan "
+                             f"is {type(self.plan).__name__}")
         with_guidance = {True: "with guidance", False: "without guidance"}
         if len(self.plan.order) > length or (self.plan.guided_until and not guided):
             raise ValueError(f"a plan of {len(self.plan.order)} codes {with_guidance[self.plan.guided_until > 0]} does "
@@ -130,3 +134,13 @@ class Request:
             raise ValueError(f"known codes lie in [{min(known)}, {max(known)}], the model has 0 to {vocab_size - 1}")
         if not -2**63 <= self.key < 2**63:
             raise ValueError(f"the key {self.key} does not fit into 64 bits")
+
+
+@dataclass
+class Finished:
+    """An image that is complete: its codes (L,) int64 in raster order. broken: the first position whose logits were not
+    finite, None if all were."""
+
+    slot: int
+    codes: Tensor
+    broken: int | None

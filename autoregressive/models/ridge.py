@@ -21,6 +21,7 @@ GAIN = 0.44  # a window of w drafts decides about w ** GAIN codes: 1.8 of 4, 2.5
 WORTH = 1.1  # times as fast as single codes: less is not worth it
 DEAR = 8.0  # times as long as a step of one token: larger windows cannot pay
 REPEATS = 4
+PATIENCE = 2.0  # seconds after which a step of each size is timed once, and after twice as long none
 
 _KNOWN: dict[tuple, list[tuple[int, float]]] = {}
 
@@ -46,14 +47,18 @@ def step_seconds(model: Transformer) -> list[tuple[int, float]]:
            config.n_layer, config.dim, config.n_head, config.n_kv_head, config.hidden, config.vocab_size,
            config.block_size)
     if key not in _KNOWN:
-        _KNOWN[key] = remembered("step-seconds", key, lambda: measure_steps(model))
-    return _KNOWN[key]
+        try:
+            kept = remembered("step-seconds", key, lambda: measure_steps(model))
+            _KNOWN[key] = [(int(tokens), float(seconds)) for tokens, seconds in kept]
+        except (TypeError, ValueError):  # somebody else wrote into the file
+            _KNOWN[key] = measure_steps(model)
+    return _KNOWN[key] or [(1, 1.0)]
 
 
 def measure_steps(model: Transformer) -> list[tuple[int, float]]:
-    """The same, measured now: some steps of each size, about a second in all for GPT-B on two cores, half a minute for
-    GPT-3B. On a busy machine some take ten times as long, but fewer tokens never longer than more."""
-    config, decoder, found = model.config, CodeDecoder(model), []
+    """The same, measured now: some steps of each size, about a second in all for GPT-B on two cores, some seconds for
+    the largest models. On a busy machine some take ten times as long, but fewer tokens never longer than more."""
+    config, decoder, found, spent = model.config, CodeDecoder(model), [], 0.0
     decoder.reserve(1, guided=False)
     condition = 0 if config.model_type == "c2i" else torch.zeros(
         config.cls_token_num, config.caption_dim, dtype=next(model.parameters()).dtype)
@@ -61,15 +66,16 @@ def measure_steps(model: Transformer) -> list[tuple[int, float]]:
         plan, spans = Raster(np.ones(config.block_size), window=tokens), []
         slot = decoder.join(Request(condition, plan, key=0))
         decoder.step()
-        while slot in decoder.active and len(spans) < REPEATS and plan.next()[2] == tokens:
+        while slot in decoder.active and len(spans) < (REPEATS if spent < PATIENCE else 1) and plan.next()[2] == tokens:
             start = time.perf_counter()
             decoder.step()
             if decoder.codes.device.type == "cuda":
                 torch.cuda.synchronize(decoder.codes.device)
             spans.append(time.perf_counter() - start)
+            spent += spans[-1]
         if slot in decoder.active:
             decoder.leave(slot)
-        if not spans or (found and min(spans) > DEAR * found[0][1]):
+        if not spans or (found and (min(spans) > DEAR * found[0][1] or spent > 2 * PATIENCE)):
             break
         found.append((tokens, min(spans)))
     for i in reversed(range(len(found) - 1)):
