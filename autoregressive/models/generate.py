@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from autoregressive.models.decoder import CodeDecoder
 from autoregressive.models.gpt import Transformer
@@ -99,6 +99,7 @@ def generate(model: Transformer, cond: Tensor, max_new_tokens: int, emb_masks: T
 # ---- idle decoders: one for each model, with its caches, for the next call
 
 _IDLE: WeakKeyDictionary[Transformer, CodeDecoder] = WeakKeyDictionary()
+_CALLS: WeakKeyDictionary[Transformer, list[list[nn.Module]]] = WeakKeyDictionary()  # in progress: modules to train on
 _LOCK = threading.Lock()
 
 
@@ -132,15 +133,24 @@ def check_logits(broken: list[int | None]) -> None:
 
 @contextlib.contextmanager
 def _evaluating(model: Transformer) -> Iterator[None]:
-    """Within the block the model is in eval mode; tensors made there may be used in any mode later."""
-    training = [module for module in model.modules() if module.training]
-    with torch.inference_mode(False), torch.no_grad():
-        try:
-            model.eval()
+    """Within the block the model is in eval mode, until the last of several threads has left it; tensors made there may
+    be used in any mode later."""
+    with _LOCK:
+        calls = _CALLS.setdefault(model, [])
+        calls.append([module for module in model.modules() if module.training])
+        model.eval()
+    try:
+        with torch.inference_mode(False), torch.no_grad():
             yield
-        finally:
-            for module in training:
-                module.training = True
+    finally:
+        with _LOCK:
+            training = calls.pop()
+            if calls:
+                calls[0] += training
+            else:
+                del _CALLS[model]
+                for module in training:
+                    module.training = True
 
 
 def _check_call(model: Transformer, cond: Tensor, length: int, emb_masks: Tensor | None, *, decode: str,

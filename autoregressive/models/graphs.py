@@ -53,6 +53,7 @@ class StepGraphs:
                 return step(batch, fused=False)
         else:
             self.kept[shape] = None
+        self.kept.move_to_end(shape)
         while len(self.kept) > MOST:
             self.kept.popitem(last=False)
         return results

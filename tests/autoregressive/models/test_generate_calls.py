@@ -1,4 +1,5 @@
 """What stays between calls of `generate`: only buffers, whatever came before. And what if kernels are missing."""
+import contextlib
 import copy
 import gc
 import os
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from autoregressive.models import generate as calls
 from autoregressive.models.decoder import CodeDecoder
 from autoregressive.models.engines import TorchEngine
 from autoregressive.models.generate import generate, release
@@ -97,6 +99,38 @@ def test_models_in_training_sample_in_eval_mode_and_go_on_training(engine, monke
     assert [module.training for module in model.modules()] == modes
 
 
+def test_of_two_calls_at_once_the_last_ends_eval_mode(engine, monkeypatch):
+    model, forward, modes = tiny().train(), engine.forward, []
+    begun, ended = threading.Event(), threading.Event()
+
+    def waiting(self, x, batch):  # the second call begins and ends later
+        if threading.current_thread() is threading.main_thread():
+            assert begun.wait(60)
+        else:
+            begun.set()
+            assert ended.wait(60)
+            modes.append(model.training)
+        return forward(self, x, batch)
+
+    monkeypatch.setattr(engine, "forward", waiting)
+    with ThreadPoolExecutor(1) as pool:
+        evaluating = calls._evaluating
+
+        @contextlib.contextmanager
+        def first(model):
+            with evaluating(model):
+                if threading.current_thread() is threading.main_thread():
+                    found.append(pool.submit(generate, model, torch.arange(3), 9, **ONE))
+                yield
+
+        found = []
+        monkeypatch.setattr(calls, "_evaluating", first)
+        generate(model, torch.arange(3), 9, **ONE)
+        ended.set()
+        found[0].result(60)
+    assert modes and not any(modes) and model.training and not calls._CALLS
+
+
 def test_calls_inside_and_outside_of_inference_mode(engine):
     model, cond = tiny(), torch.arange(3)
     with torch.inference_mode():
@@ -168,14 +202,14 @@ def test_memory_does_not_grow(engine):
 
     model, cond = tiny(vocab_size=1024, n_layer=1), torch.arange(6) % 3
 
-    def calls(count: int) -> None:
+    def call(count: int) -> None:
         for i in range(count):
             way = (ONE, WINDOWS)[i % 2]
             generate(model, cond[:1 + i % 6], 4, cfg_scale=1 + i % 2, generators=streams(1 + i % 6), **way)
 
-    calls(40)
+    call(40)
     before = resident()
-    calls(200)
+    call(200)
     assert resident() - before < 8 * 2**20  # leaked logits of every step would be some 30 MB
 
 

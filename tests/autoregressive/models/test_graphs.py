@@ -1,4 +1,6 @@
 """The path of CUDA graphs, with a stand-in for the capture that runs on a CPU: what it replays, and how it gives up."""
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -180,6 +182,16 @@ def test_few_graphs_are_kept(captures, monkeypatch):
         for size in (8, 1, 3):
             generate(model, torch.arange(size) % 3, 16, decode="sequential", generators=streams(size))
     assert captures.made == 6
+
+
+def test_a_graph_that_was_just_captured_is_not_the_first_to_go(captures, monkeypatch):
+    monkeypatch.setattr(graphs, "MOST", 2)
+    kept = StepGraphs()
+    for name in "ABAC":
+        batch = SimpleNamespace(shape=lambda bucket, name=name: name, fed=torch.zeros(1), tensors=[])
+        batch.over = lambda tensors, batch=batch: batch
+        kept.run(batch, lambda batch, fused: (), kind=None, rounding=0.0)
+    assert [shape for shape, _ in kept.kept] == ["A", "C"] and captures.made == 1
 
 
 @pytest.mark.slow
