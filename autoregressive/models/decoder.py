@@ -48,9 +48,11 @@ class CodeDecoder:
     def reserve(self, requests: int, *, length: int | None = None, guided: bool = True) -> None:
         """Have room for `requests` images of at most `length` codes (None: the model's grid), and see what the model is
         like now: its weights, their type, their device. `guided`: whether guidance may be asked for. Not while there
-        are requests.
+        are requests. Raises ValueError for a model in training mode.
         """
         assert not self.active, f"{len(self.active)} requests are being decoded"
+        if self.model.training:
+            raise ValueError("the model is in training mode, in which dropout would change its images: model.eval()")
         config, weight = self.model.config, next(self.model.parameters())
         length, engine = length or config.block_size, self.engine
         self.engine = engine_for(self.model, engine)

@@ -233,6 +233,12 @@ def test_two_requests_do_not_share_a_plan(engine):
     assert len(run(decoder)) == 1
 
 
+def test_models_in_training_mode_are_refused(engine):
+    model = tiny().train()
+    with pytest.raises(ValueError, match=r"in training mode, .* model\.eval\(\)"):
+        CodeDecoder(model).reserve(1)
+
+
 def test_a_decoder_made_in_inference_mode_works_outside(engine):
     model = tiny()
     decoder, plain = CodeDecoder(model), CodeDecoder(model)
