@@ -70,7 +70,7 @@ class StepLayout:
         self.rows, self.sizes, self.prefix_rows = slot[owner], fed[owner], prefix_rows
         self.rows[len(turns):] += slots
         row, within = _ragged(self.sizes)
-        self.turn, self.within = turn, _ = owner[row], within
+        self.turn, self.within = turn, within = owner[row], within
         self.codes, self.base, self.prefix, self.fed = within >= embedded[turn], slot[turn] * width, prefix[turn], fed
         self.all_codes, self.block = bool(self.codes.all()), (block[turn] == 1) & self.codes
         self.counts = counts = count[owner]

@@ -74,7 +74,7 @@ def test_a_thousand_requests_join_and_leave_at_random(kind, dtype, native):
             expected = run(alone)[slot]
             assert torch.equal(done.codes, expected) and done.broken is None, seed
             finished += 1
-    assert finished + cancelled == MANY and finished > 500 < MANY - cancelled and cancelled > 50
+    assert finished + cancelled == MANY and finished > 500 and cancelled > 50
     assert sorted(decoder.free) == list(range(7)) and len(decoder.codes) == 7
 
 

@@ -141,7 +141,7 @@ def test_auto_takes_windows_while_they_pay(seconds, temperature, window, native,
     codes = generate(model, cond, 64, generators=streams(5), window=4, statistics=told, **settings)
     assert told.window == window and told.tokens == 63
     if seconds is None:
-        assert 0 < told.steps < 63 + 1  # windows were tried, and given up
+        assert told.steps < 63  # windows were tried before they were given up
     keys = keys_of(streams(5))
     assert torch.equal(codes, plain_codes(model, cond, 64, keys=keys, scale=torch.tensor(settings["cfg_scale"]),
                                           interval=20, temperature=temperature))
