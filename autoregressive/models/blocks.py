@@ -86,11 +86,58 @@ class Attention(nn.Module):
         if cache is not None:
             cache.write(layer, k[0], v[0])
             return self.wo(cache.attend(layer, q[0]).flatten(1))[None]
-        q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (B, heads, T, K)
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.kv_heads != self.heads,
-            dropout_p=self.attn_dropout if self.training else 0.0)
-        return self.dropout(self.wo(out.transpose(1, 2).flatten(2)))
+        return self.dropout(self.wo(attended(q, k, v, mask, dropout=self.attn_dropout if self.training else 0.0)))
+
+
+def attended(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, dropout: float) -> Tensor:
+    """Attention of q (B, T, H, K) over k and v (B, T, KV heads, K) → (B, T, H K). mask (B or 1, 1, T, T), or None:
+    causal."""
+    q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (B, heads, T, K)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
+                                         enable_gqa=q.shape[1] != k.shape[1], dropout_p=dropout)
+    return out.transpose(1, 2).flatten(2)
+
+
+def normed_and_rotated(x: Tensor, norm: RMSNorm, rope: Tensor, head_dim: int, q: nn.Linear | None,
+                       k: nn.Linear | None, v: nn.Linear | None) -> list[Tensor]:
+    """norm(x) of x (B, T, D) through each of the given layers, in heads (B, T, heads, K), all but v rotated by `rope`;
+    what has no layer has no heads."""
+    linears = [linear for linear in (q, k, v) if linear is not None]
+    if lean.applies(*linears):
+        heads = [0 if linear is None else linear.out_features // head_dim for linear in (q, k)]
+        packed = torch.cat([linear.weight for linear in linears])  # one product in place of three
+        return list(lean.normed_qkv(x, norm.weight, norm.eps, packed, rope, tuple(heads)))
+    x = norm(x)
+    none = x.new_empty(*x.shape[:2], 0, head_dim)
+    q, k, v = (none if linear is None else linear(x).unflatten(-1, (-1, head_dim)) for linear in (q, k, v))
+    return [part if part is v or part is none else apply_rope(part, rope) for part in (q, k, v)]
+
+
+class SplitAttention(nn.Module):
+    """Attention with a projection each for queries, keys and values; or, without `stores`, for queries alone, which
+    attend keys and values that are made elsewhere."""
+
+    def __init__(self, config: ModelArgs, *, stores: bool) -> None:
+        super().__init__()
+        self.head_dim, self.attn_dropout = config.dim // config.n_head, config.attn_dropout_p
+        kv_width = config.n_kv_head * self.head_dim
+        self.to_q = nn.Linear(config.dim, config.dim, bias=False)
+        self.to_k = nn.Linear(config.dim, kv_width, bias=False) if stores else None
+        self.to_v = nn.Linear(config.dim, kv_width, bias=False) if stores else None
+        self.proj = nn.Linear(config.dim, config.dim, bias=False)
+        self.dropout = lean.Dropout(config.resid_dropout_p)
+
+    def forward(self, x: Tensor, norm: RMSNorm, rope: Tensor, mask: Tensor | None, cache: KVCache | None, layer: int,
+                shared: tuple[Tensor, Tensor] | None) -> Tensor:
+        """norm(x) through the layer; as `Attention`. `shared`: keys and values (B, T, KV heads, K) where this layer has
+        none; with a cache they are what its layer `layer` holds."""
+        q, k, v = normed_and_rotated(x, norm, rope, self.head_dim, self.to_q, self.to_k, self.to_v)
+        if cache is not None:
+            if self.to_k is not None:
+                cache.write(layer, k[0], v[0])
+            return self.proj(cache.attend(layer, q[0]).flatten(1))[None]
+        k, v = (k, v) if shared is None else shared
+        return self.dropout(self.proj(attended(q, k, v, mask, dropout=self.attn_dropout if self.training else 0.0)))
 
 
 class AttentionParts(NamedTuple):
@@ -149,4 +196,30 @@ class TransformerBlock(nn.Module):
         heads, kv_heads = (count * attention.head_dim for count in (attention.heads, attention.kv_heads))
         packed = [(attention.wqkv, first) for first in (0, heads, heads + kv_heads)]
         return (AttentionParts(self.attention_norm, *packed, attention.wo),
+                FeedForwardParts(self.ffn_norm, ffn.w1, ffn.w3, ffn.w2))
+
+
+class SplitBlock(nn.Module):
+    """The same with `SplitAttention`, under the names of ARPG's checkpoints; without `stores` it is a layer of queries
+    that attend shared keys and values."""
+
+    def __init__(self, config: ModelArgs, drop_path: float, *, stores: bool) -> None:
+        super().__init__()
+        self.attn = SplitAttention(config, stores=stores)
+        self.ffn = FeedForward(config.dim, config.hidden, dropout=config.ffn_dropout_p)
+        self.attn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor, rope: Tensor, cache: KVCache | None = None, mask: Tensor | None = None,
+                layer: int = 0, shared: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """x (B, T, D) → (B, T, D); see `SplitAttention`."""
+        x = x + self.drop_path(self.attn(x, self.attn_norm, rope, mask, cache, layer, shared))
+        return x + self.drop_path(self.ffn(x, self.ffn_norm))
+
+    def parts(self) -> tuple[AttentionParts, FeedForwardParts]:
+        """The block as the C++ kernels take it."""
+        attn, ffn = self.attn, self.ffn
+        q, k, v = (linear and (linear, 0) for linear in (attn.to_q, attn.to_k, attn.to_v))
+        return (AttentionParts(self.attn_norm, q, k, v, attn.proj),
                 FeedForwardParts(self.ffn_norm, ffn.w1, ffn.w3, ffn.w2))

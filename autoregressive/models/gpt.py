@@ -2,34 +2,31 @@
 
 `GPT_models` is the registry; state-dict names are those of the released checkpoints.
 """
-import zlib
 from collections.abc import Callable
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autoregressive.models.args import PRESETS, ModelArgs, find_multiple
 from autoregressive.models.attend import KVCache
+from autoregressive.models.base import CodeModel
 from autoregressive.models.batch import Batch
 from autoregressive.models.blocks import Parts, RMSNorm, TransformerBlock
 from autoregressive.models.conditions import CaptionEmbedder, LabelEmbedder
 from autoregressive.models.lean import Dropout
-from autoregressive.models.linear_cross_entropy import linear_cross_entropy
-from autoregressive.models.rope import rope_table
 from utils.compatible import missing_names
-from utils.seeding import derive_seed
 
 UNCONDITIONAL = "cls_embedding.uncond_embedding"
 
 
-class Transformer(nn.Module):
+class Transformer(CodeModel):
     """From the prefix and codes x_1 … x_{L-1} to the logits of x_1 … x_L."""
 
+    HEAD = "output"
+
     def __init__(self, config: ModelArgs) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         if config.model_type == "c2i":
             self.cls_embedding = LabelEmbedder(config.num_classes, config.dim, dropout_prob=config.class_dropout_prob)
         else:
@@ -42,46 +39,16 @@ class Transformer(nn.Module):
             TransformerBlock(config, rate) for rate in rates)
         self.norm = RMSNorm(config.dim, eps=config.norm_eps)
         self.output = nn.Linear(config.dim, config.vocab_size, bias=False)
-        self._rope: dict[torch.device, Tensor] = {}  # not a buffer: the table must stay fp32 and must not be saved
         if not self.output.weight.is_meta:
             self.init_weights(int(torch.randint(2**62, ())))
 
-    @torch.no_grad()
-    def init_weights(self, seed: int, *, assign: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> None:
-        """Draw every matrix from N(0, 0.02^2), the head zero, so that the first loss is ln V; norms start at one.
-
-        A tensor's values depend on (seed, its name) only, and one is drawn at a time, on the CPU: models that are
-        spread over processes start from the same weights. `assign(own, values)` copies the values.
-        """
-        for name, tensor in [*self.named_parameters(), *self.named_buffers()]:
-            if name == "output.weight":
-                values = torch.zeros(tensor.shape)
-            elif tensor.ndim < 2:
-                values = torch.ones(tensor.shape)
-            else:
-                std = self.config.caption_dim ** -0.5 if name == UNCONDITIONAL else self.config.initializer_range
-                stream = torch.Generator().manual_seed(derive_seed(seed, zlib.crc32(name.encode())))
-                values = torch.empty(tensor.shape, device="cpu").normal_(std=std, generator=stream)
-            assign(tensor, values)
+    def first_std(self, name: str) -> float:
+        """See `CodeModel.first_std`."""
+        return self.config.caption_dim ** -0.5 if name == UNCONDITIONAL else super().first_std(name)
 
     def blocks(self) -> list[nn.Module]:
         """The modules that training checkpoints, compiles and shards one by one (utils/training/parallel.py)."""
         return list(self.layers)
-
-    def set_grid(self, grid: tuple[int, int]) -> None:
-        """Change the token grid to (h, w), which no weight depends on."""
-        self.config.grid, self.config.block_size = tuple(grid), grid[0] * grid[1]
-        self._rope.clear()
-
-    def rope(self, device: torch.device) -> Tensor:
-        """The rotary table on `device`, (prefix + L, K/2, 2) fp32."""
-        if device not in self._rope:
-            config = self.config
-            with torch.device("cpu"), torch.inference_mode(False):  # the same bits on every device, usable in training
-                table = rope_table(config.grid, config.dim // config.n_head, config.cls_token_num,
-                                   base=config.rope_base)
-                self._rope[device] = table.to(device)
-        return self._rope[device]
 
     def hidden_states(self, x: Tensor, *, mask: Tensor | None, rope: Tensor, cache: KVCache | None = None) -> Tensor:
         """Run the layers on embeddings x (B, T, D) with rotary rows `rope` (T, K/2, 2) or (B, T, K/2, 2) → (B, T, D),
@@ -96,18 +63,6 @@ class Transformer(nn.Module):
         """Codes (n,) → (n, D)."""
         return self.tok_embeddings(codes)
 
-    def check(self, condition: int | Tensor, visible: Tensor | None) -> None:
-        """Raise ValueError for a condition that the model does not take: labels are 0 to num_classes, which is none."""
-        config, text = self.config, self.config.model_type == "t2i"
-        if not text and not (isinstance(condition, int) and 0 <= condition <= config.num_classes):
-            raise ValueError(f"class {condition} is out of range: the model has 0 to {config.num_classes - 1} (and "
-                             f"{config.num_classes} for none)")
-        shape = config.cls_token_num, config.caption_dim
-        if text and (not isinstance(condition, Tensor) or condition.shape != shape):
-            raise ValueError(f"text features are {tuple(getattr(condition, 'shape', ()))}, the model takes {shape}")
-        if visible is not None and visible.shape != (config.cls_token_num,):
-            raise ValueError(f"the mask of the prefix is {tuple(visible.shape)}, expected ({config.cls_token_num},)")
-
     def prefix(self, conditions: list[int] | list[Tensor]) -> tuple[Tensor, Tensor]:
         """Labels, or text features (N, caption_dim) each → prefixes (n, N, D), and the one of no condition (N, D)."""
         embed, weight = self.cls_embedding, self.tok_embeddings.weight
@@ -120,9 +75,7 @@ class Transformer(nn.Module):
 
     def new_cache(self, rows: int, tokens: int) -> KVCache:
         """Empty caches for `rows` rows of `tokens` tokens."""
-        config, weight = self.config, self.tok_embeddings.weight
-        return KVCache(config.n_layer, rows, config.n_kv_head, tokens, config.dim // config.n_head,
-                       device=weight.device, dtype=weight.dtype)
+        return self.empty_caches(self.config.n_layer, rows, tokens)
 
     def decode(self, x: Tensor, batch: Batch, cache: KVCache) -> Tensor:
         """Embeddings x (n, D) of a step's tokens → logits (a, V) of those that are asked."""
@@ -153,18 +106,7 @@ class Transformer(nn.Module):
             mask = mask[:, None]
         x = self.hidden_states(x, mask=mask, rope=self.rope(x.device)[:x.shape[1]])
         x = x[:, self.config.cls_token_num - 1:]  # (B, n+1, D)
-        weight = None if valid is None else valid.float()[:, None].expand(targets.shape).flatten()
-        if summed_loss:
-            loss = linear_cross_entropy(x.flatten(0, 1), self.output.weight, targets.flatten(), valid=weight,
-                                        reduction="sum")
-            return loss, loss.new_full((), float(targets.numel())) if weight is None else weight.sum()
-        logits = self.output(x)  # (B, n+1, V)
-        if targets is None:
-            return logits, None
-        if weight is None:
-            return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
-        per_token = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
-        return logits, (per_token * weight).sum() / weight.sum().clamp_min(1)
+        return self.logits_and_loss(x, targets, valid, summed_loss=summed_loss)
 
 
 def _build(width: dict[str, int], **options) -> Transformer:

@@ -1,0 +1,88 @@
+"""All models over image codes by name, and what a state dict says about its model."""
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autoregressive.models.arpg import PRESETS as ARPG_SIZES
+from autoregressive.models.arpg import ARPG_models
+from autoregressive.models.base import CodeModel
+from autoregressive.models.gpt import GPT_models
+
+MODELS: dict[str, Callable[..., CodeModel]] = {**GPT_models, **ARPG_models}
+
+
+@dataclass(frozen=True)
+class StateFacts:
+    """What a state dict says about its model."""
+
+    family: str
+    codes: str  # name of the table with the codes' embeddings
+    classes: str | None  # name of the table with the classes' embeddings, the last "no class"; None for text
+    first_class: int  # the row of class 0 there
+    num_classes: int | None
+    vocab_size: int
+    width: int
+    depth: tuple[int, ...]  # layers; of an ARPG, also those of queries
+
+    @property
+    def size(self) -> str:
+        """Depth, width and vocabulary in words."""
+        return f"{'+'.join(map(str, self.depth))} layers, width {self.width}, {self.vocab_size} codes"
+
+    def options(self) -> dict[str, Any]:
+        """What to build the model with, besides its name."""
+        found = {"vocab_size": self.vocab_size, "num_classes": self.num_classes}
+        if self.family == "ARPG":
+            found |= {"n_layer": self.depth[0], "n_query_layer": self.depth[1]}
+        return found
+
+    def name(self) -> str:
+        """A preset that fits, for files that name none."""
+        if self.family == "GPT":
+            return "GPT-B"
+        return next((name for name, size in ARPG_SIZES.items() if size["dim"] == self.width), "ARPG-L")
+
+    def class_table(self, state: dict[str, Tensor]) -> Tensor:
+        """The classes' embeddings and that of no class, (C + 1, D)."""
+        return state[self.classes][self.first_class:self.first_class + self.num_classes + 1]
+
+    def with_class_table(self, state: dict[str, Tensor], table: Tensor) -> Tensor:
+        """The tensor `classes` of the state with another class table in its place."""
+        whole = state[self.classes]
+        return torch.cat([whole[:self.first_class], table, whole[self.first_class + self.num_classes + 1:]])
+
+
+def facts_of(state: dict[str, Tensor]) -> StateFacts | None:
+    """What a state dict says about its model; None if it is of none of ours."""
+    def count(prefix: str) -> int:
+        return len({name.split(".")[prefix.count(".")] for name in state if name.startswith(prefix)})
+
+    if "tok_embeddings.weight" in state:
+        vocab, width = state["tok_embeddings.weight"].shape
+        table = "cls_embedding.embedding_table.weight"
+        known = len(state[table]) - 1 if table in state else None
+        return StateFacts("GPT", "tok_embeddings.weight", table if table in state else None, 0, known, vocab, width,
+                          (count("layers."),))
+    if "embeddings.weight" in state and "head.weight" in state:
+        (rows, width), vocab = state["embeddings.weight"].shape, len(state["head.weight"])
+        return StateFacts("ARPG", "embeddings.weight", "embeddings.weight", vocab + 1, rows - vocab - 3, vocab, width,
+                          (count("layers.self_dec."), count("layers.cross_dec.")))
+    return None
+
+
+def arpg_depth(name: str, query_layers: int | None) -> dict[str, int]:
+    """Options of an ARPG preset with `query_layers` of all its layers in the second half (None: half of them).
+
+    Raises ValueError for other models, and for more layers than there are.
+    """
+    if query_layers is None:
+        return {}
+    if name not in ARPG_models:
+        raise ValueError(f"--query-layers is for ARPG: {name} has no layers of queries")
+    layers = 2 * ARPG_SIZES[name]["n_layer"]
+    if not 1 <= query_layers <= layers:
+        raise ValueError(f"--query-layers is {query_layers}, {name} has {layers} layers in all: expected 1 to {layers}")
+    return {"n_layer": layers - query_layers, "n_query_layer": query_layers}
