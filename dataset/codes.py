@@ -24,6 +24,7 @@ from utils.files import few
 from utils.seeding import derive_seed, hash_choice
 
 CONDITION_DROPOUT = 0x434F4E44  # sets these draws apart from others of the same (seed, epoch, index)
+ORDERS = 0x4F524445
 CorruptShards = Literal["refuse", "skip"]
 
 
@@ -62,13 +63,16 @@ class CodeBatches(Dataset):
     """Training batches of codes and of some `columns`; what is drawn is fixed by (seed, epoch, index)."""
 
     def __init__(self, store: CodeStore, *, vocab_size: int, seed: int, condition_dropout: float = 0.0,
-                 columns: tuple[str, ...] = ()) -> None:
-        """`condition_dropout`: share of the samples whose condition is left out, for classifier-free guidance."""
+                 columns: tuple[str, ...] = (), any_order: bool = False) -> None:
+        """`condition_dropout`: share of the samples whose condition is left out, for classifier-free guidance;
+        `any_order`: codes come in a random order, another one for each sample and visit."""
+        self.any_order = any_order
         self.store, self.vocab_size, self.seed, self.columns = store, vocab_size, seed, columns
         self.condition_dropout = condition_dropout
 
     def __getitems__(self, keys: np.ndarray) -> dict[str, Any]:
-        """{"codes" (B, L) int64, "labels" (B,) int64, "dropped" (B,) bool, and of each column a list (B)}.
+        """{"codes" (B, L) int64, "labels" (B,) int64, "dropped" (B,) bool, and of each column a list (B)}; in any order
+        also "orders" (B, L) int64, the cells that the codes are of.
 
         Keys (B, 2) are an epoch and an index each. Raises ValueError for a code >= vocab_size.
         """
@@ -81,9 +85,22 @@ class CodeBatches(Dataset):
             raise ValueError(f"{self.store.where(int(rows[place]), int(views[place]))} holds code {wrong}, but the "
                              f"model's vocabulary is {self.vocab_size}: give the tokenizer's size by --vocab-size")
         chance = hash_choice(derive_seed(self.seed, CONDITION_DROPOUT), epochs, indices, options=2**24) / 2**24
+        orders = {}
+        if self.any_order:
+            cells = random_orders(self.seed, epochs, indices, length=codes.shape[1])
+            codes, orders = np.take_along_axis(codes, cells, 1), {"orders": torch.from_numpy(cells)}
         return {"codes": torch.from_numpy(codes), "labels": torch.from_numpy(labels),
-                "dropped": torch.from_numpy(chance < self.condition_dropout),
+                "dropped": torch.from_numpy(chance < self.condition_dropout), **orders,
                 **{name: self.store.column(name, rows) for name in self.columns}}
+
+
+def random_orders(seed: int, epochs: np.ndarray, indices: np.ndarray, *, length: int) -> np.ndarray:
+    """For each (epoch, index) (B,) a uniformly random permutation of 0 … length - 1, (B, length), fixed by (seed,
+    epoch, index)."""
+    stream = derive_seed(seed, ORDERS)
+    samples = hash_choice(stream, epochs, indices, options=2**63)
+    draws = hash_choice(stream, samples[:, None], np.arange(length)[None], options=2**63)  # (B, length)
+    return np.argsort(draws, axis=1)
 
 
 def open_stores(paths: str, *, subfolder: str | None = None, grid: tuple[int, int] | None = None,

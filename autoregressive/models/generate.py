@@ -15,7 +15,7 @@ from autoregressive.models.decoder import CodeDecoder
 from autoregressive.models.plan import Request
 from autoregressive.models.planning import Decode, any_order_plans, check_call, per_image, raster_plans
 from autoregressive.models.sampling import check_sampling
-from autoregressive.models.schedule import Schedule
+from autoregressive.models.schedule import DrawSchedule
 from utils.compatible import missing_names
 from utils.finite import NotFiniteError
 
@@ -39,8 +39,8 @@ def generate(model: CodeModel, cond: Tensor, max_new_tokens: int, emb_masks: Ten
              temperature: float | Sequence[float] = 1.0, top_k: int | Sequence[int] = 0,
              top_p: float | Sequence[float] = 1.0, sample_logits: bool = True,
              generators: list[torch.Generator] | None = None, decode: Decode = "auto", window: int | None = None,
-             statistics: Statistics | None = None, *, schedule: Schedule | None = None, orders: Tensor | None = None,
-             known: Tensor | None = None) -> Tensor:
+             statistics: Statistics | None = None, *, schedule: DrawSchedule | None = None,
+             orders: Tensor | None = None, known: Tensor | None = None) -> Tensor:
     """Generate codes (B, max_new_tokens) int64 in raster order, in eval mode.
 
     cond: labels (B,) or (B, 1), or text features (B, N, caption_dim); emb_masks (B, N): 1 where the prefix is text, 0
@@ -81,7 +81,7 @@ def generate(model: CodeModel, cond: Tensor, max_new_tokens: int, emb_masks: Ten
     with _evaluating(model):
         steps = math.floor(cfg_interval) + 2 if cfg_interval > -1 else None  # that are guided, the prefill's included
         if model.any_order:
-            plans = any_order_plans(model, schedule or Schedule(), given, orders=orders, generators=generators,
+            plans = any_order_plans(model, schedule or DrawSchedule(), given, orders=orders, generators=generators,
                                     scales=scales, guided_steps=steps)
         else:
             plans = raster_plans(model, given, decode=decode, window=window, scales=scales, guided_steps=steps)

@@ -16,6 +16,8 @@ from autoregressive.models.blocks import (
     FeedForward,
     FeedForwardParts,
     RMSNorm,
+    SplitAttention,
+    SplitBlock,
     TransformerBlock,
 )
 from autoregressive.models.quantized import QuantizedLinear
@@ -24,7 +26,8 @@ from native.build import load, pointer
 SIDE = 16  # positions side by side in the cache of keys: the constant of the same name in native/decode.cpp
 WEIGHTS = {torch.float32: 0, torch.bfloat16: 1, 8: 2, 4: 3}
 MULTIPLE = {torch.float32: 8, torch.bfloat16: 16, 8: 32, 4: 64}  # layer widths must be multiples
-KNOWN = (RMSNorm, Attention, FeedForward, TransformerBlock)  # what the kernels compute; a subclass may not
+KNOWN = (RMSNorm, Attention, FeedForward, TransformerBlock, SplitAttention, SplitBlock)  # what the kernels compute; a
+# subclass may not
 
 
 class _Linear(ctypes.Structure):  # this and the following: the structs of native/decode.cpp

@@ -10,7 +10,7 @@ from torch import Tensor
 from autoregressive.models.base import CodeModel
 from autoregressive.models.plan import Groups, Raster
 from autoregressive.models.ridge import WINDOWS, best_window
-from autoregressive.models.schedule import Schedule, cell_order, known_first
+from autoregressive.models.schedule import DrawSchedule, cell_order, known_first
 
 Decode = Literal["auto", "sequential", "jacobi"]
 
@@ -43,7 +43,7 @@ def raster_plans(model: CodeModel, given: Tensor, *, decode: Decode, window: int
     return plans
 
 
-def any_order_plans(model: CodeModel, schedule: Schedule, given: Tensor, *, orders: Tensor | None,
+def any_order_plans(model: CodeModel, schedule: DrawSchedule, given: Tensor, *, orders: Tensor | None,
                     generators: Sequence[torch.Generator | None], scales: list[float],
                     guided_steps: int | None) -> list[Groups | None]:
     """Plans of an ARPG; given, and None among what is returned: as above. orders (L,) or (B, L): instead of the
@@ -66,7 +66,7 @@ def any_order_plans(model: CodeModel, schedule: Schedule, given: Tensor, *, orde
 
 
 def check_call(model: CodeModel, cond: Tensor, length: int, emb_masks: Tensor | None, *, decode: str,
-                window: int | None, schedule: Schedule | None, orders: Tensor | None) -> None:
+                window: int | None, schedule: DrawSchedule | None, orders: Tensor | None) -> None:
     """Raise ValueError for what `generate` cannot do with this model; arguments as there."""
     config = model.config
     if model.any_order and (decode == "jacobi" or window is not None):

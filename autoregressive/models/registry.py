@@ -1,7 +1,6 @@
 """All models over image codes by name, and what a state dict says about its model."""
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,12 +31,9 @@ class StateFacts:
         """Depth, width and vocabulary in words."""
         return f"{'+'.join(map(str, self.depth))} layers, width {self.width}, {self.vocab_size} codes"
 
-    def options(self) -> dict[str, Any]:
-        """What to build the model with, besides its name."""
-        found = {"vocab_size": self.vocab_size, "num_classes": self.num_classes}
-        if self.family == "ARPG":
-            found |= {"n_layer": self.depth[0], "n_query_layer": self.depth[1]}
-        return found
+    def layers(self) -> dict[str, int]:
+        """How many layers to build an ARPG of any preset with; a GPT has those of its preset."""
+        return dict(zip(("n_layer", "n_query_layer"), self.depth, strict=True)) if self.family == "ARPG" else {}
 
     def name(self) -> str:
         """A preset that fits, for files that name none."""

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from autoregressive.models.base import CodeModel
 from autoregressive.models.decoder import CodeDecoder
-from autoregressive.models.gpt import Transformer
 from autoregressive.models.native_engine import fitting_kernels
 from autoregressive.models.plan import Raster, Request
 from native.build import cpu
@@ -26,7 +26,7 @@ PATIENCE = 2.0  # seconds after which a step of each size is timed once, and aft
 _KNOWN: dict[tuple, list[tuple[int, float]]] = {}
 
 
-def best_window(model: Transformer, *, rows: int, windows: Sequence[int] = WINDOWS) -> tuple[int, float]:
+def best_window(model: CodeModel, *, rows: int, windows: Sequence[int] = WINDOWS) -> tuple[int, float]:
     """(which of the windows to draw `rows` rows in, how many times as long as one code it takes); (1, 1) if none pays,
     as far as one can know before it is tried."""
     sizes, seconds = zip(*step_seconds(model), strict=True)
@@ -39,7 +39,7 @@ def best_window(model: Transformer, *, rows: int, windows: Sequence[int] = WINDO
     return (best, prices[best]) if best**GAIN / prices[best] > WORTH else (1, 1.0)
 
 
-def step_seconds(model: Transformer) -> list[tuple[int, float]]:
+def step_seconds(model: CodeModel) -> list[tuple[int, float]]:
     """(tokens, seconds of a step of so many), choosing codes included; kept in the cache folder."""
     config, weight = model.config, next(model.parameters())
     device = cpu() if weight.device.type == "cpu" else torch.cuda.get_device_name(weight.device)
@@ -55,7 +55,7 @@ def step_seconds(model: Transformer) -> list[tuple[int, float]]:
     return _KNOWN[key] or [(1, 1.0)]
 
 
-def measure_steps(model: Transformer) -> list[tuple[int, float]]:
+def measure_steps(model: CodeModel) -> list[tuple[int, float]]:
     """The same, measured now: some steps of each size, about a second in all for GPT-B on two cores, some seconds for
     the largest models. On a busy machine some take ten times as long, but fewer tokens never longer than more."""
     config, decoder, found, spent = model.config, CodeDecoder(model), [], 0.0

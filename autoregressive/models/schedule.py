@@ -19,7 +19,7 @@ STEPS = 64
 
 
 @dataclass(frozen=True)
-class Schedule:
+class DrawSchedule:
     """The choices for an image. steps: for a whole image, at most one per code (None: 64, or the codes of a smaller
     grid); of an image that is known in part, the same share of the steps."""
 
@@ -38,13 +38,15 @@ class Schedule:
             raise ValueError(f"--step is {self.steps}, expected 1 to {length}, the codes of an image: every step draws "
                              "one at least")
 
+    def sizes(self, length: int, *, known: int = 0) -> list[int]:
+        """How many codes each step draws of an image of `length`, of which `known` are given."""
+        steps, left = min(STEPS, length) if self.steps is None else self.steps, length - known
+        return group_sizes(left, max(1, round(steps * left / length)), self.sample_schedule)
+
     def plan(self, order: np.ndarray, *, cfg_scale: float, guided_steps: int | None = None, known: int = 0) -> Groups:
         """The plan for `order` (L,), whose first `known` cells hold codes already; guidance only in the first
         `guided_steps` (None: all)."""
-        length = len(order)
-        steps = min(STEPS, length) if self.steps is None else self.steps
-        left = length - known
-        sizes = group_sizes(left, max(1, round(steps * left / length)), self.sample_schedule)
+        sizes = self.sizes(len(order), known=known)
         scales = np.concatenate([np.ones(known), guidance(cfg_scale, sizes, self.cfg_schedule, known=known)])
         if guided_steps is not None:
             scales[known + sum(sizes[:guided_steps]):] = 1

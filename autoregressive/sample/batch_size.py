@@ -27,10 +27,13 @@ def bytes_per_image(pipeline: Pipeline, device: torch.device) -> int:
     """Bytes that each image of a batch adds: keys and values (twice with guidance), logits, pixels on a CPU."""
     config, weight = pipeline.gpt.config, next(pipeline.gpt.parameters())
     rows = 2 if pipeline.settings["cfg_scale"] > 1 else 1
+    parts = pipeline.gpt.parts()
+    caches = len(parts.layers) + (parts.shared is not None)
+    drawn = 1 if pipeline.schedule is None else max(pipeline.schedule.sizes(config.block_size))  # codes in a step
     tokens = config.cls_token_num + config.block_size
-    cache = 2 * config.n_layer * config.n_kv_head * (config.dim // config.n_head) * tokens * weight.element_size()
+    cache = 2 * caches * config.n_kv_head * (config.dim // config.n_head) * tokens * weight.element_size()
     pixels = PIXEL_COPIES * 3 * 4 * math.prod(pipeline.image_size) if device.type == "cpu" else 0
-    return rows * (cache + LOGIT_COPIES * 4 * config.vocab_size) + pixels
+    return rows * (cache + drawn * LOGIT_COPIES * 4 * config.vocab_size) + pixels
 
 
 def decoder_bytes(pipeline: Pipeline, device: torch.device) -> int:

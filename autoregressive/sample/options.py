@@ -1,8 +1,10 @@
 """Flags of the sampling commands."""
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
+from autoregressive.models.base import CodeModel
+from autoregressive.models.schedule import CfgSchedule, DrawSchedule, Order, SampleSchedule
 from autoregressive.train.config import GPTFlags, GuidanceFlags
 from tokenizer.build import TokenizerFlags
 from utils.cli import flag
@@ -19,7 +21,37 @@ def interval(text: str) -> float:
 
 
 @dataclass(kw_only=True)
-class SampleFlags(GPTFlags, TokenizerFlags, GuidanceFlags, CompileFlags):
+class ScheduleFlags:
+    """How an ARPG draws: names as ARPG has them."""
+
+    step: int | None = flag(None, "ARPG: steps that an image is drawn in; None: 64, or one per code of a smaller grid")
+    sample_schedule: SampleSchedule | None = flag(None, "ARPG: how many codes each step draws; None: arccos",
+                                                  choices=get_args(SampleSchedule))
+    cfg_schedule: CfgSchedule | None = flag(None, "ARPG: guidance that rises with the share of the image that is "
+                                                  "there, or stays; None: linear", choices=get_args(CfgSchedule))
+    order: Order | None = flag(None, "ARPG: which cells come first; None: random", choices=get_args(Order))
+    shared_order: bool = flag(False, "ARPG: one random order, fixed by the seed, for all images; else each has its own")
+
+    def draw_schedule(self, model: CodeModel) -> DrawSchedule | None:
+        """What the flags say; None for a GPT. Raises ValueError for flags that the model has no use for."""
+        typed = {"steps": self.step, "sample_schedule": self.sample_schedule, "cfg_schedule": self.cfg_schedule,
+                 "order": self.order}
+        typed = {name: value for name, value in typed.items() if value is not None}
+        if not model.any_order and (typed or self.shared_order):
+            named = next(iter(typed), "shared_order").replace("steps", "step").replace("_", "-")
+            raise ValueError(f"--{named} is for ARPG, which draws many codes at once: leave it out for a GPT")
+        if not model.any_order:
+            return None
+        schedule = DrawSchedule(**typed)
+        schedule.check(model.config.block_size)
+        if self.shared_order and schedule.order != "random":
+            raise ValueError(f"--shared-order is for random orders: --order {schedule.order} is the same for all "
+                             "images")
+        return schedule
+
+
+@dataclass(kw_only=True)
+class SampleFlags(GPTFlags, TokenizerFlags, GuidanceFlags, CompileFlags, ScheduleFlags):
     """Which models, and how codes are drawn."""
 
     from_fsdp: bool = flag(False, "--gpt-ckpt is a bare state dict, or of an FSDP training of ours (read without this "

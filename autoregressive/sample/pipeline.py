@@ -4,7 +4,7 @@ Image (seed, index) comes from its own random stream, so it does not depend on t
 """
 import csv
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -12,11 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from autoregressive.models.generate import Decode, generate
-from autoregressive.models.gpt import GPT_models, Transformer
+from autoregressive.models.base import CodeModel
+from autoregressive.models.blocks import FeedForward
+from autoregressive.models.generate import generate
 from autoregressive.models.native_engine import WEIGHTS, fitting_kernels
+from autoregressive.models.planning import Decode
 from autoregressive.models.quantized import quantize_
+from autoregressive.models.registry import MODELS, facts_of
 from autoregressive.models.sampling import check_sampling
+from autoregressive.models.schedule import DrawSchedule, cell_order
 from autoregressive.sample.options import SampleFlags
 from autoregressive.train.finetune import class_names
 from native.build import available, prepare
@@ -36,18 +40,21 @@ from utils.seeding import sample_generator
 DEFAULT_IMAGE_SIZE = 384  # of the released models; our own checkpoints say theirs
 KINDS = {"int8": 8, "int4": 4}  # bits of --quantize
 LABEL_STREAM = 0x1ABE1  # a stream of its own for labels, so that they are independent of the codes
+ORDER_STREAM = 0x04DE4  # the same for the order that all images share
 
 
 @dataclass
 class Pipeline:
     """A GPT and a tokenizer that belong together."""
 
-    gpt: Transformer
+    gpt: CodeModel
     tokenizer: ImageTokenizer
     classes: list[str] | None
     settings: dict[str, Any]  # cfg_scale, cfg_interval, temperature, top_k, top_p
     described: dict[str, Any]  # models, files' hashes and sizes, for config.json
     decode: Decode = "auto"  # does not change the images
+    schedule: DrawSchedule | None = None  # of an ARPG
+    shared_order: bool = False  # one order for all images of a seed
     warnings: list[str] = field(default_factory=list)  # why the images may be bad
 
     @property
@@ -68,10 +75,13 @@ class Pipeline:
 
     def sample_codes(self, labels: list[int], *, seed: int, indices: list[int]) -> Tensor:
         """Labels, and the index of each image in the stream of `seed` → codes (B, h*w) on the GPT's device."""
-        device = next(self.gpt.parameters()).device
+        device, orders = next(self.gpt.parameters()).device, None
+        if self.shared_order:
+            orders = torch.from_numpy(cell_order("random", self.gpt.config.grid,
+                                                 sample_generator(seed ^ ORDER_STREAM, 0)))
         return generate(self.gpt, torch.tensor(labels, device=device), self.gpt.config.block_size,
                         generators=[sample_generator(seed, index) for index in indices],
-                        decode=self.decode, **self.settings)
+                        decode=self.decode, schedule=self.schedule, orders=orders, **self.settings)
 
     def to_pixels(self, codes: Tensor, *, size: tuple[int, int] | None = None) -> np.ndarray:
         """Codes (B, h*w) → uint8 (B, H, W, 3), resized to `size`."""
@@ -149,8 +159,9 @@ def load_pipeline(flags: SampleFlags, *, device: torch.device) -> Pipeline:
         config_size = flags.image_size or tuple(side * tokenizer.downsample for side in saved["grid"])
     gpt.set_grid(check_image_size(config_size, tokenizer.downsample))
     if flags.compile:
-        for layer in gpt.layers:  # their shapes do not change from step to step
-            layer.feed_forward.compile()
+        for part in gpt.modules():
+            if isinstance(part, FeedForward):  # its shapes mostly stay from step to step
+                part.compile()
         if device.type != "cpu":  # on a CPU our kernels are faster than a compiled decoder
             tokenizer.decoder.compile()
     other = other_tokenizer(saved.get("tokenizer"), vq_name, tokenizer, source=flags.vq_ckpt,
@@ -163,19 +174,25 @@ def load_pipeline(flags: SampleFlags, *, device: torch.device) -> Pipeline:
                         f"{w * tokenizer.downsample} pixels): without --image-size that size is taken")
     for text in warnings:
         cli.warn(text)
+    schedule = flags.draw_schedule(gpt)
+    if schedule is not None and flags.decode == "jacobi":
+        raise ValueError("--decode jacobi is for a GPT: an ARPG draws --step groups of codes")
     settings = {name: getattr(flags, name) for name in ("cfg_scale", "cfg_interval", "temperature", "top_k", "top_p")}
-    described = {"gpt_model": flags.gpt_model or saved.get("gpt_model") or "GPT-B", "vq_model": vq_name,
+    described = {"gpt_model": saved["gpt_model"], "vq_model": vq_name,
                  "gpt_ckpt_sha256": containers.content_hash(flags.gpt_ckpt),
                  "vq_ckpt_sha256": containers.content_hash(flags.vq_ckpt), "dtype": str(next(gpt.parameters()).dtype),
                  "engine": engine_name(gpt, tokenizer), "weights": saved["weights"], "num_classes": config.num_classes,
                  "image_size": list(config_size), **settings}
     if flags.quantize:
         described["dtype"] = flags.quantize
-    return Pipeline(gpt, tokenizer, saved.get("classes"), settings, described, flags.decode, warnings)
+    if schedule is not None:
+        described |= {**asdict(schedule), "shared_order": flags.shared_order}
+    return Pipeline(gpt, tokenizer, saved.get("classes"), settings, described, flags.decode, schedule,
+                    flags.shared_order, warnings)
 
 
-def load_gpt(flags: SampleFlags, *, device: torch.device) -> tuple[Transformer, dict[str, Any]]:
-    """The GPT of --gpt-ckpt in eval mode, and the config that its file holds (little for a foreign file)."""
+def load_gpt(flags: SampleFlags, *, device: torch.device) -> tuple[CodeModel, dict[str, Any]]:
+    """The GPT or ARPG of --gpt-ckpt in eval mode, and the config that its file holds (little for a foreign file)."""
     if flags.gpt_ckpt is None:
         raise ValueError("--gpt-ckpt is missing: which GPT checkpoint?")
     if flags.gpt_type != "c2i":
@@ -185,23 +202,25 @@ def load_gpt(flags: SampleFlags, *, device: torch.device) -> tuple[Transformer, 
     ours = isinstance(content.get("flags"), dict) and content["flags"].get("data_parallel") == "fsdp"
     if flags.from_fsdp and state.keys() != content.keys() and not ours:
         raise ValueError(f"--from-fsdp: {flags.gpt_ckpt} is no bare state dict: leave the flag out")
-    if not {"cls_embedding.embedding_table.weight", "tok_embeddings.weight"} <= state.keys():
+    facts = facts_of(state)
+    if facts is None or facts.classes is None:
         hint = " (it looks like a tokenizer: --vq-ckpt?)" if "quantize.embedding.weight" in state else ""
-        raise ValueError(f"{flags.gpt_ckpt} is no class-conditional GPT checkpoint: it has no class table "
-                         f"or no token embeddings{hint}")
+        raise ValueError(f"{flags.gpt_ckpt} is no class-conditional GPT or ARPG checkpoint: it has no "
+                         f"class table or no token embeddings{hint}")
     saved = dict(content["config"]) if isinstance(content.get("config"), dict) else {}
     saved["weights"] = "ema" if "ema" in content else "model"
-    found = {"num_classes": len(state["cls_embedding.embedding_table.weight"]) - 1,
-             "vocab_size": len(state["tok_embeddings.weight"])}
+    found = {"num_classes": facts.num_classes, "vocab_size": facts.vocab_size}
     for key, value in found.items():
         if getattr(flags, key) not in (None, value):
             raise ValueError(f"--{key.replace('_', '-')} is {getattr(flags, key)}, but {flags.gpt_ckpt} has {value}")
     class_names(content, flags.gpt_ckpt, count=found["num_classes"])
-    name = flags.gpt_model or saved.get("gpt_model") or "GPT-B"
-    if name not in GPT_models:
-        raise ValueError(f"{flags.gpt_ckpt} is of model {name}, which is unknown: choose from {', '.join(GPT_models)}")
+    name = saved["gpt_model"] = flags.gpt_model or saved.get("gpt_model") or facts.name()
+    if name not in MODELS:
+        raise ValueError(f"{flags.gpt_ckpt} is of model {name}, which is unknown: choose from {', '.join(MODELS)}")
+    if not name.startswith(facts.family):
+        raise ValueError(f"{flags.gpt_ckpt} is a {facts.family} of {facts.size}, no {name}: leave --gpt-model out")
     with torch.device("meta"):
-        model = GPT_models[name](cls_token_num=flags.cls_token_num or 1, **found)
+        model = MODELS[name](cls_token_num=flags.cls_token_num or 1, **found, **facts.layers())
     model.to_empty(device="cpu")
     containers.load_strict(model, state, flags.gpt_ckpt)
     model = model.eval().requires_grad_(False)
@@ -219,7 +238,7 @@ def sampling_dtype(flags: SampleFlags, device: torch.device) -> torch.dtype:
     return dist.compute_dtype(flags.precision, device)
 
 
-def engine_name(gpt: Transformer, tokenizer: ImageTokenizer) -> str:
+def engine_name(gpt: CodeModel, tokenizer: ImageTokenizer) -> str:
     """What computes codes and pixels here: other engines round differently, which changes some images a little."""
     codes = "C++ kernels" if fitting_kernels(gpt)[1] is not None else torch_engine(gpt)
     pixels = "C++ kernels" if runs_on_kernels(tokenizer) else torch_engine(tokenizer)

@@ -2,7 +2,7 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from autoregressive.models.gpt import GPT_models
+from autoregressive.models.registry import MODELS
 from autoregressive.train.finetune import FinetuneFlags
 from dataset.build import DatasetFlags
 from dataset.codes import StoreFlags
@@ -19,7 +19,7 @@ class GPTSizeFlags(SizeFlags):
     """Which GPT. What is left out is taken from the checkpoint or the codes."""
 
     shapes_run: ClassVar[bool] = False
-    gpt_model: str | None = flag(None, "size; None: what the checkpoint says, else GPT-B", choices=tuple(GPT_models))
+    gpt_model: str | None = flag(None, "model; None: what the checkpoint says, else GPT-B", choices=tuple(MODELS))
     vocab_size: int | None = flag(None, "number of codes; None: the codes' or checkpoint's, else 16384")
     num_classes: int | None = flag(None, "classes; None: the codes' or checkpoint's; training with 1: without classes")
     downsample_size: int | None = flag(None, "pixels per token side; None: the tokenizer's")
@@ -57,4 +57,6 @@ class GPTTrainFlags(TrainFlags, ParallelFlags, GPTFlags, FinetuneFlags, Tokenize
     drop_path_rate: float = flag(0.0, "stochastic depth, rising linearly with depth to this rate")
     token_noise: float = flag(0.0, "share of input codes replaced by random ones: the model learns to go on after a "
                                    "wrong code of its own (VQGAN's pkeep, arXiv 2012.09841); for small data sets")
+    query_layers: int | None = flag(None, "ARPG: how many of its layers are in the second half, whose queries ask for "
+                                          "cells; None: half of them")
     class_dropout: float = flag(0.1, "how often the condition is dropped, for classifier-free guidance")

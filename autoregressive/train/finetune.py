@@ -13,7 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from autoregressive.models.gpt import Transformer
+from autoregressive.models.arpg import ARPG
+from autoregressive.models.base import CodeModel
+from autoregressive.models.registry import facts_of
 from dataset.code_manifest import same_tokenizer, tokenizer_name
 from dataset.codes import CodeStore
 from utils import cli
@@ -23,8 +25,8 @@ from utils.cli import flag
 from utils.seeding import derive_seed
 from utils.training.run_folder import differences_of
 
-CLASS_TABLE = "cls_embedding.embedding_table.weight"
-ADAPTED = ("attention.wqkv", "attention.wo", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
+ADAPTED = ("attention.wqkv", "attention.wo", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3",
+           "attn.to_q", "attn.to_k", "attn.to_v", "attn.proj", "ffn.w1", "ffn.w2", "ffn.w3")  # of a GPT, of an ARPG
 MOST_RANK = 1024  # more is not low for any of the models
 ALPHA_PER_RANK = 2  # a fixed ratio, so that --lr means the same for every rank
 
@@ -117,21 +119,32 @@ def without_classes(store: CodeStore) -> CodeStore:
 # ---- what is trained
 
 
-def freeze(model: Transformer, choice: str) -> None:
+def freeze(model: CodeModel, choice: str) -> None:
     """Freeze parts of the model; `choice` is the value of --freeze."""
     if choice == "none":
         return
+    if isinstance(model, ARPG) and choice == "all-but-classes":
+        raise ValueError("--freeze all-but-classes: the classes of an ARPG lie in one table with its codes and cannot "
+                         "be trained alone: give --freeze blocks or --lora-rank 8")
     model.requires_grad_(False)
-    model.cls_embedding.requires_grad_(True)
+    for part in embeddings_of(model):
+        part.requires_grad_(True)
     if choice == "blocks":
-        model.tok_embeddings.requires_grad_(True)
-        model.output.requires_grad_(True)
+        model.get_submodule(model.HEAD).requires_grad_(True)
+        if not isinstance(model, ARPG):
+            model.tok_embeddings.requires_grad_(True)
 
 
-def add_lora(model: Transformer, rank: int) -> dict[str, int]:
-    """Put adapters on every block, in place; only they and the class table are trained. Returns {"rank", "alpha"}.
+def embeddings_of(model: CodeModel) -> list[torch.nn.Module]:
+    """What embeds the condition: of an ARPG the one table of classes and codes."""
+    return [model.embeddings if isinstance(model, ARPG) else model.cls_embedding]
 
-    The model stays a Transformer. Works on the meta device too; `initial_weights` gives the values.
+
+def add_lora(model: CodeModel, rank: int) -> dict[str, int]:
+    """Put adapters on every block, in place; only they and the class table are trained (of an ARPG the table of classes
+    and codes). Returns {"rank", "alpha"}.
+
+    The model stays a CodeModel. Works on the meta device too; `initial_weights` gives the values.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
@@ -141,14 +154,15 @@ def add_lora(model: Transformer, rank: int) -> dict[str, int]:
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=list(ADAPTED),
                                        init_lora_weights=False), model)
     if model.config.model_type == "c2i":
-        model.cls_embedding.requires_grad_(True)  # for new classes
+        for part in embeddings_of(model):  # for new classes
+            part.requires_grad_(True)
     return {"rank": rank, "alpha": alpha}
 
 
 # ---- what it starts from
 
 
-def initial_weights(content: dict[str, Any], source: str | Path, *, model: Transformer, classes: list[str] | None,
+def initial_weights(content: dict[str, Any], source: str | Path, *, model: CodeModel, classes: list[str] | None,
                     seed: int) -> tuple[dict[str, Tensor], str]:
     """A state dict for `model` (on any device, with adapters or without) from a checkpoint, and a line for the log.
 
@@ -160,11 +174,12 @@ def initial_weights(content: dict[str, Any], source: str | Path, *, model: Trans
     own = model.state_dict()
     expected = {plain_name(name): tensor for name, tensor in own.items() if not is_adapter(name)}
     check_same_kind(state, expected, source)
-    matched = "the condition is text"
-    if CLASS_TABLE in state:
-        state[CLASS_TABLE], matched = fit_class_table(
-            state[CLASS_TABLE], class_names(content, source, count=len(state[CLASS_TABLE]) - 1),
+    matched, facts = "the condition is text", facts_of(state)
+    if facts.classes:
+        table, matched = fit_class_table(
+            facts.class_table(state), class_names(content, source, count=facts.num_classes),
             count=model.config.num_classes, names=classes)
+        state[facts.classes] = facts.with_class_table(state, table)
     containers.check_fit(expected, state, source, "this run's GPT")
     values = {name: adapter_start(name, tensor.shape, seed=seed) if is_adapter(name) else state[plain_name(name)]
               for name, tensor in own.items()}
@@ -173,23 +188,16 @@ def initial_weights(content: dict[str, Any], source: str | Path, *, model: Trans
 
 def check_same_kind(state: dict[str, Tensor], expected: dict[str, Tensor], source: str | Path) -> None:
     """Raise ValueError, naming both, if a file is no GPT, or one of another size or condition than the run's."""
-    if "tok_embeddings.weight" not in state:
+    theirs, ours = facts_of(state), facts_of(expected)
+    if theirs is None:
         hint = ": it looks like a tokenizer" if "quantize.embedding.weight" in state else ""
-        raise ValueError(f"--init-from {source} is no GPT checkpoint{hint}")
-    theirs, ours = (f"conditioned on {'classes' if CLASS_TABLE in names else 'text'}" for names in (state, expected))
-    if theirs != ours:
-        raise ValueError(f"--init-from {source} is a GPT {theirs}, this run's is {ours}")
-    theirs, ours = size_of(state), size_of(expected)
-    if theirs != ours:
-        raise ValueError(f"--init-from {source} is a GPT of {theirs}, this run's has {ours}: it takes the same "
-                         "--gpt-model and codes of the same tokenizer")
-
-
-def size_of(state: dict[str, Tensor]) -> str:
-    """Depth, width and vocabulary of a GPT, in words."""
-    vocab, width = state["tok_embeddings.weight"].shape
-    layers = {name.split(".")[1] for name in state if name.startswith("layers.")}
-    return f"{len(layers)} layers, width {width}, {vocab} codes"
+        raise ValueError(f"--init-from {source} is no GPT or ARPG checkpoint{hint}")
+    kinds = [f"{facts.family} conditioned on {'classes' if facts.classes else 'text'}" for facts in (theirs, ours)]
+    if kinds[0] != kinds[1]:
+        raise ValueError(f"--init-from {source} is a {kinds[0]}, this run's is a {kinds[1]}")
+    if theirs.size != ours.size:
+        raise ValueError(f"--init-from {source} is a {theirs.family} of {theirs.size}, this run's has {ours.size}: it "
+                         "takes the same --gpt-model and codes of the same tokenizer")
 
 
 def fit_class_table(table: Tensor, known: list[str] | None, *, count: int,

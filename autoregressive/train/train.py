@@ -1,4 +1,4 @@
-"""Train a GPT on image codes.
+"""Train a GPT or an ARPG on image codes.
 
     bash scripts/autoregressive/train_c2i.sh --code-path /data/codes --image-size 256 --gpt-model GPT-B
 
@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from autoregressive.models.base import CodeModel
 from autoregressive.models.generate import generate, release
-from autoregressive.models.gpt import GPT_models, Transformer
+from autoregressive.models.registry import MODELS, arpg_depth
 from autoregressive.train.config import GPTTrainFlags
 from autoregressive.train.finetune import (
     add_lora,
@@ -63,11 +64,11 @@ class GPTTask:
 
     def micro_step(self, batch: dict[str, Tensor], *, step: int, backward: Backward) -> dict[str, Tensor]:
         """Cross-entropy of the codes (B, L) given their labels (B,)."""
-        codes = batch["codes"]
+        codes, orders = batch["codes"], {"orders": batch["orders"]} if "orders" in batch else {}
         inputs = corrupt(codes[:, :-1], self.token_noise, vocab_size=self.vocab_size)
         with dist.autocast(codes.device, self.dtype):
             loss, weight = self.modules["model"](inputs, batch["labels"], targets=codes, valid=batch.get("valid"),
-                                                 dropped=batch["dropped"], summed_loss=True)
+                                                 dropped=batch["dropped"], summed_loss=True, **orders)
         backward("model", loss, weight)
         return {"loss": torch.where(weight > 0, loss / weight, 0.0)}
 
@@ -80,7 +81,7 @@ class GPTTask:
         """Nothing: the steps return all there is to log."""
         return {}
 
-    def preview(self, model: Transformer) -> np.ndarray | None:
+    def preview(self, model: CodeModel) -> np.ndarray | None:
         """Samples of evenly spaced classes, always from the same random streams."""
         if self.tokenizer is None:
             return None
@@ -91,7 +92,7 @@ class GPTTask:
         finally:
             release(model)  # its memory is the training's again
 
-    def sample(self, model: Transformer, labels: np.ndarray, indices: Iterable[int]) -> np.ndarray:
+    def sample(self, model: CodeModel, labels: np.ndarray, indices: Iterable[int]) -> np.ndarray:
         """Labels (B,), and the index of each image in the run's stream → uint8 (B, H, W, 3)."""
         device = next(model.parameters()).device
         codes = generate(model, torch.from_numpy(labels).to(device), model.config.block_size,
@@ -102,7 +103,7 @@ class GPTTask:
 class SampleStream(ImageSet):
     """The model's samples as an image set, equally many of each class; made when read and not kept."""
 
-    def __init__(self, task: GPTTask, model: Transformer, count: int) -> None:
+    def __init__(self, task: GPTTask, model: CodeModel, count: int) -> None:
         super().__init__("samples", count, tuple(side * task.tokenizer.downsample for side in model.config.grid))
         self.task, self.model = task, model
 
@@ -155,18 +156,18 @@ def open_codes(flags: GPTTrainFlags) -> CodeStore:
     return store
 
 
-def build_model(flags: GPTTrainFlags, name: str, store: CodeStore) -> Transformer:
-    """An untrained GPT of preset `name` that fits the store; under torch.device("meta") without weights."""
+def build_model(flags: GPTTrainFlags, name: str, store: CodeStore) -> CodeModel:
+    """An untrained model of preset `name` that fits the store; under torch.device("meta") without weights."""
     dropout = 0.0 if flags.drop_path_rate > 0 else flags.dropout_p
-    return GPT_models[name](
+    return MODELS[name](
         grid=store.grid, vocab_size=flags.vocab_size or store.vocab_size or DEFAULT_VOCAB,
         num_classes=flags.num_classes or store.num_classes, model_type=flags.gpt_type,
         cls_token_num=flags.cls_token_num or 1, resid_dropout_p=dropout, ffn_dropout_p=dropout,
         token_dropout_p=flags.token_dropout_p, drop_path_rate=flags.drop_path_rate,
-        class_dropout_prob=flags.class_dropout)
+        class_dropout_prob=flags.class_dropout, **arpg_depth(name, flags.query_layers))
 
 
-def first_weights(model: Transformer, flags: GPTTrainFlags, content: dict[str, Any], *,
+def first_weights(model: CodeModel, flags: GPTTrainFlags, content: dict[str, Any], *,
                   classes: list[str] | None) -> str:
     """Give a model, of which this process may hold a part, its first weights: from the seed, or a file (`content`).
 
@@ -268,11 +269,11 @@ def main(flags: GPTTrainFlags) -> None:
                               accumulation=flags.gradient_accumulation_steps, world_size=process.world_size,
                               seed=flags.global_seed, start_step=start, end_step=trainer.steps)
         data = CodeBatches(store, vocab_size=config.vocab_size, seed=flags.global_seed,
-                           condition_dropout=flags.class_dropout)
+                           condition_dropout=flags.class_dropout, any_order=model.any_order)
         workers = 0 if store.packed else flags.num_workers  # a packed batch is one gather: faster than asking a process
         return loader(data, sampler, num_workers=workers, pin_memory=process.device.type == "cuda")
 
-    def evaluate(model: Transformer) -> dict[str, float]:
+    def evaluate(model: CodeModel) -> dict[str, float]:
         try:
             return monitor(SampleStream(task, model, flags.eval_images))
         finally:

@@ -36,6 +36,7 @@ from utils.checkpoints import containers
 from utils.checkpoints.lora import is_adapter, merge_lora, plain_name
 from utils.training.logger import read_metrics
 
+CLASS_TABLE = "cls_embedding.embedding_table.weight"
 SMALL = {"vocab_size": 32, "grid": (2, 3), "resid_dropout_p": 0.0, "ffn_dropout_p": 0.0, "token_dropout_p": 0.0}
 
 
@@ -102,7 +103,7 @@ def test_text_conditional_models_have_no_class_table():
     other = GPT_models["GPT-S"](**SMALL, model_type="t2i", cls_token_num=4, caption_dim=8)
     load(other, file_of(model))
     assert torch.equal(other.cls_embedding.uncond_embedding, model.cls_embedding.uncond_embedding)
-    with pytest.raises(ValueError, match=r"^--init-from some.pt is a GPT conditioned on text, this run's is condit"):
+    with pytest.raises(ValueError, match=r"^--init-from some.pt is a GPT conditioned on text, this run's is a GPT c"):
         initial_weights(file_of(model), "some.pt", model=gpt(), classes=None, seed=0)
 
 
@@ -118,7 +119,7 @@ def test_another_vocabulary_width_or_depth_is_refused_with_both_sides(options, s
 
 
 def test_what_is_no_gpt_or_not_whole_is_refused():
-    with pytest.raises(ValueError, match=r"some\.pt is no GPT checkpoint: it looks like a tokenizer"):
+    with pytest.raises(ValueError, match=r"some\.pt is no GPT or ARPG checkpoint: it looks like a tokenizer"):
         load(gpt(), {"model": {"quantize.embedding.weight": torch.ones(1)}})
     content = file_of(gpt())
     del content["model"]["norm.weight"]
@@ -314,7 +315,7 @@ def test_a_lora_run(other_store, gpt_ckpt, tmp_path, capsys):
     base = containers.read(gpt_ckpt)["ema"]
     moved = {name for name, value in content["model"].items()
              if is_adapter(name) or not torch.equal(value, base[plain_name(name)])}
-    assert moved == {name for name in content["model"] if is_adapter(name)} | {finetune.CLASS_TABLE}
+    assert moved == {name for name in content["model"] if is_adapter(name)} | {CLASS_TABLE}
 
     shutil.rmtree(run / "checkpoints" / "0000006")
     call(*command)
@@ -340,7 +341,7 @@ def test_frozen_parts_stay(choice, code_store, gpt_ckpt, tmp_path):
     moved = {name for name, value in containers.read(tmp_path / "000-GPT-S")["model"].items()
              if not torch.equal(value, base[name])}
     more = {"tok_embeddings.weight", "output.weight"} if choice == "blocks" else set()
-    assert moved == {finetune.CLASS_TABLE, *more}
+    assert moved == {CLASS_TABLE, *more}
 
 
 @pytest.mark.processes
@@ -367,7 +368,7 @@ def test_unconditional_training(code_store, gpt_ckpt, vq_ckpt, tmp_path, capsys)
     call(*command, tmp_path / "from", "--init-from", gpt_ckpt, "--lr", 0)
     assert "class embeddings start anew (3 classes in the file, 1 here" in capsys.readouterr().out
     content = containers.read(tmp_path / "from" / "000-GPT-S")
-    table, old = content["model"][finetune.CLASS_TABLE], containers.read(gpt_ckpt)["ema"][finetune.CLASS_TABLE]
+    table, old = content["model"][CLASS_TABLE], containers.read(gpt_ckpt)["ema"][CLASS_TABLE]
     torch.testing.assert_close(table, torch.stack([old[:3].mean(0), old[3]]))
     assert (content["config"]["num_classes"], content["config"]["classes"]) == (1, None)
     pipeline = load_pipeline(SampleFlags(gpt_ckpt=str(tmp_path / "scratch" / "000-GPT-S"), vq_ckpt=str(vq_ckpt),
