@@ -109,9 +109,10 @@ class ARPG(CodeModel):
         places = self.rope(idx.device)[1:][cells]  # (n+1, K/2, 2) or (B, n+1, K/2, 2): of the queries
         first = places.new_zeros(()).expand_as(places[..., :1, :, :])  # the class has no place
         fed = torch.cat([first, places[..., :-1, :, :]], dim=-3)
-        if dropped is None:
-            dropped = chosen_by_chance(cond_idx, self.training, config.class_dropout_prob)
-        labels = torch.where(dropped, config.num_classes, cond_idx.reshape(-1))
+        labels = cond_idx.reshape(-1)
+        if dropped is not None or self.training:
+            chosen = chosen_by_chance(labels, self.training if dropped is None else dropped, config.class_dropout_prob)
+            labels = torch.where(chosen, config.num_classes, labels)
         x = self.tok_dropout(torch.cat([self.embed_classes(labels)[:, None], self.embeddings(idx)], dim=1))
         for layer in layers.self_dec:
             x = layer(x, fed, None, inputs)  # (B, n+1, D)

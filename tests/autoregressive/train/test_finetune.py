@@ -13,7 +13,7 @@ from autoregressive.models.generate import generate
 from autoregressive.models.gpt import GPT_models, Transformer
 from autoregressive.sample.options import SampleFlags
 from autoregressive.sample.pipeline import load_pipeline
-from autoregressive.train import export, finetune
+from autoregressive.train import export
 from autoregressive.train.finetune import (
     FinetuneFlags,
     adapter_start,

@@ -1,0 +1,311 @@
+"""ARPG: the numbers of the reference, no look at what is not drawn yet, one function whether cached or not."""
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from autoregressive.models import decoder as decoder_module
+from autoregressive.models.arpg import ARPG, ARPG_models, ARPGArgs
+from autoregressive.models.engines import engine_for
+from autoregressive.models.generate import generate
+from autoregressive.models.native_engine import NativeEngine
+from autoregressive.models.rope import rope_table
+from autoregressive.models.sampling import guide
+from autoregressive.models.schedule import DrawSchedule
+from tests.autoregressive.models.decoding import engine_of, streams
+from tests.data.references import CLEAR, DATA, filled, furthest
+
+V = 37
+COUNTS = {"ARPG-L": 319_845_376, "ARPG-XL": 718_997_760, "ARPG-XXL": 1_302_449_664}  # specified by the paper's code
+DECAYED = {"ARPG-L": 148, "ARPG-XL": 220, "ARPG-XXL": 292}  # tensors of two dimensions
+
+
+def tiny(*, seed: int = 0, **options) -> ARPG:
+    """An ARPG of 2 + 2 layers with a head that is not zero, its norms not one."""
+    torch.manual_seed(seed)
+    model = ARPG(ARPGArgs(**{"dim": 48, "n_layer": 2, "n_head": 4, "multiple_of": 16, "num_classes": 3,
+                             "vocab_size": V, "grid": (3, 4), "initializer_range": 0.2, **options}))
+    torch.nn.init.normal_(model.head.weight, std=0.5)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    return model.eval()
+
+
+def block_masks(sizes: list[int]) -> tuple[Tensor, Tensor]:
+    """What each input and each query sees when groups of these sizes are drawn: (1, 1, L, L) bool each."""
+    ends = np.cumsum(sizes)
+    before = np.repeat(ends - sizes, sizes)  # codes that are there when a code is drawn
+    inputs = np.concatenate([[1], 1 + np.repeat(ends, sizes)])[:-1]  # the class, then codes with their whole group
+    seen = torch.arange(sum(sizes))[None]
+    return tuple((seen < torch.from_numpy(count)[:, None])[None, None] for count in (inputs, 1 + before))
+
+
+@pytest.fixture(scope="module")
+def reference() -> tuple[ARPG, dict[str, np.ndarray]]:
+    numbers = dict(np.load(DATA / "arpg_l_256.npz"))
+    model = filled(ARPG_models[str(numbers["model"])], str(numbers["salt"]))
+    model.head.weight.mul_(4)
+    return model, numbers
+
+
+# ---- the reference
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_sizes_and_names_are_those_of_the_checkpoints(name):
+    layout = json.loads((DATA / "layouts.json").read_text())[name]
+    with torch.device("meta"):
+        model = ARPG_models[name]()
+    assert {key: list(value.shape) for key, value in model.state_dict().items()} == layout
+    assert sum(p.numel() for p in model.parameters()) == COUNTS[name]
+    assert sum(p.ndim > 1 for p in model.parameters()) == DECAYED[name]
+
+
+@torch.no_grad()
+def test_teacher_forced_logits_are_the_references(reference):
+    model, numbers = reference
+    orders, codes = (torch.from_numpy(numbers[f"teacher_{name}"]).long() for name in ("orders", "codes"))
+    codes = codes.gather(1, orders)
+    logits, loss = model(codes[:, :-1], torch.from_numpy(numbers["classes"]).long(), codes, orders=orders)
+    assert furthest(logits[:, ::37, ::257], numbers["teacher_logits"]) <= 2e-4
+    assert abs(loss.item() - numbers["teacher_loss"].item()) < 1e-5
+
+
+@pytest.mark.parametrize("draw", ["draw0", pytest.param("draw1", marks=pytest.mark.slow),
+                                  pytest.param("draw2", marks=pytest.mark.slow)])
+def test_whole_decodings_are_the_references(reference, engine, draw, monkeypatch):
+    """Each code is the best of guided log-probability and given noise; here the noise is the only thing that is not
+    ours. Schedule, guidance, order and step count are those of the reference."""
+    model, numbers = reference
+    own = {name.removeprefix(f"{draw}_"): value for name, value in numbers.items() if name.startswith(draw)}
+    noise = np.random.RandomState(int(own["noise_seed"])).gumbel(size=(2, 256, 16384)).astype(np.float32)
+
+    def best(logits: Tensor, draws: Tensor, scale: Tensor, settings, *, fused: bool) -> tuple[Tensor, Tensor]:
+        asks, others, slots, cells = draws[:4]
+        assert (others >= 0).all()  # all steps are guided
+        sums = guide(logits[asks], logits[others], scale[:, None]).log_softmax(-1)
+        return (sums + torch.from_numpy(noise)[slots, cells]).argmax(-1), torch.ones(len(asks), dtype=torch.bool)
+
+    monkeypatch.setattr(decoder_module, "choose", best)
+    schedule = DrawSchedule(int(own["steps"]), str(own["schedule"]), str(own["guidance"]))
+    order = torch.from_numpy(own["order"]).long()
+    codes = generate(model, torch.from_numpy(numbers["classes"]).long(), 256, cfg_scale=float(own["scale"]),
+                     schedule=schedule, orders=order)
+    assert type(engine_of(model)) is engine
+    clear = np.cumprod(own["gap"] > CLEAR, axis=1) > 0  # in the order of decoding, up to what rounding may decide
+    assert clear.mean() > 0.7
+    assert ((codes.numpy() == own["codes"])[:, own["order"]] | ~clear).all()
+
+
+# ---- the model
+
+
+def test_a_new_model_knows_nothing():
+    model = ARPG_models["ARPG-S"](num_classes=3, grid=(4, 4))
+    codes = torch.randint(16384, (2, 16))
+    assert model(codes[:, :-1], torch.tensor([0, 3]), codes)[1].item() == pytest.approx(math.log(16384), abs=1e-4)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("depth", [(2, 2), (3, 1), (0, 2)])
+@torch.no_grad()
+def test_no_logits_depend_on_codes_that_are_drawn_later(training, depth):
+    options = dict.fromkeys(("token_dropout_p", "resid_dropout_p", "ffn_dropout_p", "class_dropout_prob"), 0.0)
+    model = tiny(n_layer=depth[0], n_query_layer=depth[1], **options).train(training)
+    codes, orders = torch.randint(V, (2, 12)), torch.stack([torch.randperm(12) for _ in range(2)])
+    labels = torch.tensor([0, 2])
+    before, _ = model(codes[:, :-1], labels, orders=orders)
+    for at in range(11):
+        changed = codes.clone()
+        changed[:, at] = (changed[:, at] + 1) % V
+        after, _ = model(changed[:, :-1], labels, orders=orders)
+        assert torch.equal(after[:, :at + 1], before[:, :at + 1])
+        assert not torch.allclose(after[:, at + 1], before[:, at + 1])
+    assert not torch.allclose(model(codes[:, :-1], labels, orders=orders.flip(1))[0], before)
+
+
+@torch.no_grad()
+def test_a_dropped_class_is_no_class():
+    model = tiny()
+    codes = torch.randint(V, (2, 12))
+    dropped, _ = model(codes[:, :-1], torch.tensor([0, 1]), dropped=torch.tensor([True, False]))
+    plain, _ = model(codes[:, :-1], torch.tensor([3, 1]))
+    assert torch.equal(dropped, plain)
+
+
+@torch.no_grad()
+def test_one_order_for_all_is_that_order_for_each():
+    model = tiny()
+    codes, order = torch.randint(V, (3, 12)), torch.randperm(12)
+    labels = torch.arange(3)
+    shared, _ = model(codes[:, :-1], labels, orders=order)
+    assert torch.equal(shared, model(codes[:, :-1], labels, orders=order.repeat(3, 1))[0])
+    assert torch.equal(model(codes[:, :-1], labels)[0], model(codes[:, :-1], labels, orders=torch.arange(12))[0])
+
+
+@torch.no_grad()
+def test_the_first_step_is_blind_and_places_are_relative():
+    model = tiny(grid=(6, 8))
+    codes, order = torch.randint(V, (1, 47)), torch.randperm(48)
+    blind = [model(codes[:, :0], torch.tensor([1]), orders=torch.tensor([cell] * 48))[0] for cell in (0, 17, 47)]
+    assert torch.equal(blind[0], blind[1]) and torch.equal(blind[0], blind[2])
+    rows, columns = order[(order // 8 < 3) & (order % 8 < 4)].div(8, rounding_mode="floor"), \
+        order[(order // 8 < 3) & (order % 8 < 4)] % 8
+    near, far = ((rows + down) * 8 + columns + right for down, right in ((0, 0), (3, 4)))
+    one, other = (model(codes[:, :11], torch.tensor([1]), orders=cells)[0] for cells in (near, far))
+    torch.testing.assert_close(one, other, atol=2e-5, rtol=0)
+    assert not torch.allclose(one[:, 1:], model(codes[:, :11], torch.tensor([1]), orders=near.flip(0))[0][:, 1:])
+
+
+def test_gradients_of_the_lean_backward_are_the_plain_ones(monkeypatch):
+    """In both halves and the projections between them, for an order per sample."""
+    codes, orders = torch.randint(V, (2, 12)), torch.stack([torch.randperm(12) for _ in range(2)])
+
+    def gradients(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+        model = tiny(class_dropout_prob=0.0).to(dtype)
+        model(codes[:, :-1], torch.tensor([0, 2]), codes, orders=orders)[1].backward()
+        return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+    lean = gradients()
+    monkeypatch.setattr("autoregressive.models.lean.applies", lambda *linears: False)
+    for name, plain in gradients(torch.float64).items():
+        torch.testing.assert_close(lean[name].double(), plain, atol=1e-4, rtol=0, msg=name)
+
+
+def test_what_makes_no_arpg_is_refused():
+    for options, message in (({"n_query_layer": 0}, "at least one of queries"), ({"model_type": "t2i"}, "classes")):
+        with pytest.raises(ValueError, match=message):
+            tiny(**options)
+
+
+# ---- decoding
+
+
+@pytest.mark.parametrize(("steps", "sample_schedule"), [(12, "arccos"), (5, "cosine"), (3, "arccos"), (1, "cosine")])
+@pytest.mark.parametrize("options", [{}, {"n_kv_head": 2}, {"n_layer": 0, "n_query_layer": 2}, {"n_layer": 3, "n_query_layer": 1},
+                                     {"dim": 64, "n_head": 2}], ids=str)
+@torch.no_grad()
+def test_cached_decoding_is_the_full_forward(options, steps, sample_schedule, engine):
+    """Greedy codes are the best logits of one forward over all of them, masked so that groups see as in decoding."""
+    model, labels = tiny(**options), torch.tensor([0, 2, 1])
+    schedule = DrawSchedule(steps, sample_schedule)
+    orders = torch.stack([torch.randperm(12) for _ in range(3)])
+    codes = generate(model, labels, 12, sample_logits=False, schedule=schedule, orders=orders)
+    assert type(engine_of(model)) is engine
+    drawn = codes.gather(1, orders)
+    logits, _ = model(drawn[:, :-1], labels, masks=block_masks(schedule.sizes(12)), orders=orders)
+    best = logits.topk(2, -1)
+    clear = best.values[..., 0] - best.values[..., 1] > 1e-3
+    assert clear.float().mean() > 0.9 and torch.equal(best.indices[..., 0][clear], drawn[clear])
+
+
+@torch.no_grad()
+def test_known_codes_come_back_and_are_what_the_rest_follows(engine):
+    """The class in a block of its own, then all known codes at once, in any order."""
+    model, labels, schedule = tiny(), torch.tensor([0, 2]), DrawSchedule(6)
+    known = torch.full((2, 12), -1)
+    known[0, [1, 5, 7, 11]], known[1, [0]] = torch.tensor([4, 36, 0, 9]), torch.tensor([3])
+    order = torch.randperm(12)
+    codes = generate(model, labels, 12, sample_logits=False, schedule=schedule, orders=order, known=known)
+    assert torch.equal(codes[known >= 0], known[known >= 0])
+    for image in range(2):
+        given = known[image, order] >= 0
+        cells = torch.cat([order[given], order[~given]])
+        sizes = [int(given.sum()), *schedule.sizes(12, known=int(given.sum()))]
+        drawn = codes[image, cells][None]
+        logits, _ = model(drawn[:, :-1], labels[image:image + 1], masks=block_masks(sizes), orders=cells)
+        assert torch.equal(logits.argmax(-1)[:, sizes[0]:], drawn[:, sizes[0]:])
+    whole = torch.arange(24).view(2, 12) % V
+    assert torch.equal(generate(model, labels, 12, known=whole), whole)
+    other = generate(model, labels, 12, sample_logits=False, schedule=schedule, orders=order.flip(0), known=known)
+    assert not torch.equal(other, codes)  # another order, other codes
+
+
+def test_the_class_writes_keys_of_zero(engine):
+    model = tiny()
+    generate(model, torch.tensor([1]), 12, schedule=DrawSchedule(3), generators=streams(1))
+    used = engine_of(model)
+    native = isinstance(used, NativeEngine)
+    keys, values = (used.keys, used.values) if native else (used.cache.keys, used.cache.values)
+    assert len(keys) == 3  # of both layers, and what the queries share
+    for key, value in zip(keys, values, strict=True):
+        first, second = (key[0, :, 0, :, at] if native else key[0, :, at] for at in range(2))
+        assert not first.any() and second.any() and value[0, :, 0].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("settings", [{}, {"cfg_scale": 3.0}, {"cfg_scale": [1.0, 4.0, 0.0, 2.0, 1.5], "top_k": 5},
+                                      {"cfg_scale": 2.0, "top_p": 0.8, "temperature": 0.7}], ids=str)
+def test_an_image_is_the_same_in_any_batch(settings, dtype, engine):
+    model, labels = tiny(dim=64).to(dtype), torch.arange(5) % 3
+    schedule = DrawSchedule(5)
+    together = generate(model, labels, 12, generators=streams(5), schedule=schedule, **settings)
+    for image in range(5):
+        alone = {name: value[image] if isinstance(value, list) else value for name, value in settings.items()}
+        codes = generate(model, labels[image:image + 1], 12, generators=streams(5)[image:image + 1], schedule=schedule,
+                         **alone)
+        assert torch.equal(codes[0], together[image])
+
+
+def test_guidance_of_one_runs_one_row(engine, monkeypatch):
+    model, rows = tiny(), []
+    kind = type(engine_for(model))
+    forward = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, x, batch: rows.append(len(batch.rows)) or forward(self, x, batch))
+    generate(model, torch.tensor([1, 2]), 12, cfg_scale=1.0, schedule=DrawSchedule(4))
+    assert set(rows) == {2}
+    rows.clear()
+    generate(model, torch.tensor([1, 2]), 12, cfg_scale=2.0, cfg_interval=1, schedule=DrawSchedule(6))
+    assert rows == [4, 4, 4, 2, 2, 2]  # the prefill and two more steps are guided
+
+
+def test_an_error_in_the_middle_leaves_nothing_behind(engine, monkeypatch):
+    model, labels = tiny(), torch.tensor([0, 1])
+    good = generate(model, labels, 12, generators=streams(2), schedule=DrawSchedule(4))
+    choose, calls = decoder_module.choose, []
+
+    def failing(*args, **options):
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("in the middle")
+        return choose(*args, **options)
+
+    monkeypatch.setattr(decoder_module, "choose", failing)
+    with pytest.raises(RuntimeError, match="in the middle"):
+        generate(model, labels, 12, generators=streams(2), schedule=DrawSchedule(4))
+    assert torch.equal(generate(model, labels, 12, generators=streams(2), schedule=DrawSchedule(4)), good)
+    assert not model.training
+
+
+def test_decoding_in_training_mode_is_that_of_eval_mode():
+    model = tiny()
+    codes = generate(model, torch.tensor([1]), 12, generators=streams(1), schedule=DrawSchedule(3))
+    assert torch.equal(generate(model.train(), torch.tensor([1]), 12, generators=streams(1),
+                                schedule=DrawSchedule(3)), codes)
+    assert model.training
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"schedule": DrawSchedule(13)}, "--step is 13, expected 1 to 12"), ({"schedule": DrawSchedule(0)}, "--step is 0"),
+    ({"schedule": DrawSchedule(order="outside-in")}, "--order is 'outside-in'"),
+    ({"orders": torch.zeros(12, dtype=torch.long)}, "every cell of the grid once"),
+    ({"orders": torch.arange(11)}, r"orders are \(11,\)"), ({"decode": "jacobi"}, "for a GPT"),
+    ({"window": 4}, "for a GPT"),
+    ({"known": torch.zeros(2, 12)}, r"known is \(2, 12\)"), ({"known": torch.full((1, 12), V).index_fill(
+        1, torch.tensor([0]), -1)}, "known codes lie in"), ({"cfg_scale": math.nan}, "cfg-scale")], ids=str)
+def test_what_cannot_be_drawn_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        generate(tiny(), torch.tensor([1]), 12, **options)
+    with pytest.raises(ValueError, match="all 12 codes"):
+        generate(tiny(), torch.tensor([1]), 11)
+
+
+def test_the_table_is_the_gpts():
+    model = tiny()
+    assert torch.equal(model.rope(torch.device("cpu")), rope_table((3, 4), 12, 1))
+    model.set_grid((5, 2))
+    assert generate(model, torch.tensor([0]), 10, schedule=DrawSchedule(4)).shape == (1, 10)
