@@ -151,6 +151,15 @@ def gpt_ckpt(code_store, tmp_path_factory) -> Path:
     return newest(results / "000-GPT-S" / "checkpoints")
 
 
+@pytest.fixture(scope="session")
+def arpg_ckpt(code_store, tmp_path_factory) -> Path:
+    """The same of an ARPG-S."""
+    results = tmp_path_factory.mktemp("arpg")
+    call("train_gpt", "--code-path", code_store, *TINY_GPT, "--gpt-model", "ARPG-S", "--epochs", 2, "--results-dir",
+         results)
+    return newest(results / "000-ARPG-S" / "checkpoints")
+
+
 @pytest.fixture
 def one_thread():
     """Where the number of threads shows in the last bits: PyTorch's convolutions and matrix products."""

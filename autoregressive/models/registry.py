@@ -27,6 +27,11 @@ class StateFacts:
     depth: tuple[int, ...]  # layers; of an ARPG, also those of queries
 
     @property
+    def kind(self) -> str:
+        """The family with its article, for sentences."""
+        return f"{'an' if self.family == 'ARPG' else 'a'} {self.family}"
+
+    @property
     def size(self) -> str:
         """Depth, width and vocabulary in words."""
         return f"{'+'.join(map(str, self.depth))} layers, width {self.width}, {self.vocab_size} codes"

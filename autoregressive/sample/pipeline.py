@@ -218,7 +218,7 @@ def load_gpt(flags: SampleFlags, *, device: torch.device) -> tuple[CodeModel, di
     if name not in MODELS:
         raise ValueError(f"{flags.gpt_ckpt} is of model {name}, which is unknown: choose from {', '.join(MODELS)}")
     if not name.startswith(facts.family):
-        raise ValueError(f"{flags.gpt_ckpt} is a {facts.family} of {facts.size}, no {name}: leave --gpt-model out")
+        raise ValueError(f"{flags.gpt_ckpt} is {facts.kind} of {facts.size}, no {name}: leave --gpt-model out")
     with torch.device("meta"):
         model = MODELS[name](cls_token_num=flags.cls_token_num or 1, **found, **facts.layers())
     model.to_empty(device="cpu")

@@ -192,11 +192,11 @@ def check_same_kind(state: dict[str, Tensor], expected: dict[str, Tensor], sourc
     if theirs is None:
         hint = ": it looks like a tokenizer" if "quantize.embedding.weight" in state else ""
         raise ValueError(f"--init-from {source} is no GPT or ARPG checkpoint{hint}")
-    kinds = [f"{facts.family} conditioned on {'classes' if facts.classes else 'text'}" for facts in (theirs, ours)]
+    kinds = [f"{facts.kind} conditioned on {'classes' if facts.classes else 'text'}" for facts in (theirs, ours)]
     if kinds[0] != kinds[1]:
-        raise ValueError(f"--init-from {source} is a {kinds[0]}, this run's is a {kinds[1]}")
+        raise ValueError(f"--init-from {source} is {kinds[0]}, this run's is {kinds[1]}")
     if theirs.size != ours.size:
-        raise ValueError(f"--init-from {source} is a {theirs.family} of {theirs.size}, this run's has {ours.size}: it "
+        raise ValueError(f"--init-from {source} is {theirs.kind} of {theirs.size}, this run's has {ours.size}: it "
                          "takes the same --gpt-model and codes of the same tokenizer")
 
 

@@ -124,6 +124,24 @@ def test_batches_draw_one_view_per_visit(tmp_path):
     assert not torch.equal(other["codes"], batch["codes"])
 
 
+def test_codes_in_any_order_are_another_order_for_each_sample_and_visit(tmp_path):
+    store = stores.open_store(write_llamagen(tmp_path, fake_codes(), np.arange(14)))
+    keys = [(epoch, row) for epoch in range(200) for row in range(14)]
+    plain = stores.CodeBatches(store, vocab_size=256, seed=0).__getitems__(keys)
+    batch = stores.CodeBatches(store, vocab_size=256, seed=0, any_order=True).__getitems__(keys)
+    orders = batch["orders"]
+    assert orders.dtype == torch.int64 and torch.equal(orders.sort(1).values, torch.arange(16).expand(2800, 16))
+    assert torch.equal(batch["codes"], plain["codes"].gather(1, orders))
+    assert torch.equal(batch["labels"], plain["labels"]) and torch.equal(batch["dropped"], plain["dropped"])
+    assert len(orders.unique(dim=0)) == 2800
+    places = torch.stack([torch.bincount(orders[:, place], minlength=16) for place in range(16)])
+    assert places.min() > 115 and places.max() < 240  # of 175 for each cell in each place: 4.5 standard deviations
+    alone = stores.CodeBatches(store, vocab_size=256, seed=0, any_order=True).__getitems__(keys[77:78])
+    assert torch.equal(alone["orders"][0], orders[77]) and torch.equal(alone["codes"][0], batch["codes"][77])
+    other = stores.CodeBatches(store, vocab_size=256, seed=1, any_order=True).__getitems__(keys[:5])
+    assert not torch.equal(other["orders"], orders[:5])
+
+
 def test_codes_outside_the_vocabulary_are_refused(tmp_path):
     codes = fake_codes(views=1)
     codes[5, 0, 3] = 256

@@ -186,8 +186,9 @@ def test_what_makes_no_arpg_is_refused():
 
 
 @pytest.mark.parametrize(("steps", "sample_schedule"), [(12, "arccos"), (5, "cosine"), (3, "arccos"), (1, "cosine")])
-@pytest.mark.parametrize("options", [{}, {"n_kv_head": 2}, {"n_layer": 0, "n_query_layer": 2}, {"n_layer": 3, "n_query_layer": 1},
-                                     {"dim": 64, "n_head": 2}], ids=str)
+@pytest.mark.parametrize("options", [
+    {}, {"n_kv_head": 2}, {"n_layer": 0, "n_query_layer": 2}, {"n_layer": 3, "n_query_layer": 1},
+    {"dim": 64, "n_head": 2}], ids=str)
 @torch.no_grad()
 def test_cached_decoding_is_the_full_forward(options, steps, sample_schedule, engine):
     """Greedy codes are the best logits of one forward over all of them, masked so that groups see as in decoding."""

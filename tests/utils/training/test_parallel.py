@@ -32,6 +32,10 @@ HALF = {  # in bf16 and with --max-grad-norm 0, as clipping would hide a gradien
     "bf16 ddp": BF16, "bf16 fsdp": [*BF16, "--data-parallel", "fsdp"],
     "bf16 fsdp, checkpointed": [*BF16, "--data-parallel", "fsdp", "--activation-checkpointing"],
 }
+ARPG = ["--gpt-model", "ARPG-S"]
+ANY_ORDER = {"ARPG ddp, parts": ["--gradient-accumulation-steps", 3], "ARPG fsdp": ["--data-parallel", "fsdp"],
+             "ARPG sdp, parts, checkpointed": ["--data-parallel", "sdp", "--gradient-accumulation-steps", 3,
+                                               "--activation-checkpointing"]}
 # In the two processes: bf16 whatever the CPU, and gathers.txt, a line per step with the number of all-gathers
 SETUP = """import os
 os.environ["LLAMAGEN_CPU_BF16"] = "1"
@@ -56,7 +60,7 @@ Trainer.optimizer_step = counted"""
 
 
 def run_of(folder):
-    found, = folder.glob("*-GPT-S")
+    found, = folder.glob("000-*")
     return found
 
 
@@ -84,9 +88,11 @@ def two(code_store, vq_ckpt, tmp_path_factory):
     command = ["--code-path", code_store, *QUIET, "--vq-ckpt", vq_ckpt, "--ckpt-every", 3, "--results-dir"]
     jobs = [[*command, folder / name, *how] for name, how in HOW.items()]
     jobs += [[*command, folder / name, *how, "--max-grad-norm", 0] for name, how in HALF.items()]
+    jobs += [[*command, folder / name, *ARPG, *how] for name, how in ANY_ORDER.items()]
     jobs.append([*command, folder / "heir", "--data-parallel", "fsdp"])
     two_processes([("train_gpt", job) for job in jobs], folder, setup=SETUP)
     call("train_gpt", *command, folder / "one")
+    call("train_gpt", *command, folder / "ARPG one", *ARPG)
     return folder
 
 
@@ -98,6 +104,14 @@ def test_two_processes_train_as_one(two, how):
     for step in (3, 6):  # rank 0 draws them alone, between steps and at the end
         previews = [run_of(two / side) / "previews" / f"{step:07d}.png" for side in ("one", how)]
         assert previews[0].read_bytes() == previews[1].read_bytes()
+
+
+@pytest.mark.processes
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ANY_ORDER)
+def test_two_processes_train_an_arpg_as_one(two, how):
+    """With a random order for each sample and visit."""
+    assert_equal_runs(two / "ARPG one", two / how, tolerance=1e-5)
 
 
 @pytest.mark.processes

@@ -28,12 +28,12 @@ ADVERSARIAL = ["--image-size", 24, "--num-workers", 0, "--vq-model", "VQ-4-S", "
 
 
 @pytest.mark.parametrize(("name", "model"), [pytest.param("train_vq", "VQ-4-S", marks=pytest.mark.slow),
-                                             ("train_gpt", "GPT-S")])
+                                             ("train_gpt", "GPT-S"), ("train_gpt", "ARPG-S")])
 def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(name, model, image_folder, code_store, vq_ckpt, tmp_path,
                                                             monkeypatch, capsys):
     own = ["--data-path", image_folder, *ADVERSARIAL] if name == "train_vq" else \
         ["--code-path", code_store, "--vq-ckpt", vq_ckpt, *TINY_GPT, "--drop-path-rate", 0.1,
-         "--gradient-accumulation-steps", 2]
+         "--gradient-accumulation-steps", 2, "--gpt-model", model]
     command = [name, *own, *OFTEN, "--resume", "auto", "--results-dir"]
     call(*command, tmp_path / "whole")  # nothing to resume: starts
     whole = tmp_path / "whole" / f"000-{model}"

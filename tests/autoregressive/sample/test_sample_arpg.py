@@ -1,0 +1,166 @@
+"""The sampling commands with an ARPG: its flags, its checkpoints in every container, sets that go on."""
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from autoregressive.models.arpg import ARPG, ARPG_models
+from autoregressive.models.decoder import CodeDecoder
+from autoregressive.models.generate import generate
+from autoregressive.sample.batch_size import bytes_per_image
+from autoregressive.sample.options import SampleFlags
+from autoregressive.sample.pipeline import load_gpt, load_pipeline
+from tests.autoregressive.sample.test_sample_commands import contents, grid, refused, sample_set
+from tests.conftest import call, two_processes
+from utils.checkpoints import containers
+from utils.seeding import sample_generator
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def models(arpg_ckpt, vq_ckpt) -> list[str]:
+    return ["--gpt-ckpt", str(arpg_ckpt), "--vq-ckpt", str(vq_ckpt), "--precision", "none"]
+
+
+@pytest.fixture(scope="module")
+def state(arpg_ckpt) -> dict[str, torch.Tensor]:
+    return containers.weights(containers.read(arpg_ckpt), arpg_ckpt)
+
+
+def loaded(path, **flags) -> ARPG:
+    return load_gpt(SampleFlags(gpt_ckpt=str(path), precision="none", **flags), device=CPU)[0]
+
+
+@pytest.mark.parametrize("kind", ["state_dict", "model", "module", "ema", "bare", "safetensors"])
+def test_every_container_is_read_strictly(kind, state, tmp_path):
+    path = tmp_path / ("arpg.safetensors" if kind == "safetensors" else "arpg.pt")
+    if kind == "safetensors":
+        save_file(state, path)
+    else:
+        torch.save(state if kind == "bare" else {kind: state, **({"model": {}} if kind == "ema" else {})}, path)
+    # not of a published width, so that the file does not say which preset it is
+    model = loaded(path, gpt_model="ARPG-S")
+    assert isinstance(model, ARPG)
+    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+    assert (model.config.num_classes, model.config.vocab_size) == (3, 256)
+
+    lacking = {name: value for name, value in state.items() if name != "layers.cross_dec.1.attn.to_q.weight"}
+    torch.save({"state_dict": lacking}, tmp_path / "lacking.pt")
+    with pytest.raises(ValueError, match=r"missing layers.cross_dec.1.attn.to_q.weight"):
+        loaded(tmp_path / "lacking.pt", gpt_model="ARPG-S")
+
+
+@pytest.mark.parametrize("depth", [(3, 1), (0, 4), (1, 3)])
+def test_depths_and_class_counts_are_those_of_the_file(depth, tmp_path):
+    made = ARPG_models["ARPG-S"](n_layer=depth[0], n_query_layer=depth[1], num_classes=7, vocab_size=64)
+    torch.save(made.state_dict(), tmp_path / "arpg.pt")
+    config = loaded(tmp_path / "arpg.pt").config  # the width says which preset
+    assert (config.n_layer, config.n_query_layer, config.num_classes, config.vocab_size) == (*depth, 7, 64)
+
+
+def test_query_layers_of_a_training(code_store, tmp_path, capsys):
+    command = ["train_gpt", "--code-path", code_store, "--gpt-model", "ARPG-S", "--epochs", 1, "--global-batch-size",
+               12, "--results-dir", tmp_path]
+    call(*command, "--query-layers", 3)
+    found, saved = load_gpt(SampleFlags(gpt_ckpt=str(tmp_path / "000-ARPG-S"), precision="none"), device=CPU)
+    assert (found.config.n_layer, found.config.n_query_layer) == (1, 3) and saved["gpt_model"] == "ARPG-S"
+    for layers in (0, 5):
+        assert f"--query-layers is {layers}" in refused(capsys, call, *command, "--query-layers", layers)
+    assert "--query-layers is for ARPG" in refused(capsys, call, *command, "--gpt-model", "GPT-S", "--query-layers", 2)
+
+
+def test_the_wrong_family_is_refused(arpg_ckpt, gpt_ckpt, code_store, capsys, tmp_path):
+    with pytest.raises(ValueError, match=r"is an ARPG of 2\+2 layers, width 128, 256 codes, no GPT-B"):
+        loaded(arpg_ckpt, gpt_model="GPT-B")
+    with pytest.raises(ValueError, match=r"is a GPT of 4 layers, width 128, 256 codes, no ARPG-L"):
+        loaded(gpt_ckpt, gpt_model="ARPG-L")
+    said = refused(capsys, call, "train_gpt", "--code-path", code_store, "--gpt-model", "GPT-S", "--init-from",
+                   arpg_ckpt, "--results-dir", tmp_path)
+    assert "is an ARPG conditioned on classes, this run's is a GPT" in said
+
+
+# ---- sampling
+
+
+@pytest.mark.parametrize("flags", [
+    {}, {"step": 5, "sample_schedule": "cosine", "cfg_schedule": "constant"}, {"order": "spiral-in", "step": 16},
+    {"shared_order": True, "cfg_interval": 2}], ids=str)
+def test_an_image_depends_on_seed_and_index_only(models, arpg_ckpt, vq_ckpt, flags):
+    pipeline = load_pipeline(SampleFlags(gpt_ckpt=str(arpg_ckpt), vq_ckpt=str(vq_ckpt), precision="none", top_k=50,
+                                         **flags), device=CPU)
+    labels = [i % 3 for i in range(5)]
+    whole = pipeline.sample_codes(labels, seed=4, indices=list(range(5)))
+    for index in range(5):
+        alone = pipeline.sample_codes(labels[index:index + 1], seed=4, indices=[index])
+        assert torch.equal(alone[0], whole[index])
+    assert not torch.equal(pipeline.sample_codes(labels, seed=5, indices=list(range(5))), whole)
+
+
+def test_orders_are_of_the_image_or_of_the_seed(models, arpg_ckpt, vq_ckpt, monkeypatch):
+    orders, join = [], CodeDecoder.join
+    monkeypatch.setattr(CodeDecoder, "join", lambda self, request: orders.append(request.plan.order.tolist())
+                        or join(self, request))
+    for shared in (False, True):
+        pipeline = load_pipeline(SampleFlags(gpt_ckpt=str(arpg_ckpt), vq_ckpt=str(vq_ckpt), precision="none",
+                                             shared_order=shared), device=CPU)
+        for seed in (0, 1):
+            pipeline.sample_codes([0, 1], seed=seed, indices=[3, 4])
+    own, one = orders[:4], orders[4:]
+    assert len({tuple(order) for order in own}) == 4
+    assert one[0] == one[1] != one[2] == one[3]
+
+
+@pytest.mark.processes
+def test_a_set_on_two_processes_is_that_of_one(models, tmp_path):
+    command = [*models, "--num-fid-samples", 7, "--step", 6, "--order", "random", "--global-seed", 3]
+    one = sample_set(tmp_path / "one", *command, "--per-proc-batch-size", 3)
+    assert "-step-6-arccos-linear-random-seed-3" in one.name
+    described = json.loads((one / "config.json").read_text())
+    assert (described["steps"], described["order"], described["shared_order"]) == (6, "random", False)
+    two_processes([("sample", [*command, "--per-proc-batch-size", 2, "--sample-dir", tmp_path / "two"])], tmp_path)
+    two, = (path for path in (tmp_path / "two").iterdir() if path.is_dir())
+    pictures = contents(one)
+    assert {name: data for name, data in contents(two).items() if name.endswith("png")} == {
+        name: data for name, data in pictures.items() if name.endswith("png")}
+    other = sample_set(tmp_path / "other", *command[:-4], "--order", "raster", "--global-seed", 3)
+    assert other.name != one.name
+
+
+def test_what_flags_ask_for_is_what_is_drawn(models, arpg_ckpt, vq_ckpt):
+    pipeline = load_pipeline(SampleFlags(gpt_ckpt=str(arpg_ckpt), vq_ckpt=str(vq_ckpt), precision="none", step=16,
+                                         order="raster", temperature=0.0), device=CPU)
+    codes = pipeline.sample_codes([1], seed=0, indices=[0])
+    assert torch.equal(codes, generate(pipeline.gpt, torch.tensor([1]), 16, cfg_scale=4.0, sample_logits=False,
+                                       generators=[sample_generator(0, 0)], schedule=pipeline.schedule))
+    assert pipeline.schedule.steps == 16 and pipeline.schedule.order == "raster"
+
+
+def test_memory_counts_the_codes_of_a_step(models, arpg_ckpt, vq_ckpt):
+    sizes = []
+    for step in (1, 16):
+        pipeline = load_pipeline(SampleFlags(gpt_ckpt=str(arpg_ckpt), vq_ckpt=str(vq_ckpt), precision="none",
+                                             step=step), device=CPU)
+        sizes.append(bytes_per_image(pipeline, CPU))
+    assert sizes[0] - sizes[1] == 2 * 15 * 8 * 4 * 256  # logits of 16 codes in place of one, with and without the class
+
+
+def test_flags_that_do_not_fit_are_refused(models, gpt_ckpt, vq_ckpt, capsys, tmp_path):
+    for flags, message in [(("--step", 17), "--step is 17, expected 1 to 16"), (("--step", 0), "--step is 0"),
+                           (("--decode", "jacobi"), "--decode jacobi is for a GPT"),
+                           (("--order", "raster", "--shared-order"), "--shared-order is for random orders"),
+                           (("--order", "sideways"), "--order"), (("--num-classes", 9), "--num-classes is 9")]:
+        assert message in refused(capsys, grid, *models, *flags)
+    gpt = ["--gpt-ckpt", gpt_ckpt, "--vq-ckpt", vq_ckpt, "--precision", "none"]
+    for flags, name in [(("--step", 8), "step"), (("--cfg-schedule", "linear"), "cfg-schedule"),
+                        (("--sample-schedule", "cosine"), "sample-schedule"), (("--order", "raster"), "order"),
+                        (("--shared-order",), "shared-order")]:
+        assert f"--{name} is for ARPG" in refused(capsys, grid, *gpt, *flags)
+
+
+@pytest.mark.parametrize("quantize", ["int8", "int4"])
+def test_quantized_weights_draw_too(models, quantize, tmp_path, capsys):
+    grid(*models, "--quantize", quantize, "--step", 4, "--output", tmp_path / "grid.png")
+    assert "3 images of 16x16" in capsys.readouterr().out
