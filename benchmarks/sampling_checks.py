@@ -16,9 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from autoregressive.models.base import CodeModel
 from autoregressive.models.generate import generate
-from autoregressive.models.gpt import GPT_models, Transformer
 from autoregressive.models.graphs import StepGraphs
+from autoregressive.models.registry import MODELS
+from autoregressive.models.schedule import DrawSchedule
 from benchmarks.check_report import CheckResult, within
 from benchmarks.roofline import timed
 from tests.data import references
@@ -32,27 +34,29 @@ from utils.seeding import sample_generator
 GPU_FACTOR = 5  # how much further off than the tests allow on a CPU: other sums, other convolutions
 HALVES = {torch.bfloat16: 0.05, torch.float16: 0.01}  # allowed RMS error of logits, relative; their steps: 2^-9, 2^-12
 IMAGES = 8
-GRAPH_CALLS = {  # name: (dtype, settings of `generate`)
-    "fp32": (torch.float32, {}),
-    "bf16, top-k 50, top-p 0.95": (torch.bfloat16, {"top_k": 50, "top_p": 0.95}),
+GRAPH_CALLS = {  # name: (family, dtype, settings of `generate`)
+    "fp32": ("GPT", torch.float32, {}),
+    "bf16, top-k 50, top-p 0.95": ("GPT", torch.bfloat16, {"top_k": 50, "top_p": 0.95}),
+    "ARPG, bf16": ("ARPG", torch.bfloat16, {"schedule": DrawSchedule(8)}),
 }
+LARGE = {"GPT": "GPT-B", "ARPG": "ARPG-L"}  # on a GPU
 
 
 # ---- what the checks run on
 
 
-def random_model(device: torch.device, dtype: torch.dtype = torch.float32) -> Transformer:
-    """GPT-B for 256 tokens, on a CPU GPT-S for 16, with random weights, those of the head too."""
+def random_model(device: torch.device, dtype: torch.dtype = torch.float32, *, family: str = "GPT") -> CodeModel:
+    """GPT-B or ARPG-L for 256 tokens, on a CPU GPT-S or ARPG-S for 16, with random weights, those of the head too."""
     torch.manual_seed(0)
-    model = (GPT_models["GPT-S"](block_size=16, vocab_size=256) if device.type == "cpu" else
-             GPT_models["GPT-B"](block_size=256)).eval().requires_grad_(False)
-    torch.nn.init.normal_(model.output.weight, std=0.02)
+    model = (MODELS[f"{family}-S"](block_size=16, vocab_size=256) if device.type == "cpu" else
+             MODELS[LARGE[family]](block_size=256)).eval().requires_grad_(False)
+    torch.nn.init.normal_(model.get_submodule(model.HEAD).weight, std=0.02)
     return model.to(device=device, dtype=dtype)
 
 
-def drawn(model: Transformer, images: range, **settings) -> Tensor:
+def drawn(model: CodeModel, images: range, **settings) -> Tensor:
     """Codes (len(images), L) of some images of seed 0, with guidance; one code a step, or what `settings` say."""
-    labels = torch.tensor(images, device=model.output.weight.device) * 111 % 1000
+    labels = torch.tensor(images, device=next(model.parameters()).device) * 111 % 1000
     return generate(model, labels, model.config.block_size, cfg_scale=2.0, **{"decode": "sequential", **settings},
                     generators=[sample_generator(0, i) for i in images])
 
@@ -99,6 +103,11 @@ def check_parity(device: torch.device) -> Iterator[CheckResult]:
         yield within(f"{file}, share of wrong greedy codes among the {clear:.1%} that are clear", wrong, 0.0)
         wrong, compared = references.generated_codes(gpt)
         yield CheckResult(wrong == 0, f"{file}, first codes of `generate`: {wrong} of {compared} wrong")
+    model, numbers = references.load_arpg(device)
+    for name, value in references.arpg_teacher_forced_differences(model, numbers).items():
+        yield within(f"ARPG-L, {name}", value, {"logits": 2e-4, "loss": 1e-5}[name] * factor)
+    wrong, compared = references.wrong_arpg_codes(model, numbers, references.ARPG_DRAWS[0])
+    yield CheckResult(wrong == 0, f"ARPG-L, a whole decoding: {wrong} wrong of the {compared:.1%} that are clear")
 
 
 @contextlib.contextmanager
@@ -128,7 +137,7 @@ def graphs_used(*, on: bool) -> Iterator[dict[str, Any]]:
     seen["said"] = [line for line in said.getvalue().splitlines() if line.startswith("note:")]
 
 
-def milliseconds(model: Transformer, count: int, device: torch.device, *, on: bool, **settings) -> float:
+def milliseconds(model: CodeModel, count: int, device: torch.device, *, on: bool, **settings) -> float:
     """What a code takes of a call for `count` images, with graphs on or off. The call was made before."""
     with graphs_used(on=on):
         return 1e3 * timed(lambda: drawn(model, range(count), **settings), device) / model.config.block_size
@@ -138,8 +147,8 @@ def check_graphs(device: torch.device) -> Iterator[CheckResult]:
     """The same call with CUDA graphs and without: codes, speed, and whether graphs were given up."""
     if device.type == "cpu":
         yield CheckResult(None, "graphs are for GPUs: on a CPU both calls are the same eager one")
-    for name, (dtype, settings) in GRAPH_CALLS.items():
-        model = random_model(device, dtype)
+    for name, (family, dtype, settings) in GRAPH_CALLS.items():
+        model = random_model(device, dtype, family=family)
         with graphs_used(on=False) as off:
             eager = {count: drawn(model, range(count), **settings) for count in (1, IMAGES)}
         rounds = []  # sizes alternate: what a graph is captured for was seen before, so from the third on none is

@@ -312,7 +312,7 @@ def pretend_gpu(monkeypatch, *, heeds: bool = True, recaptures: bool = False, sa
             return torch.full((len(images), 4), int(wrong))
         return torch.zeros(len(images), 4)
 
-    def random_model(device, dtype):
+    def random_model(device, dtype, *, family):
         graphs.clear()
         return SimpleNamespace(config=SimpleNamespace(block_size=4))
 

@@ -5,20 +5,25 @@ caller says which are too large. Weights are made, not shipped (fill.py).
 """
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from autoregressive.models import decoder
+from autoregressive.models.arpg import ARPG, ARPG_models
 from autoregressive.models.generate import generate
 from autoregressive.models.gpt import GPT_models, Transformer
 from autoregressive.models.sampling import guide
+from autoregressive.models.schedule import DrawSchedule
 from tests.autoregressive.models.decoding import attention_mask
 from tests.data.fill import fill, image
 from tokenizer.tokenizer_image.vq_model import VQ_models
 
 DATA = Path(__file__).parent
 TOKENIZERS = ("vq16_256", "vq8_128")
+ARPG_DRAWS = ("draw0", "draw1", "draw2")  # whole decodings
 GPTS = ("gpt_b_c2i_256", "gpt_b_c2i_576_cfg_interval", "gpt_b_t2i_256")
 CLEAR = 1e-3  # rounding may decide a step whose two best logits are closer than this
 CLEAR_CODE = 1e-4  # the same for the distances to a pixel's two nearest codes
@@ -146,3 +151,47 @@ def generated_codes(gpt: GPTReference) -> tuple[int, int]:
         wrong += (codes[row, :until] != expected[row, :until]).sum().item()
         compared += until
     return wrong, compared
+
+
+def load_arpg(device: torch.device = CPU) -> tuple[ARPG, dict[str, np.ndarray]]:
+    """ARPG-L with the reference's weights, and its numbers."""
+    numbers = dict(np.load(DATA / "arpg_l_256.npz"))
+    model = filled(ARPG_models[str(numbers["model"])], str(numbers["salt"]), device=device)
+    model.head.weight.mul_(4)
+    return model, numbers
+
+
+@torch.no_grad()
+def arpg_teacher_forced_differences(model: ARPG, numbers: dict[str, np.ndarray]) -> dict[str, float]:
+    """The largest differences of logits and loss, an order per sample."""
+    orders, codes, labels = (torch.from_numpy(numbers[name]).long().to(model.head.weight.device)
+                             for name in ("teacher_orders", "teacher_codes", "classes"))
+    codes = codes.gather(1, orders)
+    logits, loss = model(codes[:, :-1], labels, codes, orders=orders)
+    return {"logits": furthest(logits[:, ::37, ::257], numbers["teacher_logits"]),
+            "loss": abs(loss.item() - float(numbers["teacher_loss"]))}
+
+
+def wrong_arpg_codes(model: ARPG, numbers: dict[str, np.ndarray], draw: str) -> tuple[int, float]:
+    """(wrong ones, share of the codes compared) in one of ARPG_DRAWS: up to what rounding may decide.
+
+    Each code is the best of guided log-probability and given noise; the noise takes the place of ours, all else is our
+    decoder with the reference's schedule, guidance, order and number of steps.
+    """
+    own = {name.removeprefix(f"{draw}_"): value for name, value in numbers.items() if name.startswith(draw)}
+    device, order = model.head.weight.device, own["order"]
+    noise = np.random.RandomState(int(own["noise_seed"])).gumbel(size=(2, 256, 16384)).astype(np.float32)
+    noise = torch.from_numpy(noise).to(device)
+
+    def best(logits: Tensor, draws: Tensor, scale: Tensor, settings: object, *, fused: bool) -> tuple[Tensor, Tensor]:
+        asks, others, slots, cells = draws[:4]
+        assert (others >= 0).all()  # all steps are guided
+        sums = guide(logits[asks], logits[others], scale[:, None]).log_softmax(-1)
+        return (sums + noise[slots, cells]).argmax(-1), torch.ones(len(asks), dtype=torch.bool, device=device)
+
+    schedule = DrawSchedule(int(own["steps"]), str(own["schedule"]), str(own["guidance"]))
+    with mock.patch.object(decoder, "choose", best):
+        codes = generate(model, torch.from_numpy(numbers["classes"]).long().to(device), 256,
+                         cfg_scale=float(own["scale"]), schedule=schedule, orders=torch.from_numpy(order).long())
+    clear = np.cumprod(own["gap"] > CLEAR, axis=1) > 0  # in the order of decoding
+    return int((codes.cpu().numpy() != own["codes"])[:, order][clear].sum()), float(clear.mean())

@@ -13,10 +13,15 @@ from autoregressive.models.engines import engine_for
 from autoregressive.models.generate import generate
 from autoregressive.models.native_engine import NativeEngine
 from autoregressive.models.rope import rope_table
-from autoregressive.models.sampling import guide
 from autoregressive.models.schedule import DrawSchedule
 from tests.autoregressive.models.decoding import engine_of, streams
-from tests.data.references import CLEAR, DATA, filled, furthest
+from tests.data.references import (
+    ARPG_DRAWS,
+    DATA,
+    arpg_teacher_forced_differences,
+    load_arpg,
+    wrong_arpg_codes,
+)
 
 V = 37
 COUNTS = {"ARPG-L": 319_845_376, "ARPG-XL": 718_997_760, "ARPG-XXL": 1_302_449_664}  # specified by the paper's code
@@ -46,10 +51,7 @@ def block_masks(sizes: list[int]) -> tuple[Tensor, Tensor]:
 
 @pytest.fixture(scope="module")
 def reference() -> tuple[ARPG, dict[str, np.ndarray]]:
-    numbers = dict(np.load(DATA / "arpg_l_256.npz"))
-    model = filled(ARPG_models[str(numbers["model"])], str(numbers["salt"]))
-    model.head.weight.mul_(4)
-    return model, numbers
+    return load_arpg()
 
 
 # ---- the reference
@@ -65,40 +67,17 @@ def test_sizes_and_names_are_those_of_the_checkpoints(name):
     assert sum(p.ndim > 1 for p in model.parameters()) == DECAYED[name]
 
 
-@torch.no_grad()
 def test_teacher_forced_logits_are_the_references(reference):
-    model, numbers = reference
-    orders, codes = (torch.from_numpy(numbers[f"teacher_{name}"]).long() for name in ("orders", "codes"))
-    codes = codes.gather(1, orders)
-    logits, loss = model(codes[:, :-1], torch.from_numpy(numbers["classes"]).long(), codes, orders=orders)
-    assert furthest(logits[:, ::37, ::257], numbers["teacher_logits"]) <= 2e-4
-    assert abs(loss.item() - numbers["teacher_loss"].item()) < 1e-5
+    found = arpg_teacher_forced_differences(*reference)
+    assert found["logits"] <= 2e-4 and found["loss"] < 1e-5, found
 
 
-@pytest.mark.parametrize("draw", ["draw0", pytest.param("draw1", marks=pytest.mark.slow),
-                                  pytest.param("draw2", marks=pytest.mark.slow)])
-def test_whole_decodings_are_the_references(reference, engine, draw, monkeypatch):
-    """Each code is the best of guided log-probability and given noise; here the noise is the only thing that is not
-    ours. Schedule, guidance, order and step count are those of the reference."""
-    model, numbers = reference
-    own = {name.removeprefix(f"{draw}_"): value for name, value in numbers.items() if name.startswith(draw)}
-    noise = np.random.RandomState(int(own["noise_seed"])).gumbel(size=(2, 256, 16384)).astype(np.float32)
-
-    def best(logits: Tensor, draws: Tensor, scale: Tensor, settings, *, fused: bool) -> tuple[Tensor, Tensor]:
-        asks, others, slots, cells = draws[:4]
-        assert (others >= 0).all()  # all steps are guided
-        sums = guide(logits[asks], logits[others], scale[:, None]).log_softmax(-1)
-        return (sums + torch.from_numpy(noise)[slots, cells]).argmax(-1), torch.ones(len(asks), dtype=torch.bool)
-
-    monkeypatch.setattr(decoder_module, "choose", best)
-    schedule = DrawSchedule(int(own["steps"]), str(own["schedule"]), str(own["guidance"]))
-    order = torch.from_numpy(own["order"]).long()
-    codes = generate(model, torch.from_numpy(numbers["classes"]).long(), 256, cfg_scale=float(own["scale"]),
-                     schedule=schedule, orders=order)
-    assert type(engine_of(model)) is engine
-    clear = np.cumprod(own["gap"] > CLEAR, axis=1) > 0  # in the order of decoding, up to what rounding may decide
-    assert clear.mean() > 0.7
-    assert ((codes.numpy() == own["codes"])[:, own["order"]] | ~clear).all()
+@pytest.mark.parametrize("draw", [ARPG_DRAWS[0], *(pytest.param(draw, marks=pytest.mark.slow)
+                                                   for draw in ARPG_DRAWS[1:])])
+def test_whole_decodings_are_the_references(reference, engine, draw):
+    wrong, compared = wrong_arpg_codes(*reference, draw)
+    assert type(engine_of(reference[0])) is engine
+    assert compared > 0.7 and wrong == 0
 
 
 # ---- the model
