@@ -148,9 +148,9 @@ class NativeEngine:
             self.logits = torch.empty(asks, vocab + SIDE)  # not a power of two: rows would share cache sets
         fed, asked = (block.data_ptr() + 8 * block.shape[1] for block in (batch.fed, batch.asks))  # past the first row
         step = _Step(x.data_ptr(), _Tokens(tokens, *(fed + 8 * tokens * i for i in range(4))), batch.asks.data_ptr(),
-                     pointer(y), pointer(self.first_query), _Tokens(asks, asked, asked + 8 * asks, None, asked + 16 * asks),
-                     self.table.data_ptr(), self.logits.data_ptr(), self.logits.shape[1], self.scratch.data_ptr(),
-                     threads)
+                     pointer(y), pointer(self.first_query),
+                     _Tokens(asks, asked, asked + 8 * asks, None, asked + 16 * asks), self.table.data_ptr(),
+                     self.logits.data_ptr(), self.logits.shape[1], self.scratch.data_ptr(), threads)
         assert x.shape == (tokens, self.described.dim) and batch.fed.is_contiguous() and batch.asks.is_contiguous()
         assert batch.longest <= self.capacity and batch.rows.max() < self.rows, (batch.longest, batch.rows)
         self.kernels.step(ctypes.byref(self.described), ctypes.byref(step))
