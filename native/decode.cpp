@@ -58,6 +58,7 @@ struct Step {
     Tokens fed;
     const int64_t* token;    // (asks,) which fed token answers, where there are no separate queries
     float* y;                // (asks, D) the queries, where there are; overwritten
+    const float* query;      // (H K,) what `first_query` gives where all queries start alike, else null
     Tokens asked;            // slot is not used
     const float* table;      // (places, K / 2, 2) cosine and sine
     float* logits;           // (asks, stride)
@@ -102,41 +103,41 @@ static inline void rotate(const float* x, const float* rope, int64_t K, float* o
     }
 }
 
-// sums += x times B groups of 16 cached numbers, `apart` from one another.
-template <int B>
-static inline void add_scaled(f8 x, const Cached* at, int64_t apart, f8 (&sums)[2 * B]) {
+// sums[q] += x_q times B groups of 16 cached numbers, `apart` from one another; the x_q lie ldx apart.
+template <int Q, int B>
+static inline void add_scaled(const float* x, int64_t ldx, const Cached* at, int64_t apart, f8 (&sums)[Q][2 * B]) {
     for (int b = 0; b < B; b++) {
         f8 low, high;
         load16(at + b * apart, low, high);
-        sums[2 * b] = multiply_add(x, low, sums[2 * b]);
-        sums[2 * b + 1] = multiply_add(x, high, sums[2 * b + 1]);
+        for (int q = 0; q < Q; q++) {
+            sums[q][2 * b] = multiply_add(all(x[q * ldx]), low, sums[q][2 * b]);
+            sums[q][2 * b + 1] = multiply_add(all(x[q * ldx]), high, sums[q][2 * b + 1]);
+        }
     }
 }
 
-// scores[s] = scale * q . k_s for B blocks of SIDE positions.
-template <int B>
-static inline void score(const float* q, const Cached* keys, int64_t K, float scale, float* scores) {
-    f8 sums[2 * B] = {};
-    for (int64_t k = 0; k < K; k++) add_scaled<B>(all(q[k]), keys + k * SIDE, K * SIDE, sums);
-    for (int b = 0; b < 2 * B; b++) store(scores + 8 * b, sums[b] * all(scale));
+// scores[q][s] = scale * x_q . k_s for Q queries, P apart, and B blocks of SIDE positions.
+template <int Q, int B>
+static inline void score(const float* x, int64_t P, const Cached* keys, int64_t K, float scale, float* scores,
+                         int64_t capacity) {
+    f8 sums[Q][2 * B] = {};
+    for (int64_t k = 0; k < K; k++) add_scaled<Q, B>(x + k, P, keys + k * SIDE, K * SIDE, sums);
+    for (int q = 0; q < Q; q++)
+        for (int b = 0; b < 2 * B; b++) store(scores + q * capacity + 8 * b, sums[q][b] * all(scale));
 }
 
-// out = sum over s < n of p_s v_s, for 16 B neighbours of a head.
-template <int B>
-static inline void mix(const float* p, const Cached* values, int64_t n, int64_t stride, float* out) {
-    f8 sums[2 * B] = {};
-    for (int64_t s = 0; s < n; s++) add_scaled<B>(all(p[s]), values + s * stride, 16, sums);
-    for (int b = 0; b < 2 * B; b++) store(out + 8 * b, sums[b]);
+// out[q] = sum over s < n of p_qs v_s, for 16 B neighbours of a head; the p_q lie `capacity` apart, the v_s and outs P.
+template <int Q, int B>
+static inline void mix(const float* p, int64_t capacity, const Cached* values, int64_t n, int64_t P, float* out) {
+    f8 sums[Q][2 * B] = {};
+    for (int64_t s = 0; s < n; s++) add_scaled<Q, B>(p + s, capacity, values + s * P, 16, sums);
+    for (int q = 0; q < Q; q++)
+        for (int b = 0; b < 2 * B; b++) store(out + q * P + 8 * b, sums[q][b]);
 }
 
-// Attention of one query (K,) over n cached positions; `scores` holds capacity floats, out P.
-static void attend(const float* q, const Cached* keys, const Cached* values, int64_t n, int64_t K, float* scores,
-                   float* out) {
-    const int64_t blocks = (n + SIDE - 1) / SIDE, padded = blocks * SIDE, P = rounded(K, SIDE);
-    const float scale = 1.0f / std::sqrt((float)K);
-    int64_t b = 0;
-    for (; b + 4 <= blocks; b += 4) score<4>(q, keys + b * K * SIDE, K, scale, scores + b * SIDE);
-    for (; b < blocks; b++) score<1>(q, keys + b * K * SIDE, K, scale, scores + b * SIDE);
+// Scores to probabilities but for a factor, which is returned; those of no position, up to a whole block, become 0.
+static float softmax(float* scores, int64_t n) {
+    const int64_t padded = rounded(n, SIDE);
     for (int64_t s = n; s < padded; s++) scores[s] = -std::numeric_limits<float>::infinity();
     f8 best = load(scores);
     for (int64_t s = 8; s < padded; s += 8) best = select(load(scores + s) > best, load(scores + s), best);
@@ -147,21 +148,40 @@ static void attend(const float* q, const Cached* keys, const Cached* values, int
         store(scores + s, e);
         total += e;
     }
-    int64_t k = 0;
-    for (; k + 64 <= P; k += 64) mix<4>(scores, values + k, n, P, out + k);
-    for (; k < P; k += 16) mix<1>(scores, values + k, n, P, out + k);
-    const f8 share = all(1.0f / sum(total));
-    for (int64_t i = 0; i < P; i += 8) store(out + i, load(out + i) * share);
+    return 1.0f / sum(total);
 }
 
-static int64_t scratch_of_thread(const Model& m) { return rounded(m.capacity + 2 * rounded(m.head_dim, SIDE), SIDE); }
-static int64_t hidden_stride(const Model& m) { return m.hidden + SIDE; }  // no power of two: they share cache sets
+constexpr int QUERIES = 4;  // of one head that attend the same positions together: they share what is read
+
+// Attention of Q queries over n cached positions; queries and out (Q, P), P: K rounded up to a multiple of SIDE; `scores`
+// holds Q times capacity floats.
+template <int Q>
+static void attend(const float* queries, const Cached* keys, const Cached* values, int64_t n, int64_t K,
+                   int64_t capacity, float* scores, float* out) {
+    constexpr int B = Q == 1 ? 4 : 2;  // blocks at a time
+    const int64_t blocks = (n + SIDE - 1) / SIDE, P = rounded(K, SIDE);
+    const float scale = 1.0f / std::sqrt((float)K);
+    int64_t b = 0;
+    for (; b + B <= blocks; b += B)
+        score<Q, B>(queries, P, keys + b * K * SIDE, K, scale, scores + b * SIDE, capacity);
+    for (; b < blocks; b++) score<Q, 1>(queries, P, keys + b * K * SIDE, K, scale, scores + b * SIDE, capacity);
+    float share[Q];
+    for (int q = 0; q < Q; q++) share[q] = softmax(scores + q * capacity, n);
+    int64_t k = 0;
+    for (; k + 16 * B <= P; k += 16 * B) mix<Q, B>(scores, capacity, values + k, n, P, out + k);
+    for (; k < P; k += 16) mix<Q, 1>(scores, capacity, values + k, n, P, out + k);
+    for (int q = 0; q < Q; q++)
+        for (int64_t i = 0; i < P; i += 8) store(out + q * P + i, load(out + q * P + i) * all(share[q]));
+}
+
+static int64_t scratch_of_thread(const Model& m) { return QUERIES * (m.capacity + 2 * rounded(m.head_dim, SIDE)); }
+static int64_t spaced(int64_t width) { return width + SIDE; }  // no power of two: rows would share cache sets
 
 // What the functions below work with; every thread has its own. They are called by all threads together.
 struct Work {
     const Model& m;
     const float* table;
-    float *normed, *qkv, *attended, *hidden;  // (n, D), (n, (H + 2 G) K), (n, H K), (n, hidden_stride)
+    float *normed, *qkv, *attended, *hidden;  // rows of D, (H + 2 G) K, H K, F; but for qkv `spaced`
     float* mine;                              // scratch_of_thread floats
 
     int64_t width() const { return (m.heads + 2 * m.kv_heads) * m.head_dim; }
@@ -169,7 +189,7 @@ struct Work {
 
 static void norm_rows(const Work& w, const float* x, const float* weight, int64_t n) {
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < n; i++) rms_norm(x + i * w.m.dim, weight, w.m.dim, w.m.eps, w.normed + i * w.m.dim);
+    for (int64_t i = 0; i < n; i++) rms_norm(x + i * w.m.dim, weight, w.m.dim, w.m.eps, w.normed + i * spaced(w.m.dim));
 }
 
 constexpr int COLUMNS = 48;  // that a thread computes at a time: whole tiles, and whole cache lines of results
@@ -194,7 +214,7 @@ static void project_qkv(const Work& w, const Attention& a, int64_t n) {
         const int p = (c >= chunks[1]) + (c >= chunks[2]);
         const int64_t begin = (c - chunks[p]) * COLUMNS;
         float* into = w.qkv + offsets[p];
-        product<WEIGHTS>(w.normed, D, n, *linears[p], begin, std::min(sizes[p], begin + COLUMNS), D,
+        product<WEIGHTS>(w.normed, spaced(D), n, *linears[p], begin, std::min(sizes[p], begin + COLUMNS), D,
                          [&](int64_t i, int64_t j, float y) { into[i * width + j] = y; });
     }
 }
@@ -206,9 +226,9 @@ static void attend_head(const Work& w, const Attention& a, const Tokens& t, int6
     const int64_t cache_row = t.row[first] * m.kv_heads + g;
     Cached* keys = (Cached*)a.keys + cache_row * m.capacity * K;
     Cached* values = (Cached*)a.values + cache_row * m.capacity * P;
-    float* turned = w.mine;          // (P,)
-    float* attended = turned + P;    // (P,)
-    float* scores = attended + P;    // (capacity,)
+    float* turned = w.mine;                  // (QUERIES, P)
+    float* attended = turned + QUERIES * P;  // (QUERIES, P)
+    float* scores = attended + QUERIES * P;  // (QUERIES, capacity)
     for (int64_t i = first; a.k.weight && i < end; i++) {
         const int64_t at = t.slot[i];
         rotate(w.qkv + i * width + (m.heads + g) * K, w.table + t.rope[i] * K, K, turned);
@@ -216,40 +236,55 @@ static void attend_head(const Work& w, const Attention& a, const Tokens& t, int6
         const float* value = w.qkv + i * width + (m.heads + m.kv_heads + g) * K;
         for (int64_t k = 0; k < P; k++) put(values + at * P, k, k < K ? value[k] : 0.0f);
     }
-    for (int64_t i = first; a.q.weight && i < end; i++)
-        for (int64_t h = g * group; h < (g + 1) * group; h++) {
-            rotate(w.qkv + i * width + h * K, w.table + t.rope[i] * K, K, turned);
-            attend(turned, keys, values, t.sees[i], K, scores, attended);
-            for (int64_t k = 0; k < K; k++) w.attended[i * m.heads * K + W::place(h * K + k)] = attended[k];
+    const int64_t asks = a.q.weight ? (end - first) * group : 0;  // the heads of the first token, of the second, …
+    for (int64_t ask = 0, together; ask < asks; ask += together) {
+        const int64_t sees = t.sees[first + ask / group];
+        const auto like = [&](int64_t other) { return other < asks && t.sees[first + other / group] == sees; };
+        together = like(ask + 1) && like(ask + 2) && like(ask + 3) ? QUERIES : 1;
+        for (int64_t q = 0; q < together; q++) {
+            const int64_t i = first + (ask + q) / group, h = g * group + (ask + q) % group;
+            rotate(w.qkv + i * width + h * K, w.table + t.rope[i] * K, K, turned + q * P);
         }
+        (together > 1 ? attend<QUERIES> : attend<1>)(turned, keys, values, sees, K, m.capacity, scores, attended);
+        for (int64_t q = 0; q < together; q++) {
+            const int64_t i = first + (ask + q) / group, h = g * group + (ask + q) % group;
+            float* to = w.attended + i * spaced(m.heads * K);
+            for (int64_t k = 0; k < K; k++) to[W::place(h * K + k)] = attended[q * P + k];
+        }
+    }
 }
 
-// x += attention(norm(x)). `starts` holds the first token of each row, and their number at the end.
+// x += attention(norm(x)). `starts` holds the first token of each row, and their number at the end; `query` what the
+// projection gives for every row, if that is known.
 static void attention(const Work& w, const Attention& a, const Tokens& t, const std::vector<int64_t>& starts,
-                      float* x) {
+                      float* x, const float* query = nullptr) {
     const Model& m = w.m;
-    const int64_t n = t.count, D = m.dim;
-    norm_rows(w, x, a.norm, n);
-    project_qkv(w, a, n);
+    const int64_t n = t.count, D = m.dim, H = m.heads * m.head_dim;
+    if (query) {
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < n; i++) std::copy(query, query + H, w.qkv + i * w.width());
+    } else {
+        norm_rows(w, x, a.norm, n);
+        project_qkv(w, a, n);
+    }
 #pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < ((int64_t)starts.size() - 1) * m.kv_heads; i++)
         attend_head(w, a, t, starts[i / m.kv_heads], starts[i / m.kv_heads + 1], i % m.kv_heads);
     if (a.q.weight)
-        project(w.attended, m.heads * m.head_dim, n, a.out, D, m.heads * m.head_dim,
-                [&](int64_t i, int64_t j, float y) { x[i * D + j] += y; });
+        project(w.attended, spaced(H), n, a.out, D, H, [&](int64_t i, int64_t j, float y) { x[i * D + j] += y; });
 }
 
 // x += down(silu(gate n) * up n) with n = norm(x).
 static void feed_forward(const Work& w, const FeedForward& f, int64_t n, float* x) {
-    const int64_t D = w.m.dim, F = w.m.hidden, apart = hidden_stride(w.m);
+    const int64_t D = w.m.dim, F = w.m.hidden, apart = spaced(F);
     norm_rows(w, x, f.norm, n);
 #pragma omp for schedule(dynamic)
     for (int64_t j = 0; j < F; j += COLUMNS) {
         const int64_t end = std::min(F, j + COLUMNS);
-        product<WEIGHTS>(w.normed, D, n, f.gate, j, end, D, [&](int64_t i, int64_t j, float y) {
+        product<WEIGHTS>(w.normed, spaced(D), n, f.gate, j, end, D, [&](int64_t i, int64_t j, float y) {
             w.hidden[i * apart + W::place(j)] = y; });
         for (int64_t i = 0; i < n; i++) silu(w.hidden + i * apart + j, end - j);
-        product<WEIGHTS>(w.normed, D, n, f.up, j, end, D, [&](int64_t i, int64_t j, float y) {
+        product<WEIGHTS>(w.normed, spaced(D), n, f.up, j, end, D, [&](int64_t i, int64_t j, float y) {
             w.hidden[i * apart + W::place(j)] *= y; });
     }
     project(w.hidden, apart, n, f.down, D, F, [&](int64_t i, int64_t j, float y) { x[i * D + j] += y; });
@@ -260,8 +295,8 @@ static void head(const Work& w, const float* x, const int64_t* chosen, int64_t n
     const int64_t D = w.m.dim;
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < n; i++)
-        rms_norm(x + (chosen ? chosen[i] : i) * D, w.m.norm, D, w.m.eps, w.normed + i * D);
-    project(w.normed, D, n, w.m.output, w.m.vocab, D,
+        rms_norm(x + (chosen ? chosen[i] : i) * D, w.m.norm, D, w.m.eps, w.normed + i * spaced(D));
+    project(w.normed, spaced(D), n, w.m.output, w.m.vocab, D,
             [&](int64_t i, int64_t j, float y) { logits[i * stride + j] = y; });
 }
 
@@ -276,9 +311,9 @@ static std::vector<int64_t> starts_of_rows(const Tokens& t) {
 static void run(const Model& m, const Step& s) {
     const int64_t n = std::max(s.fed.count, s.asked.count), D = m.dim;
     const std::vector<int64_t> fed = starts_of_rows(s.fed), asked = starts_of_rows(s.asked);
-    float* qkv = s.scratch + n * D;
+    float* qkv = s.scratch + n * spaced(D);
     float* attended = qkv + n * (m.heads + 2 * m.kv_heads) * m.head_dim;
-    float* hidden = attended + n * m.heads * m.head_dim;
+    float* hidden = attended + n * spaced(m.heads * m.head_dim);
 #pragma omp parallel num_threads(s.threads)
     {
 #ifdef _OPENMP
@@ -286,7 +321,7 @@ static void run(const Model& m, const Step& s) {
 #else
         const int64_t thread = 0;
 #endif
-        float* mine = hidden + n * hidden_stride(m) + thread * scratch_of_thread(m);
+        float* mine = hidden + n * spaced(m.hidden) + thread * scratch_of_thread(m);
         const Work w{m, s.table, s.scratch, qkv, attended, hidden, mine};
         for (int64_t l = 0; l < m.layers; l++) {
             attention(w, m.layer[l].attention, s.fed, fed, s.x);
@@ -294,7 +329,7 @@ static void run(const Model& m, const Step& s) {
         }
         if (m.queries) attention(w, m.shared, s.fed, fed, s.x);
         for (int64_t l = 0; l < m.queries; l++) {
-            attention(w, m.query[l].attention, s.asked, asked, s.y);
+            attention(w, m.query[l].attention, s.asked, asked, s.y, l ? nullptr : s.query);
             feed_forward(w, m.query[l].feed_forward, s.asked.count, s.y);
         }
         head(w, m.queries ? s.y : s.x, m.queries ? nullptr : s.token, s.asked.count, s.logits, s.stride);
@@ -304,8 +339,16 @@ static void run(const Model& m, const Step& s) {
 extern "C" {
 // Floats that a step of at most `tokens` tokens, and as many asks, needs as scratch.
 int64_t scratch_size(const Model* m, int64_t tokens, int64_t threads) {
-    const int64_t projected = (2 * m->heads + 2 * m->kv_heads) * m->head_dim;  // q, k, v, and what was attended
-    return tokens * (m->dim + projected + hidden_stride(*m)) + threads * scratch_of_thread(*m);
+    const int64_t H = m->heads * m->head_dim, G = m->kv_heads * m->head_dim;
+    return tokens * (spaced(m->dim) + H + 2 * G + spaced(H) + spaced(m->hidden)) + threads * scratch_of_thread(*m);
+}
+
+// What the first layer of queries projects y (D,) to, before its rotation: out (H K,), the same for every query that
+// starts as y does. `scratch` holds what a step of one token needs.
+void first_query(const Model* m, const float* y, float* out, float* scratch) {
+    const Work w{*m, nullptr, scratch, out, nullptr, nullptr, nullptr};
+    norm_rows(w, y, m->query->attention.norm, 1);
+    project_qkv(w, m->query->attention, 1);
 }
 
 void step(const Model* m, const Step* s) { run(*m, *s); }

@@ -10,6 +10,9 @@ typedef float f8 __attribute__((vector_size(32), aligned(4)));
 typedef int32_t i8 __attribute__((vector_size(32), aligned(4)));
 typedef uint32_t u8 __attribute__((vector_size(32), aligned(4)));
 
+template <class V> struct Bits;  // vectors of integers as large as V
+template <> struct Bits<f8> { typedef i8 Signed; typedef u8 Unsigned; };
+
 template <class X> static inline X read(const void* p) {  // one unaligned load, of whatever type the memory is
     X x;
     std::memcpy(&x, p, sizeof x);
@@ -61,9 +64,73 @@ static inline f4 sums(f8 a, f8 b, f8 c, f8 d) {
 // Keeps a loaded vector in a register; compilers tend to load it again for each use.
 static inline f8 held(f8 x) {
 #ifdef __AVX2__
-    asm("" : "+x"(x));
+    asm("" : "+v"(x));
 #endif
     return x;
+}
+
+// Where registers hold sixteen floats: two vectors of eight side by side, each computed with as if it were alone.
+template <class V> constexpr int HALVES = sizeof(V) / sizeof(f8);
+#ifdef __AVX512F__
+#define WIDE
+typedef float f16 __attribute__((vector_size(64), aligned(4)));
+typedef int32_t i16 __attribute__((vector_size(64), aligned(4)));
+typedef uint32_t u16 __attribute__((vector_size(64), aligned(4)));
+template <> struct Bits<f16> { typedef i16 Signed; typedef u16 Unsigned; };
+
+static inline f16 multiply_add(f16 a, f16 b, f16 c) { return (f16)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+
+static inline f16 held(f16 x) {
+    asm("" : "+v"(x));
+    return x;
+}
+
+// `sum` of each half of four vectors at once, with the additions in the same order.
+static inline f8 sums(f16 a, f16 b, f16 c, f16 d) {
+    const __m512 A = (__m512)a, B = (__m512)b, C = (__m512)c, D = (__m512)d;
+    const __m512 ab = _mm512_shuffle_f32x4(A, B, 0x88) + _mm512_shuffle_f32x4(A, B, 0xdd);  // fours: a a b b
+    const __m512 cd = _mm512_shuffle_f32x4(C, D, 0x88) + _mm512_shuffle_f32x4(C, D, 0xdd);
+    const __m512 abcd = _mm512_shuffle_ps(ab, cd, 0x44) + _mm512_shuffle_ps(ab, cd, 0xee);  // twos: a c a c b d b d
+    const __m512i even = _mm512_setr_epi32(0, 4, 8, 12, 2, 6, 10, 14, 0, 0, 0, 0, 0, 0, 0, 0);
+    const __m512i odd = _mm512_setr_epi32(1, 5, 9, 13, 3, 7, 11, 15, 0, 0, 0, 0, 0, 0, 0, 0);
+    return (f8)_mm256_add_ps(_mm512_castps512_ps256(_mm512_permutexvar_ps(even, abcd)),
+                             _mm512_castps512_ps256(_mm512_permutexvar_ps(odd, abcd)));
+}
+#endif
+
+// 32 bytes at `p`, and for two halves 32 at `other` too.
+template <class X> static inline X read_halves(const char* p, const char* other) {
+#ifdef WIDE
+    if constexpr (sizeof(X) == 64)
+        return (X)_mm512_inserti64x4((__m512i)_mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)p)),
+                                     _mm256_loadu_si256((const __m256i*)other), 1);
+    else
+#endif
+        return read<X>(p);
+}
+
+template <class V> static inline V load_twice(const float* p) {  // the same in each half
+#ifdef WIDE
+    if constexpr (sizeof(V) == 64) return (V)_mm512_broadcast_f64x4(_mm256_loadu_pd((const double*)p));
+    else
+#endif
+        return load(p);
+}
+
+template <class V> static inline V all(float x, float other) {  // each half's own number
+    V v;
+    for (int i = 0; i < 8 * HALVES<V>; i++) v[i] = i < 8 ? x : other;
+    return v;
+}
+
+// The sums of COUNT vectors, or of their halves.
+template <int COUNT, class V> static inline void add_up(const V* x, float* out) {
+    constexpr int FOURS = COUNT / 4 * 4;
+    for (int i = 0; i < FOURS; i += 4) {
+        const auto four = sums(x[i], x[i + 1], x[i + 2], x[i + 3]);
+        std::memcpy(out + i * HALVES<V>, &four, sizeof four);
+    }
+    for (int i = FOURS * HALVES<V>; i < COUNT * HALVES<V>; i++) out[i] = sum(load((const float*)x + 8 * i));
 }
 
 static inline float largest(f8 x) {

@@ -58,9 +58,9 @@ class _Tokens(ctypes.Structure):
 
 
 class _Step(ctypes.Structure):
-    _fields_ = [("x", c_void_p), ("fed", _Tokens), ("token", c_void_p), ("y", c_void_p), ("asked", _Tokens),
-                ("table", c_void_p), ("logits", c_void_p), ("stride", c_int64), ("scratch", c_void_p),
-                ("threads", c_int64)]
+    _fields_ = [("x", c_void_p), ("fed", _Tokens), ("token", c_void_p), ("y", c_void_p), ("query", c_void_p),
+                ("asked", _Tokens), ("table", c_void_p), ("logits", c_void_p), ("stride", c_int64),
+                ("scratch", c_void_p), ("threads", c_int64)]
 
 
 def fitting_kernels(model: nn.Module) -> tuple[int, ctypes.CDLL] | tuple[None, None]:
@@ -108,7 +108,7 @@ class NativeEngine:
         self.logits = torch.empty(0)
 
     def reserve(self, rows: int, tokens: int) -> bool:
-        """Also looks up the addresses of the weights."""
+        """Also looks up the addresses of the weights, and computes what all queries begin with."""
         config, parts = self.model.config, self.model.parts()
         K, grows = config.dim // config.n_head, rows > self.rows or tokens > self.capacity
         if grows:
@@ -126,17 +126,19 @@ class NativeEngine:
         layers = self._layers([(layer, i) for i, layer in enumerate(parts.layers)])
         queries = self._layers([(layer, last) for layer in parts.queries])
         shared = _Attention() if parts.shared is None else self._attention(parts.shared, last)
-        self.table, self.query = self.model.rope(torch.device("cpu")), parts.query
+        self.table = self.model.rope(torch.device("cpu"))
         self.described = _Model(config.dim, config.n_head, config.n_kv_head, K, config.hidden, config.vocab_size,
                                 self.capacity, config.norm_eps, len(layers), layers, len(queries), queries, shared,
                                 self._norm(parts.norm), _linear(parts.output))
+        self.query = None if parts.query is None else parts.query.float()
+        self.first_query = None if self.query is None else self._first_query(self.query)
         return grows
 
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
         """See `Engine.forward`."""
         (_, tokens), (_, asks), vocab = batch.fed.shape, batch.asks.shape, self.described.vocab
         x, threads = x.float().contiguous(), torch.get_num_threads()
-        y = None if self.query is None else self.query.float().repeat(asks, 1)
+        y = None if self.query is None else self.query.repeat(asks, 1)
         need = max(tokens, asks), threads
         if need[0] > self.fits[0] or threads > self.fits[1]:
             self.fits = tuple(map(max, need, self.fits))
@@ -146,9 +148,9 @@ class NativeEngine:
             self.logits = torch.empty(asks, vocab + SIDE)  # not a power of two: rows would share cache sets
         fed, asked = (block.data_ptr() + 8 * block.shape[1] for block in (batch.fed, batch.asks))  # past the first row
         step = _Step(x.data_ptr(), _Tokens(tokens, *(fed + 8 * tokens * i for i in range(4))), batch.asks.data_ptr(),
-                     pointer(y), _Tokens(asks, asked, asked + 8 * asks, None, asked + 16 * asks),
-                     self.table.data_ptr(), self.logits.data_ptr(), self.logits.shape[1], self.scratch.data_ptr(),
-                     threads)
+                     pointer(y), pointer(self.first_query),
+                     _Tokens(asks, asked, asked + 8 * asks, None, asked + 16 * asks), self.table.data_ptr(),
+                     self.logits.data_ptr(), self.logits.shape[1], self.scratch.data_ptr(), threads)
         assert x.shape == (tokens, self.described.dim) and batch.fed.is_contiguous() and batch.asks.is_contiguous()
         assert batch.longest <= self.capacity and batch.rows.max() < self.rows, (batch.longest, batch.rows)
         self.kernels.step(ctypes.byref(self.described), ctypes.byref(step))
@@ -160,6 +162,13 @@ class NativeEngine:
         for keys, values in zip(self.keys, self.values, strict=True):
             keys[targets, :, :blocks] = keys[source, :, :blocks].clone()
             values[targets, :, :length] = values[source, :, :length].clone()
+
+    def _first_query(self, start: Tensor) -> Tensor:
+        """What the first layer of queries makes of their common start (D,), before the rotation: (H K,)."""
+        found = torch.empty(self.described.heads * self.described.head_dim)
+        scratch = torch.empty(self.kernels.scratch_size(ctypes.byref(self.described), c_int64(1), c_int64(1)))
+        self.kernels.first_query(ctypes.byref(self.described), *map(pointer, (start.contiguous(), found, scratch)))
+        return found
 
     def _layers(self, layers: list[tuple[tuple[AttentionParts, FeedForwardParts], int]]) -> ctypes.Array:
         return (_Layer * len(layers))(*(
