@@ -33,22 +33,13 @@ from autoregressive.models.schedule import DrawSchedule
 from benchmarks.bench_sample import DTYPES, forget_peak, peak_since
 from benchmarks.plain_arpg import PlainARPG, plain_arpg_generate
 from benchmarks.roofline import measured_peaks, timed
-from benchmarks.sample_rows import RowFlags, add_row, surroundings
+from benchmarks.sample_rows import SideFlags, add_row, surroundings
 from utils import cli, dist
-from utils.cli import flag
 from utils.seeding import sample_generator
 
 STEPS, IMAGES = (16, 32, 64, 256), (1, 8)
 CFG_SCALE = 4.5
 SIDES = ("plain", "ours", "gpt")
-
-
-@dataclass(kw_only=True)
-class BenchARPGFlags(RowFlags):
-    """The benchmark of an ARPG's sampling."""
-
-    memory_of: str | None = flag(None, "run this side of one case once and print its peak memory and what of it the "
-                                       "weights take (for the benchmark itself)", choices=SIDES)
 
 
 @dataclass(frozen=True)
@@ -97,7 +88,7 @@ def chosen_arpg_cases(patterns: str) -> list[ARPGCase]:
     return found
 
 
-def random_model(name: str, case: ARPGCase, device: torch.device) -> CodeModel:
+def model_of_case(name: str, case: ARPGCase, device: torch.device) -> CodeModel:
     """With random weights, also in the head."""
     torch.manual_seed(0)
     model = MODELS[name](block_size=256).eval().requires_grad_(False)
@@ -128,7 +119,7 @@ def check_same_codes(case: ARPGCase, model: CodeModel, device: torch.device) -> 
 
 def seconds_of_sides(case: ARPGCase, device: torch.device, *, repeats: int) -> dict[str, float]:
     """Median seconds of a call of each side, in turns."""
-    model, gpt = random_model(case.model, case, device), random_model(case.gpt, case, device)
+    model, gpt = model_of_case(case.model, case, device), model_of_case(case.gpt, case, device)
     check_same_codes(case, model, device)
     calls = {name: side(name, case, gpt if name == "gpt" else model, device) for name in SIDES}
     spans: dict[str, list[float]] = {name: [] for name in SIDES}
@@ -139,9 +130,9 @@ def seconds_of_sides(case: ARPGCase, device: torch.device, *, repeats: int) -> d
     return {name: statistics.median(values) for name, values in spans.items()}
 
 
-def peak_of_side(name: str, case: ARPGCase, device: torch.device) -> tuple[float, float]:
+def memory_of_side(name: str, case: ARPGCase, device: torch.device) -> tuple[float, float]:
     """(GiB at the peak of one side in this process, GiB of its weights)."""
-    model = random_model(case.gpt if name == "gpt" else case.model, case, device)
+    model = model_of_case(case.gpt if name == "gpt" else case.model, case, device)
     call = side(name, case, model, device)
     gc.collect()
     forget_peak(device)
@@ -149,24 +140,24 @@ def peak_of_side(name: str, case: ARPGCase, device: torch.device) -> tuple[float
     return peak_since(device), sum(p.nbytes for p in model.parameters()) / 2**30
 
 
-def peak_in_own_process(name: str, case: ARPGCase, config: BenchARPGFlags) -> tuple[float, float]:
-    """peak_of_side in a fresh process."""
+def memory_in_own_process(name: str, case: ARPGCase, config: SideFlags) -> tuple[float, float]:
+    """memory_of_side in a fresh process."""
     words = [sys.executable, __file__, "--memory-of", name, "--only", case.name, "--device", config.device]
     return tuple(json.loads(subprocess.run(words, check=True, stdout=subprocess.PIPE,
                                            text=True).stdout.splitlines()[-1]))
 
 
-def main(config: BenchARPGFlags) -> None:
+def main(config: SideFlags) -> None:
     device = dist.setup(config.device).device
     cases = chosen_arpg_cases(config.only)
     if config.memory_of:
-        print(json.dumps(peak_of_side(config.memory_of, cases[0], device)))
+        print(json.dumps(memory_of_side(config.memory_of, cases[0], device)))
         return
     for case in tqdm(cases, unit="case"):
         bandwidth, speed = measured_peaks(device, DTYPES[case.dtype])
         seconds = seconds_of_sides(case, device, repeats=config.repeats)
         gc.collect()
-        memory = {name: peak_in_own_process(name, case, config) for name in SIDES}
+        memory = {name: memory_in_own_process(name, case, config) for name in SIDES}
         limit = case.limit(bandwidth, speed)
         add_row("ARPG", [
             case.name, *surroundings(device), str(config.repeats), *(f"{seconds[name]:.2f}" for name in SIDES),
@@ -176,4 +167,4 @@ def main(config: BenchARPGFlags) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, BenchARPGFlags)
+    cli.run(main, SideFlags)

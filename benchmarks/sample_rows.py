@@ -81,6 +81,14 @@ class RowFlags(DeviceFlags):
             raise ValueError(f"--repeats is {self.repeats}, expected 1 or more")
 
 
+@dataclass(kw_only=True)
+class SideFlags(RowFlags):
+    """The same of a benchmark that measures memory."""
+
+    memory_of: str | None = flag(None, "run this side of one case once and print its peak memory (for the benchmark "
+                                       "itself): plain, ours or gpt")
+
+
 def surroundings(device: torch.device) -> list[str]:
     """Table cells: device, threads, versions, date."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()

@@ -4,7 +4,7 @@
 // that it sees; and asks, whose logits are wanted: fed tokens, or queries of their own that attend keys and values which all
 // their layers share. Keys are stored sixteen positions side by side, so that scores of neighbouring positions are
 // computed together; values position by position. Compiled once for each type of weights (-DWEIGHTS=…); the cache is
-// bfloat16 unless the weights are fp32. Arithmetic is fp32 throughout.
+// bfloat16 unless the weights are fp32. Arithmetic is fp32, but for the inputs of products (see product.h).
 #include <cmath>
 #include <limits>
 #include <type_traits>
@@ -16,7 +16,8 @@
 #include "product.h"
 
 constexpr int SIDE = 16;  // positions side by side in the cache of keys
-typedef Weight<WEIGHTS> W;
+constexpr int COLUMNS = 48;  // that a thread computes at a time: whole tiles, and whole cache lines of results
+typedef Input<WEIGHTS> In;
 typedef std::conditional_t<WEIGHTS == FLOAT, float, uint16_t> Cached;
 
 struct Attention {           // without q: only stores keys and values; without k and v: attends those of another
@@ -69,12 +70,6 @@ struct Step {
 
 static inline int64_t rounded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-static inline uint16_t to_bfloat16(float x) {  // to nearest, ties to even
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-}
-
 // Sixteen cached numbers as two vectors. In bfloat16, number i lies beside number i + 8.
 static inline void load16(const float* p, f8& low, f8& high) { low = load(p), high = load(p + 8); }
 static inline void load16(const uint16_t* p, f8& low, f8& high) {
@@ -84,11 +79,11 @@ static inline void load16(const uint16_t* p, f8& low, f8& high) {
 static inline void put(float* p, int64_t i, float x) { p[i] = x; }
 static inline void put(uint16_t* p, int64_t i, float x) { p[(i & ~15) | (i & 7) << 1 | (i >> 3 & 1)] = to_bfloat16(x); }
 
-static void rms_norm(const float* x, const float* weight, int64_t D, float eps, float* out) {
+static void rms_norm(const float* x, const float* weight, int64_t D, float eps, In* out) {
     f8 squares = all(0.0f);
     for (int64_t i = 0; i < D; i += 8) squares += load(x + i) * load(x + i);
     const float scale = 1.0f / std::sqrt(sum(squares) / D + eps);
-    for (int64_t i = 0; i < D; i++) out[W::place(i)] = x[i] * scale * weight[i];
+    for (int64_t i = 0; i < D; i++) put_input<WEIGHTS>(out, i, x[i] * scale * weight[i]);
 }
 
 static inline void silu(float* x, int64_t n) {
@@ -175,14 +170,16 @@ static void attend(const float* queries, const Cached* keys, const Cached* value
 }
 
 static int64_t scratch_of_thread(const Model& m) { return QUERIES * (m.capacity + 2 * rounded(m.head_dim, SIDE)); }
-static int64_t spaced(int64_t width) { return width + SIDE; }  // no power of two: rows would share cache sets
+static int64_t spaced(int64_t width) { return width + 32; }  // no power of two: rows would share cache sets
 
 // What the functions below work with; every thread has its own. They are called by all threads together.
 struct Work {
     const Model& m;
     const float* table;
-    float *normed, *qkv, *attended, *hidden;  // rows of D, (H + 2 G) K, H K, F; but for qkv `spaced`
-    float* mine;                              // scratch_of_thread floats
+    In* normed;             // rows of D, `spaced`
+    float* qkv;             // rows of (H + 2 G) K
+    In *attended, *hidden;  // rows of H K and F, `spaced`
+    float* mine;            // scratch_of_thread floats, then COLUMNS for each row
 
     int64_t width() const { return (m.heads + 2 * m.kv_heads) * m.head_dim; }
 };
@@ -192,11 +189,9 @@ static void norm_rows(const Work& w, const float* x, const float* weight, int64_
     for (int64_t i = 0; i < n; i++) rms_norm(x + i * w.m.dim, weight, w.m.dim, w.m.eps, w.normed + i * spaced(w.m.dim));
 }
 
-constexpr int COLUMNS = 48;  // that a thread computes at a time: whole tiles, and whole cache lines of results
-
 // put(i, j, y) for every y = x_i . w_j.
 template <class Put>
-static void project(const float* x, int64_t ldx, int64_t n, const Linear& linear, int64_t N, int64_t K,
+static void project(const In* x, int64_t ldx, int64_t n, const Linear& linear, int64_t N, int64_t K,
                     const Put& put) {
 #pragma omp for schedule(dynamic)
     for (int64_t j = 0; j < N; j += COLUMNS) product<WEIGHTS>(x, ldx, n, linear, j, std::min(N, j + COLUMNS), K, put);
@@ -248,8 +243,8 @@ static void attend_head(const Work& w, const Attention& a, const Tokens& t, int6
         (together > 1 ? attend<QUERIES> : attend<1>)(turned, keys, values, sees, K, m.capacity, scores, attended);
         for (int64_t q = 0; q < together; q++) {
             const int64_t i = first + (ask + q) / group, h = g * group + (ask + q) % group;
-            float* to = w.attended + i * spaced(m.heads * K);
-            for (int64_t k = 0; k < K; k++) to[W::place(h * K + k)] = attended[q * P + k];
+            In* to = w.attended + i * spaced(m.heads * K);
+            for (int64_t k = 0; k < K; k++) put_input<WEIGHTS>(to, h * K + k, attended[q * P + k]);
         }
     }
 }
@@ -280,12 +275,13 @@ static void feed_forward(const Work& w, const FeedForward& f, int64_t n, float* 
     norm_rows(w, x, f.norm, n);
 #pragma omp for schedule(dynamic)
     for (int64_t j = 0; j < F; j += COLUMNS) {
-        const int64_t end = std::min(F, j + COLUMNS);
-        product<WEIGHTS>(w.normed, spaced(D), n, f.gate, j, end, D, [&](int64_t i, int64_t j, float y) {
-            w.hidden[i * apart + W::place(j)] = y; });
-        for (int64_t i = 0; i < n; i++) silu(w.hidden + i * apart + j, end - j);
-        product<WEIGHTS>(w.normed, spaced(D), n, f.up, j, end, D, [&](int64_t i, int64_t j, float y) {
-            w.hidden[i * apart + W::place(j)] *= y; });
+        const int64_t first = j, end = std::min(F, j + COLUMNS);
+        float* gate = w.mine + scratch_of_thread(w.m);  // (n, COLUMNS)
+        product<WEIGHTS>(w.normed, spaced(D), n, f.gate, first, end, D, [&](int64_t i, int64_t j, float y) {
+            gate[i * COLUMNS + j - first] = y; });
+        for (int64_t i = 0; i < n; i++) silu(gate + i * COLUMNS, end - first);
+        product<WEIGHTS>(w.normed, spaced(D), n, f.up, first, end, D, [&](int64_t i, int64_t j, float y) {
+            put_input<WEIGHTS>(w.hidden + i * apart, j, gate[i * COLUMNS + j - first] * y); });
     }
     project(w.hidden, apart, n, f.down, D, F, [&](int64_t i, int64_t j, float y) { x[i * D + j] += y; });
 }
@@ -312,7 +308,7 @@ static void run(const Model& m, const Step& s) {
     const int64_t n = std::max(s.fed.count, s.asked.count), D = m.dim;
     const std::vector<int64_t> fed = starts_of_rows(s.fed), asked = starts_of_rows(s.asked);
     float* qkv = s.scratch + n * spaced(D);
-    float* attended = qkv + n * (m.heads + 2 * m.kv_heads) * m.head_dim;
+    float* attended = qkv + n * rounded((m.heads + 2 * m.kv_heads) * m.head_dim, SIDE);
     float* hidden = attended + n * spaced(m.heads * m.head_dim);
 #pragma omp parallel num_threads(s.threads)
     {
@@ -321,8 +317,8 @@ static void run(const Model& m, const Step& s) {
 #else
         const int64_t thread = 0;
 #endif
-        float* mine = hidden + n * spaced(m.hidden) + thread * scratch_of_thread(m);
-        const Work w{m, s.table, s.scratch, qkv, attended, hidden, mine};
+        float* mine = hidden + n * spaced(m.hidden) + thread * (scratch_of_thread(m) + n * COLUMNS);
+        const Work w{m, s.table, (In*)s.scratch, qkv, (In*)attended, (In*)hidden, mine};
         for (int64_t l = 0; l < m.layers; l++) {
             attention(w, m.layer[l].attention, s.fed, fed, s.x);
             feed_forward(w, m.layer[l].feed_forward, s.fed.count, s.x);
@@ -337,16 +333,20 @@ static void run(const Model& m, const Step& s) {
 }
 
 extern "C" {
+// Whether inputs of products are rounded to bfloat16, as on CPUs with instructions for it.
+int rounds_inputs() { return std::is_same_v<In, uint16_t>; }
+
 // Floats that a step of at most `tokens` tokens, and as many asks, needs as scratch.
 int64_t scratch_size(const Model* m, int64_t tokens, int64_t threads) {
     const int64_t H = m->heads * m->head_dim, G = m->kv_heads * m->head_dim;
-    return tokens * (spaced(m->dim) + H + 2 * G + spaced(H) + spaced(m->hidden)) + threads * scratch_of_thread(*m);
+    return tokens * (spaced(m->dim) + rounded(H + 2 * G, SIDE) + spaced(H) + spaced(m->hidden)) +
+           threads * (scratch_of_thread(*m) + tokens * COLUMNS);
 }
 
 // What the first layer of queries projects y (D,) to, before its rotation: out (H K,), the same for every query that
 // starts as y does. `scratch` holds what a step of one token needs.
 void first_query(const Model* m, const float* y, float* out, float* scratch) {
-    const Work w{*m, nullptr, scratch, out, nullptr, nullptr, nullptr};
+    const Work w{*m, nullptr, (In*)scratch, out, nullptr, nullptr, nullptr};
     norm_rows(w, y, m->query->attention.norm, 1);
     project_qkv(w, m->query->attention, 1);
 }

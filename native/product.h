@@ -4,8 +4,12 @@
 // The matrix is read in place, as the checkpoint holds it: float, bfloat16, or int8 / int4 with scales. All sums are
 // fp32, each in one order fixed by K alone (eight sums over every eighth input, added up at the end), so that a row's
 // result depends neither on the other rows, nor on threads, nor on how wide the registers are.
+//
+// CPUs with instructions for bfloat16 (AVX512-BF16) multiply bfloat16 weights with inputs that are rounded to bfloat16
+// too, as PyTorch does: twice the arithmetic. There the order is another one (sixteen sums), as fixed as the above.
 #pragma once
 #include <algorithm>
+#include <type_traits>
 
 #include "simd.h"
 
@@ -17,9 +21,23 @@ struct Linear {
     const float* scale;  // int8: (N,), int4: (N, K / GROUP)
 };
 
+static inline uint16_t to_bfloat16(float x) {  // to nearest, ties to even
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+}
+
 // How one 32-byte load of a row of w becomes PARTS vectors of eight floats. `place(i)` is where input i must be stored
 // so that these vectors are multiplied with the right inputs. V is f8, or f16 for two rows of w side by side.
 template <int Type> struct Weight;
+
+#ifdef __AVX512BF16__
+#define DOTS
+template <int Type> using Input = std::conditional_t<Type == BFLOAT16, uint16_t, float>;  // what rows of x consist of
+#else
+template <int Type> using Input = float;
+#endif
+struct Dots {};  // in place of V: products of bfloat16 pairs
 
 template <> struct Weight<FLOAT> {
     static constexpr int PARTS = 1, BITS = 32;
@@ -53,6 +71,54 @@ template <> struct Weight<INT4> {  // the j-th four bits of word i are element 8
     static int64_t place(int64_t i) { return i; }
 };
 
+// Stores input i of a row of x.
+template <int Type> static inline void put_input(Input<Type>* row, int64_t i, float x) {
+    if constexpr (std::is_same_v<Input<Type>, float>) row[Weight<Type>::place(i)] = x;
+    else row[i] = to_bfloat16(x);
+}
+
+#ifdef DOTS
+template <int COUNT> static inline __m512bh load_bfloat16(const uint16_t* p) {  // of 32, the rest zero
+    if constexpr (COUNT == 32) return (__m512bh)_mm512_loadu_si512(p);
+    else return (__m512bh)_mm512_zextsi256_si512(_mm256_loadu_si256((const __m256i*)p));
+}
+
+// total[m][n] += x_m . w_n over COUNT inputs.
+template <int COUNT, int M, int N>
+static inline __attribute__((always_inline)) void add_dots(const uint16_t* x, int64_t ldx, const uint16_t* w,
+                                                           int64_t ldw, __m512 (&total)[M][N]) {
+    __m512bh weights[N];
+    for (int n = 0; n < N; n++) weights[n] = load_bfloat16<COUNT>(w + n * ldw);
+    for (int m = 0; m < M; m++) {
+        const __m512bh inputs = load_bfloat16<COUNT>(x + m * ldx);
+        for (int n = 0; n < N; n++) total[m][n] = _mm512_dpbf16_ps(total[m][n], inputs, weights[n]);
+    }
+}
+
+// As `tile` below, for bfloat16 inputs: thirty-two of them at a time.
+template <int M, int N, int LINES>
+static __attribute__((noinline)) void dot_tile(const uint16_t* x, int64_t ldx, const Linear& w, int64_t first,
+                                               int64_t K, const char* ahead, int64_t apart, float (&out)[M][N]) {
+    constexpr int LEVEL = LINES < 2 ? 3 : 2;
+    const uint16_t* base = (const uint16_t*)w.weight + first * K;
+    __m512 total[M][N];
+    for (int m = 0; m < M; m++)
+        for (int n = 0; n < N; n++) total[m][n] = _mm512_setzero_ps();
+    int64_t k = 0;
+    for (; k + 32 <= K; k += 32) {
+        for (int line = 0; line < LINES; line++, ahead += apart) __builtin_prefetch(ahead, 0, LEVEL);
+        add_dots<32>(x + k, ldx, base + k, K, total);
+    }
+    if (k < K) add_dots<16>(x + k, ldx, base + k, K, total);
+    f8 halves[M * N];
+    for (int m = 0; m < M; m++)
+        for (int n = 0; n < N; n++)
+            halves[m * N + n] = (f8)_mm512_castps512_ps256(total[m][n]) +
+                                (f8)_mm512_extractf32x8_ps(total[m][n], 1);
+    add_up<M * N>(halves, &out[0][0]);
+}
+#endif
+
 // out[m][n] = x_m . w_n for M rows of x, ldx apart, and N rows of w, as many side by side as V holds. With each load of
 // a row, LINES cache lines are prefetched, the first at `ahead`, `apart` bytes from one another.
 template <class V, int Type, int M, int N, int LINES>
@@ -69,7 +135,9 @@ static __attribute__((noinline)) void tile(const float* x, int64_t ldx, const Li
     constexpr int LEVEL = LINES < 2 ? 3 : 2;
     const int64_t stride = K * W::BITS / 8;
     const char* base = (const char*)w.weight + first * stride;
-    V total[M][S] = {};
+    V total[M][S];
+    for (int m = 0; m < M; m++)  // not = {}: for that GCC calls memset, which costs 5 % of a product
+        for (int s = 0; s < S; s++) total[m][s] = V{};
     for (int64_t k = 0; k < K; k += STEP, base += 32) {
         Raw raw[S];
         V part[M][S] = {};
@@ -101,10 +169,14 @@ static __attribute__((noinline)) void tile(const float* x, int64_t ldx, const Li
 }
 
 template <class V, int Type, int M, int N, int LINES, class Put>
-static inline void put_tile(const float* x, int64_t ldx, int64_t m, const Linear& w, int64_t n, int64_t K,
+static inline void put_tile(const Input<Type>* x, int64_t ldx, int64_t m, const Linear& w, int64_t n, int64_t K,
                             const char* ahead, int64_t apart, const Put& put) {
     float out[M][N];
-    tile<V, Type, M, N, LINES>(x + m * ldx, ldx, w, n, K, ahead, apart, out);
+#ifdef DOTS
+    if constexpr (std::is_same_v<V, Dots>) dot_tile<M, N, LINES>(x + m * ldx, ldx, w, n, K, ahead, apart, out);
+    else
+#endif
+        tile<V, Type, M, N, LINES>(x + m * ldx, ldx, w, n, K, ahead, apart, out);
     for (int i = 0; i < M; i++)
         for (int j = 0; j < N; j++) put(m + i, n + j, out[i][j]);
 }
@@ -112,20 +184,21 @@ static inline void put_tile(const float* x, int64_t ldx, int64_t m, const Linear
 // Rows m to m + count (at most M) times N columns of the result; pass number `turn` of `passes` over these columns. Each
 // pass prefetches its share of the weights of the next N columns.
 template <class V, int Type, int M, int N, class Put>
-static inline void pass(const float* x, int64_t ldx, int64_t m, int64_t count, const Linear& w, int64_t n, int64_t K,
+static inline void pass(const Input<Type>* x, int64_t ldx, int64_t m, int64_t count, const Linear& w, int64_t n, int64_t K,
                         int64_t turn, int64_t passes, const Put& put) {
     if constexpr (M > 1)
         if (count < M) return pass<V, Type, M - 1, N>(x, ldx, m, count, w, n, K, turn, passes, put);
     const int64_t stride = K * Weight<Type>::BITS / 8;
+    constexpr int LOAD = std::is_same_v<V, Dots> ? 64 : 32;  // bytes of a row of w at a time
     const char* ahead = (const char*)w.weight + (n + N) * stride;
-    if (passes == 1) return put_tile<V, Type, M, N, (N + 1) / 2>(x, ldx, m, w, n, K, ahead, 64, put);
+    if (passes == 1) return put_tile<V, Type, M, N, (N * LOAD + 32) / 64>(x, ldx, m, w, n, K, ahead, 64, put);
     const int64_t share = N * stride * turn / passes;
-    put_tile<V, Type, M, N, 1>(x, ldx, m, w, n, K, ahead + share, (32 * N + passes - 1) / passes, put);
+    put_tile<V, Type, M, N, 1>(x, ldx, m, w, n, K, ahead + share, (LOAD * N + passes - 1) / passes, put);
 }
 
 // The columns [n, end), N at a time, in passes of at most M rows; returns the first column that is left over.
 template <class V, int Type, int M, int N, class Put>
-static inline int64_t strips(const float* x, int64_t ldx, int64_t first, int64_t rows, const Linear& w, int64_t n,
+static inline int64_t strips(const Input<Type>* x, int64_t ldx, int64_t first, int64_t rows, const Linear& w, int64_t n,
                              int64_t end, int64_t K, const Put& put) {
     const int64_t passes = (rows + M - 1) / M;
     for (; n + N <= end; n += N)
@@ -139,20 +212,27 @@ static inline int64_t strips(const float* x, int64_t ldx, int64_t first, int64_t
 // put(m, n, x_m . w_n) for all rows m < M and the columns n in [begin, end). Rows of x should not lie a power of two
 // apart, where they share cache sets.
 template <int Type, class Put>
-static void product(const float* x, int64_t ldx, int64_t M, const Linear& w, int64_t begin, int64_t end, int64_t K,
+static void product(const Input<Type>* x, int64_t ldx, int64_t M, const Linear& w, int64_t begin, int64_t end, int64_t K,
                     const Put& put) {
     constexpr int CHUNK = 48;  // rows of x that stay in the second-level cache while w is read
     constexpr int ROWS = Type == FLOAT ? 4 : 6, COLUMNS = Type == FLOAT ? 3 : 2;  // of the tiles for many rows
     for (int64_t m = 0; m < M; m += CHUNK) {
         const int64_t rows = std::min<int64_t>(M - m, CHUNK);
         int64_t n = begin;
-        if (rows == 1) n = strips<f8, Type, 1, 8>(x, ldx, m, rows, w, n, end, K, put);
-        if (rows == 2) n = strips<f8, Type, 2, 4>(x, ldx, m, rows, w, n, end, K, put);
+        if constexpr (std::is_same_v<Input<Type>, uint16_t>) {
+            if (rows == 1) n = strips<Dots, Type, 1, 8>(x, ldx, m, rows, w, n, end, K, put);
+            if (rows == 2) n = strips<Dots, Type, 2, 4>(x, ldx, m, rows, w, n, end, K, put);
+            if (rows > 2) n = strips<Dots, Type, 8, 3>(x, ldx, m, rows, w, n, end, K, put);
+            strips<Dots, Type, 8, 1>(x, ldx, m, rows, w, n, end, K, put);
+        } else {
+            if (rows == 1) n = strips<f8, Type, 1, 8>(x, ldx, m, rows, w, n, end, K, put);
+            if (rows == 2) n = strips<f8, Type, 2, 4>(x, ldx, m, rows, w, n, end, K, put);
 #ifdef WIDE
-        constexpr int WIDE_ROWS = Type == INT4 ? 4 : 8;  // times 3 vectors of columns: 24 sums in 32 registers
-        if (rows > 2) n = strips<f16, Type, WIDE_ROWS, 6>(x, ldx, m, rows, w, n, end, K, put);
+            constexpr int WIDE_ROWS = Type == INT4 ? 4 : 8;  // times 3 vectors of columns: 24 sums in 32 registers
+            if (rows > 2) n = strips<f16, Type, WIDE_ROWS, 6>(x, ldx, m, rows, w, n, end, K, put);
 #endif
-        if (rows > 2) n = strips<f8, Type, ROWS, COLUMNS>(x, ldx, m, rows, w, n, end, K, put);
-        strips<f8, Type, ROWS, 1>(x, ldx, m, rows, w, n, end, K, put);
+            if (rows > 2) n = strips<f8, Type, ROWS, COLUMNS>(x, ldx, m, rows, w, n, end, K, put);
+            strips<f8, Type, ROWS, 1>(x, ldx, m, rows, w, n, end, K, put);
+        }
     }
 }

@@ -1,7 +1,8 @@
 """The engine of CPUs: native/decode.cpp on the model's own weights, fp32 or bfloat16 (or quantised), read in place.
 
-Arithmetic is fp32 whatever the weights are; beside bfloat16 weights the cache is bfloat16. A row's bits depend neither
-on the other rows, nor on how many tokens a step holds, nor on the number of threads.
+Arithmetic is fp32 whatever the weights are; beside bfloat16 weights the cache is bfloat16, and on CPUs with
+instructions for it so are the inputs of products. A row's bits depend neither on the other rows, nor on how many tokens
+a step holds, nor on the number of threads.
 """
 import ctypes
 from ctypes import c_float, c_int64, c_void_p

@@ -43,9 +43,10 @@ def step_seconds(model: CodeModel) -> list[tuple[int, float]]:
     """(tokens, seconds of a step of so many), choosing codes included; kept in the cache folder."""
     config, weight = model.config, next(model.parameters())
     device = cpu() if weight.device.type == "cpu" else torch.cuda.get_device_name(weight.device)
-    key = (device, torch.get_num_threads(), torch.__version__, str(weight.dtype), fitting_kernels(model)[0],
-           config.n_layer, config.dim, config.n_head, config.n_kv_head, config.hidden, config.vocab_size,
-           config.block_size)
+    weights, kernels = fitting_kernels(model)
+    file = getattr(kernels, "_name", None)  # has another name when the kernels change
+    key = (device, torch.get_num_threads(), torch.__version__, str(weight.dtype), weights, file, config.n_layer,
+           config.dim, config.n_head, config.n_kv_head, config.hidden, config.vocab_size, config.block_size)
     if key not in _KNOWN:
         try:
             kept = remembered("step-seconds", key, lambda: measure_steps(model))

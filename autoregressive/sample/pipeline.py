@@ -240,7 +240,11 @@ def sampling_dtype(flags: SampleFlags, device: torch.device) -> torch.dtype:
 
 def engine_name(gpt: CodeModel, tokenizer: ImageTokenizer) -> str:
     """What computes codes and pixels here: other engines round differently, which changes some images a little."""
-    codes = "C++ kernels" if fitting_kernels(gpt)[1] is not None else torch_engine(gpt)
+    kernels = fitting_kernels(gpt)[1]
+    if kernels is None:
+        codes = torch_engine(gpt)
+    else:
+        codes = "C++ kernels" + " with inputs in bfloat16" * kernels.rounds_inputs()
     pixels = "C++ kernels" if runs_on_kernels(tokenizer) else torch_engine(tokenizer)
     return f"{codes} for codes and {pixels} for pixels on {next(gpt.parameters()).device.type}"
 

@@ -11,7 +11,7 @@ from autoregressive.models.batch import Batch
 from autoregressive.models.engines import Engine, TorchEngine, engine_for
 from autoregressive.models.generate import generate
 from autoregressive.models.gpt import Transformer
-from autoregressive.models.native_engine import NativeEngine
+from autoregressive.models.native_engine import NativeEngine, fitting_kernels
 from tests.autoregressive.models.decoding import engine_of, run_step, streams
 from tests.autoregressive.models.test_gpt import V, condition, tiny
 
@@ -154,8 +154,9 @@ def logits_after(model: Transformer, codes: torch.Tensor, cond: torch.Tensor) ->
 
 
 @torch.no_grad()
-def test_bfloat16_weights_are_computed_with_in_fp32(native, monkeypatch):
-    """Errors relative to the norm; the cache, which is bfloat16 (8 bits), is all that is rounded."""
+def test_bfloat16_weights_are_computed_with_as_exactly_as_the_cpu_allows(native, monkeypatch):
+    """Errors relative to the norm. The cache is bfloat16 (8 bits), and so are the inputs of products where the CPU has
+    instructions for it; all else is fp32."""
     model = tiny(dim=192, n_layer=3, grid=(4, 4)).bfloat16()
     exact, codes, cond = copy.deepcopy(model).double(), torch.randint(V, (8, 15)), torch.arange(8) % 3
     expected = exact(codes, cond)[0].transpose(0, 1)
@@ -165,7 +166,10 @@ def test_bfloat16_weights_are_computed_with_in_fp32(native, monkeypatch):
     plain = logits_after(model, codes, cond).double()
     assert type(engine_for(model)) is TorchEngine
     errors = [((found - expected).norm() / expected.norm()).item() for found in (ours, plain)]
-    assert errors[0] < 0.015 and errors[0] < 0.5 * errors[1], errors  # found: 0.009 and 0.030
+    monkeypatch.setenv("LLAMAGEN_NATIVE", "1")
+    rounds = fitting_kernels(model)[1].rounds_inputs()
+    assert errors[0] < (0.024 if rounds else 0.015), errors  # found: 0.018 and 0.009, beside 0.030 of PyTorch
+    assert errors[0] < (0.8 if rounds else 0.5) * errors[1], errors
 
 
 @pytest.mark.parametrize("bits", [8, 4])
