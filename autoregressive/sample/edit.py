@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from autoregressive.sample.batch_size import batch_that_fits, even_batch
 from autoregressive.sample.editing import Edited, check_edit, edit
 from autoregressive.sample.masks import Canvas, as_mask, box_mask, stretched
-from autoregressive.sample.options import SampleFlags
+from autoregressive.sample.options import PictureFlags, SampleFlags
 from autoregressive.sample.pipeline import Pipeline, load_pipeline
 from autoregressive.sample.seams import GREY, filled, strip
 from dataset.augmentation import center_crop, covering
@@ -37,7 +37,6 @@ from dataset.pictures import PictureReader
 from utils import cli, dist, images
 from utils.cli import REQUIRED, flag
 from utils.options import OutputFlags
-from utils.seeding import seed_number
 
 
 def pixel_counts(text: str, *, names: str) -> tuple[int, ...]:
@@ -48,7 +47,7 @@ def pixel_counts(text: str, *, names: str) -> tuple[int, ...]:
 
 
 @dataclass(kw_only=True)
-class EditFlags(SampleFlags, OutputFlags):
+class EditFlags(SampleFlags, PictureFlags, OutputFlags):
     """The edit."""
 
     image: str = flag(REQUIRED, "the picture to edit")
@@ -66,14 +65,12 @@ class EditFlags(SampleFlags, OutputFlags):
                                          parse=partial(pixel_counts, names="x,y"))
     keep_size: bool = flag(False, "keep the picture's own size and edit it in windows of the model's size; else it is "
                                   "cropped and resized to the model's size")
-    classes: str | None = flag(None, "draw as these classes: names or numbers, comma-separated; None: without a class")
     variants: int = flag(1, "results for each class")
     dilate: int = flag(1, "cells around the mask that are redrawn with it, since each code also depends on its "
                           "surroundings")
     paste: int | None = flag(None, "take the known pixels from the picture as they were, mixed with the result up to "
                                    "this many pixels from the mask (0: a hard edge); None: all are the tokenizer's")
     output: str = "edited"
-    seed: int = flag(0, "variant i of a seed is always the same", parse=seed_number)
 
 
 def asked_mask(flags: EditFlags, size: tuple[int, int], reader: PictureReader) -> np.ndarray | None:
@@ -132,7 +129,7 @@ def main(flags: EditFlags) -> None:
     seconds = time.perf_counter() - start
     layout = Canvas.around(original.shape[:2], flags.canvas, flags.place)
     results = write(flags, pipeline, jobs, parts, original=layout.laid(original, beyond=GREY))
-    print(f"{len(jobs)} images of {layout.size[0]}x{layout.size[1]} in {seconds:.1f} s: {told(results)}; "
+    print(f"{len(jobs)} images of {layout.size[0]}x{layout.size[1]} in {seconds:.1f} s: {summary(results)}; "
           f"{flags.output}/strip.png")
 
 
@@ -154,7 +151,7 @@ def write(flags: EditFlags, pipeline: Pipeline, jobs: list[tuple[int, int]], par
     return results
 
 
-def told(results: list[dict]) -> str:
+def summary(results: list[dict]) -> str:
     """The numbers in one line, averaged over the results."""
     parts = [f"{np.mean([result['redrawn'] for result in results]):g} of {results[0]['cells']} cells redrawn"]
     for name, key in (("near the seam", "seam_psnr"), ("near it before pasting", "seam_psnr_decoded"),
