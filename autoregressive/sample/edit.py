@@ -29,10 +29,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from autoregressive.sample.batch_size import batch_that_fits, even_batch
 from autoregressive.sample.editing import Edited, check_edit, edit
 from autoregressive.sample.masks import Canvas, as_mask, box_mask, stretched
-from autoregressive.sample.options import PictureFlags, SampleFlags
+from autoregressive.sample.options import ClassesFlags, SampleFlags
 from autoregressive.sample.pipeline import Pipeline, load_pipeline
 from autoregressive.sample.seams import GREY, filled, strip
 from dataset.augmentation import center_crop, covering
+from dataset.build import PictureFlags
 from dataset.pictures import PictureReader
 from utils import cli, dist, images
 from utils.cli import REQUIRED, flag
@@ -47,7 +48,7 @@ def pixel_counts(text: str, *, names: str) -> tuple[int, ...]:
 
 
 @dataclass(kw_only=True)
-class EditFlags(SampleFlags, PictureFlags, OutputFlags):
+class EditFlags(SampleFlags, ClassesFlags, PictureFlags, OutputFlags):
     """The edit."""
 
     image: str = flag(REQUIRED, "the picture to edit")
@@ -103,7 +104,7 @@ def main(flags: EditFlags) -> None:
         raise ValueError(f"an edit takes one process, {process.world_size} were started: set nproc_per_node=1")
     if flags.variants < 1:
         raise ValueError(f"--variants is {flags.variants}, expected 1 or more")
-    reader = PictureReader()
+    reader = PictureReader(exif_orientation=flags.exif_orientation)
     picture = reader(flags.image)
     size = picture.height, picture.width
     mask = asked_mask(flags, size, reader)

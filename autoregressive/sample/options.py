@@ -52,12 +52,12 @@ class ScheduleFlags:
 
 
 @dataclass(kw_only=True)
-class PictureFlags:
+class ClassesFlags:
     """What to draw, in the commands that make a few pictures."""
 
-    classes: str | None = flag(None, "class names or numbers, comma-separated; a name with a comma goes in double quotes "
-                                     "('\"tench, Tinca tinca\",3'); None: sample_c2i draws a few of them, an edit has "
-                                     "no class")
+    classes: str | None = flag(None, "class names or numbers, comma-separated; a name with a comma goes in double "
+                                     "quotes ('\"tench, Tinca tinca\",3'); None: sample_c2i draws a few classes, an "
+                                     "edit has none")
     seed: int = flag(0, "image i of a seed is always the same", parse=seed_number)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from autoregressive.sample.options import PictureFlags, SampleFlags
+from autoregressive.sample.options import ClassesFlags, SampleFlags
 from autoregressive.sample.pipeline import Pipeline, load_pipeline
 from utils import cli, dist, images
 from utils.options import OutputFlags
@@ -20,7 +20,7 @@ IMAGENET_CLASSES = [207, 360, 387, 974, 88, 979, 417, 279]  # golden retriever, 
 
 
 @dataclass(kw_only=True)
-class GridFlags(SampleFlags, PictureFlags, OutputFlags):
+class GridFlags(SampleFlags, ClassesFlags, OutputFlags):
     """The grid command."""
 
     output: str = "sample_c2i.png"
