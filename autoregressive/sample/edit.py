@@ -34,7 +34,7 @@ from autoregressive.sample.pipeline import Pipeline, load_pipeline
 from autoregressive.sample.seams import GREY, filled, strip
 from dataset.augmentation import center_crop, covering
 from dataset.build import PictureFlags
-from dataset.pictures import PictureReader
+from dataset.pictures import PictureReader, endings
 from utils import cli, dist, images
 from utils.cli import REQUIRED, flag
 from utils.options import OutputFlags
@@ -104,6 +104,9 @@ def main(flags: EditFlags) -> None:
         raise ValueError(f"an edit takes one process, {process.world_size} were started: set nproc_per_node=1")
     if flags.variants < 1:
         raise ValueError(f"--variants is {flags.variants}, expected 1 or more")
+    if Path(flags.output).is_file() or Path(flags.output).suffix.lower() in endings():
+        raise ValueError(f"--output is {flags.output}, a file: an edit writes pictures, a strip and numbers "
+                         "into a folder")
     reader = PictureReader(exif_orientation=flags.exif_orientation)
     picture = reader(flags.image)
     size = picture.height, picture.width

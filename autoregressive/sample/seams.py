@@ -43,7 +43,9 @@ def pulled(colours: Tensor, known: Tensor) -> Tensor:
 def pasted(made: np.ndarray, original: np.ndarray, hole: np.ndarray, *, feather: int) -> np.ndarray:
     """`made` in the hole (H, W), `original` more than `feather` pixels away from it, between them a mixture; pictures
     are uint8 (H, W, 3)."""
-    share = np.mean([dilated(hole, reach) for reach in range(feather + 1)], axis=0)[..., None]
+    reaches = range(min(feather, max(hole.shape)) + 1)
+    distance = np.sum([~dilated(hole, reach) for reach in reaches], axis=0)  # in pixels, diagonally too
+    share = (1 - distance / (feather + 1)).clip(0)[..., None]
     return np.rint(share * made + (1 - share) * original).astype(np.uint8)
 
 

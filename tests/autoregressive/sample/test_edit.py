@@ -1,5 +1,8 @@
 """Edits: what is known stays to the last bit, the hole's content does not matter, and (seed, index) fixes the rest."""
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +18,11 @@ from autoregressive.sample import edit as command
 from autoregressive.sample.editing import edit
 from autoregressive.sample.pipeline import Pipeline
 from autoregressive.sample.seams import filled, pasted, psnr_where, strip
+from tests.conftest import ROOT
 from tests.data.references import filled as with_weights
 from tokenizer.build import encode_images
 from tokenizer.tokenizer_image.vq_model import VQ_models
-from utils import cli, images
+from utils import cli, dist, images
 from utils.seeding import sample_generator
 
 GRID, SIZE = (4, 6), (16, 24)  # of the model, in cells of 4 pixels
@@ -167,6 +171,10 @@ def test_a_picture_is_continued_to_any_canvas(arpg, canvas, place):
     x, y = place or ((canvas[1] - 24) // 2, (canvas[0] - 16) // 2)
     assert np.array_equal(made.pictures[0, y:y + 16, x:x + 24], picture())
     assert (made.codes >= 0).all()
+    beyond = ~block(y, x, *SIZE, canvas)
+    unpasted = edit(arpg, picture(), canvas=canvas, place=place, conditions=[1])
+    assert np.array_equal(made.pictures[0][beyond], unpasted.pictures[0][beyond])
+    assert (made.masks[0] == 255 * beyond).all()
     alone = edit(arpg, picture(), canvas=canvas, place=place, conditions=[2, 1], indices=[1, 0], paste=0)
     assert np.array_equal(alone.pictures[1], made.pictures[0])
 
@@ -199,6 +207,8 @@ def test_an_image_does_not_depend_on_the_batch(arpg):
         assert torch.equal(alone.codes[0], together.codes[i])
         assert np.array_equal(alone.pictures[0], together.pictures[i])
     assert not torch.equal(edit(arpg, image, mask, conditions=[0], seed=8).codes[0], together.codes[0])
+    varied = edit(arpg, image, redraw=0.05, indices=[0, 1, 2])
+    assert torch.equal(edit(arpg, image, redraw=0.05, indices=[2]).codes[0], varied.codes[2])
 
 
 @pytest.mark.parametrize("settings", [{"steps": 1}, {"steps": 24}, {"cfg_scale": 1.0}, {"cfg_scale": 0.0}, {"top_k": 1},
@@ -286,6 +296,7 @@ def test_the_mixture_of_both_sides_falls_off_evenly():
     made, original = np.full((1, 8, 3), 200, np.uint8), np.full((1, 8, 3), 100, np.uint8)
     hole = block(0, 0, 1, 2, (1, 8))
     assert pasted(made, original, hole, feather=3)[0, :, 0].tolist() == [200, 200, 175, 150, 125, 100, 100, 100]
+    assert pasted(made, original, hole, feather=10**9)[0, :, 0].tolist() == [200] * 8
     assert pasted(made, original, hole, feather=0)[0, :, 0].tolist() == [200, 200, *[100] * 6]
 
 
@@ -399,6 +410,7 @@ def test_most_mistakes_are_told_before_models_are_loaded(run, capsys, monkeypatc
     Image.fromarray(block(0, 0, 0, 0, (32, 40))).save("empty.png")
     Image.fromarray(block(0, 0, 4, 4, (40, 32))).save("turned.png")
     Path("text.png").write_text("no picture")
+    Path("text").touch()
     for flags, message in (
             ([], "give --mask, --box"), (["--mask", "empty.png"], "no pixel of the mask is white"),
             (["--mask", "turned.png"], "the mask is 40x32 pixels, the picture 32x40"),
@@ -411,5 +423,23 @@ def test_most_mistakes_are_told_before_models_are_loaded(run, capsys, monkeypatc
             (["--redraw", 1, "--paste", -1], "--paste is -1"), (["--redraw", 1, "--place", "0,0"], "--canvas too"),
             (["--keep-size", "--canvas", "32x39"], "does not lie on a canvas of 32x39"),
             (["--keep-size", "--canvas", "64x64", "--place", "30,0"], "does not lie on a canvas"),
+            (["--redraw", 1, "--output", "edited.PNG"], "into a folder"),
+            (["--redraw", 1, "--output", "text"], "--output is text, a file"),
             (["--keep-size", "--canvas", "32x40"], "give --mask, --box"), (["--canvas", "0x3"], "--canvas")):
         assert message in refused(capsys, run, *flags), flags
+
+
+def test_one_process_edits(run, capsys, monkeypatch):
+    monkeypatch.setattr(command.dist, "setup", lambda: dist.Process(0, 2, torch.device("cpu")))
+    assert "takes one process, 2 were started: set nproc_per_node=1" in refused(capsys, run, "--redraw", 1)
+
+
+@pytest.mark.processes
+def test_the_script_starts_one_process(tmp_path, models):
+    Image.fromarray(picture()).save(tmp_path / "photo.png")
+    done = subprocess.run(["bash", ROOT / "scripts/autoregressive/edit.sh", *models["ARPG-S"], "--image", "photo.png",
+                           "--canvas", "16x36", "--output", "wide"], cwd=tmp_path, capture_output=True, text=True,
+                          env={**os.environ, "nproc_per_node": "2", "VIRTUAL_ENV": sys.prefix,
+                               "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"})
+    assert done.returncode == 0, done.stderr
+    assert images.load_png(tmp_path / "wide" / "000000.png").shape == (16, 36, 3)
