@@ -62,12 +62,14 @@ def psnr_where(picture: np.ndarray, other: np.ndarray, where: np.ndarray) -> flo
 def strip(original: np.ndarray, masks: np.ndarray, pictures: np.ndarray, *, names: Sequence[str]) -> np.ndarray:
     """original | mask | result, with labels: uint8 (H, W, 3), grey (B, H, W), (B, H, W, 3) and the results' names →
     uint8 (H', W', 3). Results of one mask are beside each other, others have a row each."""
-    shown = np.broadcast_to(masks[..., None], pictures.shape)
+    times = max(1, -(-LEGIBLE // max(original.shape[:2])))
+    original, pictures, shown = (pixels.repeat(times, -3).repeat(times, -2) for pixels in (
+        original, pictures, np.stack([masks] * 3, -1)))
+    shown[:, [0, -1]] = shown[:, :, [0, -1]] = GREY  # a frame: the page is white too
     if (masks == masks[0]).all():
         panels, labels = [original, shown[0], *pictures], ["original", "mask", *names]
         columns = min(len(panels), MOST_IN_ROW)
     else:
         panels = [panel for row in zip(shown, pictures, strict=True) for panel in (original, *row)]
         labels, columns = [label for name in names for label in ("original", "mask", name)], 3
-    times = max(1, -(-LEGIBLE // max(original.shape[:2])))
-    return images.grid(np.stack(panels).repeat(times, 1).repeat(times, 2), columns=columns, labels=labels)
+    return images.grid(np.stack(panels), columns=columns, labels=labels)
