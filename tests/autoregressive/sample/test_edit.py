@@ -444,3 +444,10 @@ def test_the_script_starts_one_process(tmp_path, models):
                                "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"})
     assert done.returncode == 0, done.stderr
     assert images.load_png(tmp_path / "wide" / "000000.png").shape == (16, 36, 3)
+
+
+def test_a_mask_and_a_box_count_both(tmp_path):
+    Image.fromarray(block(0, 0, 2, 2)).save(tmp_path / "mask.png")
+    flags = command.EditFlags(image="", mask=str(tmp_path / "mask.png"), box=(4, 5, 3, 1))
+    marked = command.asked_mask(flags, SIZE, command.PictureReader())
+    assert np.array_equal(marked, block(0, 0, 2, 2) | block(5, 4, 1, 3))
