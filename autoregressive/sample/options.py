@@ -10,6 +10,7 @@ from tokenizer.build import TokenizerFlags
 from utils.cli import flag
 from utils.dist import Precision
 from utils.options import CompileFlags
+from utils.seeding import seed_number
 
 
 def interval(text: str) -> float:
@@ -48,6 +49,16 @@ class ScheduleFlags:
             raise ValueError(f"--shared-order is for random orders: --order {schedule.order} is the same for all "
                              "images")
         return schedule
+
+
+@dataclass(kw_only=True)
+class ClassesFlags:
+    """What to draw, in the commands that make a few pictures."""
+
+    classes: str | None = flag(None, "class names or numbers, comma-separated; a name with a comma goes in double "
+                                     "quotes ('\"tench, Tinca tinca\",3'); None: sample_c2i draws a few classes, an "
+                                     "edit has none")
+    seed: int = flag(0, "image i of a seed is always the same", parse=seed_number)
 
 
 @dataclass(kw_only=True)

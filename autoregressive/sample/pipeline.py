@@ -4,6 +4,7 @@ Image (seed, index) comes from its own random stream, so it does not depend on t
 """
 import csv
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -75,13 +76,22 @@ class Pipeline:
 
     def sample_codes(self, labels: list[int], *, seed: int, indices: list[int]) -> Tensor:
         """Labels, and the index of each image in the stream of `seed` → codes (B, h*w) on the GPT's device."""
-        device, orders = next(self.gpt.parameters()).device, None
+        return self.draw(labels, seed=seed, generators=[sample_generator(seed, index) for index in indices])
+
+    def draw(self, conditions: Sequence[int] | Tensor, *, seed: int, generators: list[torch.Generator],
+             known: Tensor | None = None) -> Tensor:
+        """Labels, num_classes for none, or what else the GPT takes, and the random stream of each image → codes
+        (B, h*w) on its device. known (B, h*w): codes that stay as they are, -1 where one is to be drawn."""
+        device, orders, settings = next(self.gpt.parameters()).device, None, self.settings
         if self.shared_order:
             orders = torch.from_numpy(cell_order("random", self.gpt.config.grid,
                                                  sample_generator(seed ^ ORDER_STREAM, 0)))
-        return generate(self.gpt, torch.tensor(labels, device=device), self.gpt.config.block_size,
-                        generators=[sample_generator(seed, index) for index in indices],
-                        decode=self.decode, schedule=self.schedule, orders=orders, **self.settings)
+        if not isinstance(conditions, Tensor):  # guidance away from "no class" does not change "no class"
+            scales = [self.settings["cfg_scale"] if label < self.num_classes else 1.0 for label in conditions]
+            settings = settings | {"cfg_scale": scales}
+        return generate(self.gpt, torch.as_tensor(conditions, device=device), self.gpt.config.block_size,
+                        generators=generators, decode=self.decode, schedule=self.schedule, orders=orders, known=known,
+                        **settings)
 
     def to_pixels(self, codes: Tensor, *, size: tuple[int, int] | None = None) -> np.ndarray:
         """Codes (B, h*w) → uint8 (B, H, W, 3), resized to `size`."""

@@ -11,24 +11,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from autoregressive.sample.options import SampleFlags
+from autoregressive.sample.options import ClassesFlags, SampleFlags
 from autoregressive.sample.pipeline import Pipeline, load_pipeline
 from utils import cli, dist, images
-from utils.cli import flag
 from utils.options import OutputFlags
-from utils.seeding import seed_number
 
 IMAGENET_CLASSES = [207, 360, 387, 974, 88, 979, 417, 279]  # golden retriever, otter, red panda, geyser, …
 
 
 @dataclass(kw_only=True)
-class GridFlags(SampleFlags, OutputFlags):
+class GridFlags(SampleFlags, ClassesFlags, OutputFlags):
     """The grid command."""
 
-    classes: str | None = flag(None, "class names or numbers, comma-separated, one picture each; a name with a comma "
-                                     "goes in double quotes ('\"tench, Tinca tinca\",3'); None: a few of them")
     output: str = "sample_c2i.png"
-    seed: int = flag(0, "image i of a seed is always the same", parse=seed_number)
     top_k: int = 2000
 
 

@@ -26,6 +26,7 @@ CONFIGS = {
     "autoregressive/train/export.py": "ExportFlags",
     "autoregressive/sample/sample_c2i.py": "GridFlags",
     "autoregressive/sample/sample_ddp.py": "SampleSetFlags",
+    "autoregressive/sample/edit.py": "EditFlags",
     "autoregressive/sample/sample_and_score.py": "SampleAndScoreFlags",
     "evaluations/c2i/class_accuracy.py": "AccuracyFlags",
     "evaluations/quickstart_report.py": "ReportFlags",
