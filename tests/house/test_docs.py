@@ -99,9 +99,10 @@ def commands_of_walk(script: Path) -> list[list[str]]:
     return found
 
 
-@pytest.mark.parametrize(("walk", "least"), [("autoregressive/finetune_emoji.sh", 6), ("quickstart.sh", 12)])
+@pytest.mark.parametrize(("walk", "least"), [
+    ("scripts/autoregressive/finetune_emoji.sh", 6), ("scripts/quickstart.sh", 12)])
 def test_flags_in_a_walk_exist(walk, least):
-    found = commands_of_walk(ROOT / "scripts" / walk)
+    found = commands_of_walk(ROOT / walk)
     assert len(found) >= least
     for script, *words in found:
         target = entry_of(ROOT / script)[0] if script.endswith(".sh") else script
