@@ -4,7 +4,8 @@
 
 Writes <sample-dir>/<settings>/000000.png … and <sample-dir>/<settings>.npz; config.json in the folder says how they
 were made, <settings>.speed.jsonl how long it took. Image i is the same for any number of processes and any batch size
-(--per-proc-batch-size 0: what memory holds). Run it again to continue after an interruption: a kill costs the last minute, or 1 % of the time so far.
+(--per-proc-batch-size 0: what memory holds). Run it again to continue after an interruption: a kill costs the last
+minute, or 1 % of the time so far.
 """
 import contextlib
 import json
