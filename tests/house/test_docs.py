@@ -136,7 +136,8 @@ def test_the_quickstart_runs_to_its_report(tmp_path):
     text = re.sub(r"--epochs \d+", "--epochs 1", text).replace("--image-size 48", "--image-size 32")
     text = text.replace("--num-fid-samples 192", "--num-fid-samples 8")
     (tmp_path / "quickstart.sh").write_text(text)
-    environment = {**os.environ, "VIRTUAL_ENV": sys.prefix, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "VIRTUAL_ENV": sys.prefix, "OMP_NUM_THREADS": "1",
+                   "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     said = []
     for _ in range(2):
         done = subprocess.run(["bash", tmp_path / "quickstart.sh", "--model", "arpg"], env=environment,
