@@ -59,7 +59,7 @@ if [ "$model" = gpt ]; then
         --samples "$(newest_npz samples)" --output "$run/class_accuracy.json"
     samples=samples scores=class_accuracy distance=distance
 else
-    # codes in random order are harder to learn: Muon is far ahead of AdamW in six minutes (torch 2.8 has only the latter)
+    # codes in random order are harder to learn: in six minutes Muon gets much further than AdamW (not in torch 2.8)
     optimizer=$("$python" -c 'import torch; print("muon" if hasattr(torch.optim, "Muon") else "adamw")')
     stage "ARPG" bash scripts/autoregressive/train_arpg.sh "${training[@]}" --gpt-model ARPG-S \
         --results-dir "$run/arpg" --epochs 27 --optimizer "$optimizer"
