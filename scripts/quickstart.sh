@@ -66,7 +66,7 @@ else
     arpg=$(newest arpg)
     for steps in 8 16 32 64; do
         stage "ARPG samples" bash scripts/autoregressive/sample_arpg.sh --gpt-ckpt "$arpg" --vq-ckpt "$vq" \
-            --num-fid-samples 192 --label-mode balanced --step "$steps" --cfg-scale 3.0 --temperature 0.9 \
+            --num-fid-samples 192 --label-mode balanced --step "$steps" --cfg-scale 4.0 --temperature 0.9 \
             --sample-dir "$run/samples_arpg/$steps"
         stage "class accuracy" "$python" evaluations/c2i/class_accuracy.py "${data[@]}" \
             --samples "$(newest_npz "samples_arpg/$steps")" --output "$run/class_accuracy_arpg_$steps.json"
