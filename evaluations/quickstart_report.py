@@ -2,9 +2,11 @@
 
     python3 evaluations/quickstart_report.py --run-dir runs/quickstart
 
-Reads what scripts/quickstart.sh leaves in --run-dir and writes report.html there: self-contained, no network.
+Reads what scripts/quickstart.sh leaves in --run-dir and writes report.html there: self-contained, no network. A run
+that has trained a GPT and an ARPG shows both.
 """
 import base64
+import contextlib
 import html
 import io
 import json
@@ -12,6 +14,7 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 from PIL import Image
@@ -25,6 +28,12 @@ from utils.files import replacing
 from utils.training.logger import read_metrics
 
 COLUMNS = 12
+STEPS = (8, 16, 32, 64)  # of an ARPG's sample sets
+Model = Literal["gpt", "arpg"]
+FILES: dict[Model, tuple[str, str, str, str]] = {  # title, folder of samples, scores, what distances begin with
+    "gpt": ("GPT", "samples", "class_accuracy", "distance"),
+    "arpg": ("ARPG", "samples_arpg/64", "class_accuracy_arpg_64", "distance_arpg"),
+}
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
@@ -48,6 +57,8 @@ class ReportFlags:
     """The report command."""
 
     run_dir: str = flag("runs/quickstart", "folder with tokenizer/, gpt/, reconstructions/, samples/, times.tsv, …")
+    model: Model = flag("gpt", "whose samples come first; those of the other follow if they are there",
+                        choices=get_args(Model))
 
 
 def png(picture: np.ndarray, alt: str) -> str:
@@ -65,8 +76,8 @@ def table(rows: list[tuple[str, ...]], header: tuple[str, ...]) -> str:
     return "<table>" + line(header, "th") + "".join(line(row, "td") for row in rows) + "</table>"
 
 
-def curves(tokenizer: list[dict], gpt: list[dict], *, vocab_size: int) -> np.ndarray:
-    """Loss against step of both trainings, uint8 (H, W, 3)."""
+def curves(tokenizer: list[dict], parts: list["Part"], *, vocab_size: int) -> np.ndarray:
+    """Loss against step of all trainings, uint8 (H, W, 3)."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -75,9 +86,10 @@ def curves(tokenizer: list[dict], gpt: list[dict], *, vocab_size: int) -> np.nda
     left, right = figure.subplots(1, 2)
     left.plot([row["step"] for row in tokenizer], [row["reconstruction"] for row in tokenizer])
     left.set(title="tokenizer: reconstruction loss", xlabel="step", yscale="log")
-    right.plot([row["step"] for row in gpt], [row["loss"] for row in gpt])
+    for part in parts:
+        right.plot([row["step"] for row in part.log], [row["loss"] for row in part.log], label=part.name)
     right.axhline(math.log(vocab_size), color="grey", linestyle=":", label=f"ln {vocab_size} (knows nothing)")
-    right.set(title="GPT: cross-entropy per code", xlabel="step", ylim=(0, None))
+    right.set(title="cross-entropy per code", xlabel="step", ylim=(0, None))
     right.legend()
     figure.tight_layout()
     canvas.draw()
@@ -112,65 +124,135 @@ def stage_times(path: Path) -> dict[str, float]:
     return times
 
 
-def main(flags: ReportFlags) -> None:
-    """Write report.html, and samples.png for those who only want the pictures."""
-    cli.require_package("matplotlib", purpose="the report, which draws plots,")
-    root = Path(flags.run_dir)
-    tokenizer_run, gpt_run = only(root / "tokenizer", "*-*"), only(root / "gpt", "*-*")
-    tokenizer_rows, gpt_rows = (read_metrics(run / "metrics.jsonl") for run in (tokenizer_run, gpt_run))
-    gpt_config = json.loads((gpt_run / "config.json").read_text())["model"]
-    classes = gpt_config["classes"]
-    quality = json.loads(only(root / "reconstructions", "*/results.json").read_text())
-    accuracy = json.loads((root / "class_accuracy.json").read_text())
-    distances = {name: json.loads((root / f"distance_{name}.json").read_text()) for name in ("samples", "heldout")}
-    sampling = json.loads(only(root / "samples", "*/config.json").read_text())
-    with np.load(only(root / "samples", "*.npz")) as content:
-        samples, labels = content["arr_0"], content["arr_1"]
-    times = stage_times(root / "times.tsv")
-    data = build_dataset("emoji", None, size=tuple(gpt_config["image_size"]))
-    sheet = np.stack([np.asarray(data.image(i)) for i in range(len(data))])
+def time_per_image(folder: Path) -> str:
+    """How long an image of a sample set took to draw and decode; – where a kill came before that was noted."""
+    rows = [json.loads(line) for path in folder.glob("*.speed.jsonl") for line in path.read_text().splitlines()]
+    if not rows:
+        return "–"
+    return f"{1000 * sum(row['seconds'] for row in rows) / sum(row['images'] for row in rows):.1f} ms"
 
-    vocab = gpt_config["vocab_size"]
+
+@dataclass
+class Part:
+    """What a run of the quickstart has of one model."""
+
+    name: str  # GPT or ARPG
+    log: list[dict]  # rows of the training's metrics
+    config: dict  # of the model
+    sections: str  # HTML
+    numbers: list[tuple[str, str, str]]
+    pictures: np.ndarray  # uint8 (H, W, 3): samples, a row for each class
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of codes."""
+        return self.config["vocab_size"]
+
+
+def read_part(root: Path, model: Model) -> Part:
+    """A model's samples and scores. Raises FileNotFoundError when the quickstart has not come to its end with it."""
+    name, folder, scores, distance = FILES[model]
+    run = only(root / model, "*-*")
+    log, config = read_metrics(run / "metrics.jsonl"), json.loads((run / "config.json").read_text())["model"]
+    accuracy = read_json(root / f"{scores}.json")
+    distances = {kind: read_json(root / f"{distance}_{kind}.json") for kind in ("samples", "heldout")}
+    sampling = json.loads(only(root / folder, "*/config.json").read_text())
+    with np.load(only(root / folder, "*.npz")) as content:
+        samples, labels = content["arr_0"], content["arr_1"]
+    classes, vocab = config["classes"], config["vocab_size"]
     numbers = [
-        ("Held-out reconstruction, PSNR", f"{quality['psnr']:.2f} dB", f"{quality['images']} emoji never trained on"),
-        ("Held-out reconstruction, SSIM", f"{quality['ssim']:.3f}", ""),
-        ("Codebook usage, training", f"{tokenizer_rows[-1]['codebook_usage']:.1%}",
-         f"of {vocab} codes; perplexity {tokenizer_rows[-1]['codebook_perplexity']:.0f}"),
-        ("GPT loss, start → end", f"{gpt_rows[0]['loss']:.3f} → {gpt_rows[-1]['loss']:.3f}",
+        (f"{name} loss, start → end", f"{log[0]['loss']:.3f} → {log[-1]['loss']:.3f}",
          f"ln {vocab} = {math.log(vocab):.3f} is what guessing gives"),
         ("Samples recognised as their class", f"{accuracy['sample_accuracy']:.1%}",
-         f"of {len(samples)}, by a classifier that never saw tokenizer or GPT"),
+         f"of {len(samples)}, by a classifier that never saw tokenizer or {name}"),
         ("Real held-out emoji recognised", f"{accuracy['heldout_accuracy']:.1%}", "by the same classifier"),
     ]
     for title, row in (("samples", distances["samples"]), ("real held-out", distances["heldout"])):
         ours, theirs = (row["protocol"][kind]["images"] for kind in ("sample", "reference"))
         numbers.append((f"Fréchet distance, {title}", f"{row['frechet_distance']:.2f}",
                         f"of {ours} to {theirs} training emoji in the classifier's features: no FID"))
-    numbers += [(f"{name.capitalize()}, samples | real held-out",
-                 f"{distances['samples'][name]:.3f} | {distances['heldout'][name]:.3f}",
-                 "in the classifier's features") for name in ("precision", "recall")]
-    per_class = [(name, *("–" if row[key] is None else f"{row[key]:.0%}" for key in ("samples", "heldout")))
-                 for name, row in accuracy["per_class"].items()]
+    numbers += [(f"{kind.capitalize()}, samples | real held-out",
+                 f"{distances['samples'][kind]:.3f} | {distances['heldout'][kind]:.3f}",
+                 "in the classifier's features") for kind in ("precision", "recall")]
+    per_class = [(label, *("–" if row[key] is None else f"{row[key]:.0%}" for key in ("samples", "heldout")))
+                 for label, row in accuracy["per_class"].items()]
+    keys = [key for key in ("steps", "cfg_scale", "top_k", "top_p", "temperature", "seed") if key in sampling]
+    settings = ", ".join(f"{key} {sampling[key]}" for key in keys)
+    sections = "\n".join([
+        f"<h2>{name}: samples, class by class</h2>",
+        f"<p><small>{html.escape(settings)}; not chosen by hand</small></p>", class_rows(samples, labels, classes),
+        *(arpg_sections(root, classes) if model == "arpg" else ()),
+        f"<h2>{name}: numbers</h2>", table(numbers, ("", "", "")),
+        f"<h2>{name}: recognised, by class</h2>", table(per_class, ("class", "samples", "real held-out"))])
+    chosen = np.concatenate([samples[labels == label][:COLUMNS] for label in range(len(classes))])
+    return Part(name, log, config, sections, numbers, images.grid(chosen, columns=COLUMNS))
+
+
+def arpg_sections(root: Path, classes: list[str]) -> list[str]:
+    """Samples by number of steps: time, class accuracy, pictures."""
+    rows, pictures = [], []
+    for steps in STEPS:
+        folder = root / "samples_arpg" / str(steps)
+        accuracy = read_json(root / f"class_accuracy_arpg_{steps}.json")
+        with np.load(only(folder, "*.npz")) as content:
+            samples, labels = content["arr_0"], content["arr_1"]
+        rows.append((str(steps), time_per_image(folder), f"{accuracy['sample_accuracy']:.1%}"))
+        first = np.stack([samples[labels == label][0] for label in range(len(classes)) if (labels == label).any()])
+        row = png(images.grid(first, columns=COLUMNS), f"{steps} steps")
+        pictures.append(f"<tr><td>{steps} steps</td><td>{row}</td></tr>")
+    return ["<h2>ARPG: fewer steps</h2>",
+            f"<p><small>{len(samples)} images each, drawn in batches; the time is that of codes and pixels. Below, the "
+            "first image of each class</small></p>", table(rows, ("steps", "time per image", "recognised")),
+            f"<table>{''.join(pictures)}</table>"]
+
+
+def read_json(path: Path) -> dict:
+    """A result's content. Raises FileNotFoundError with what to do when it is not there."""
+    return json.loads(only(path.parent, path.name).read_text())
+
+
+def finished_parts(root: Path, model: Model) -> list[Part]:
+    """The part of `model`, and after it that of the other one if the quickstart has come to its end with it too."""
+    parts = [read_part(root, model)]
+    for other in FILES.keys() - {model}:
+        with contextlib.suppress(FileNotFoundError):
+            parts.append(read_part(root, other))
+    return parts
+
+
+def main(flags: ReportFlags) -> None:
+    """Write report.html, and the samples as a PNG for those who only want the pictures."""
+    cli.require_package("matplotlib", purpose="the report, which draws plots,")
+    root = Path(flags.run_dir)
+    parts = finished_parts(root, flags.model)
+    tokenizer_rows = read_metrics(only(root / "tokenizer", "*-*") / "metrics.jsonl")
+    quality = json.loads(only(root / "reconstructions", "*/results.json").read_text())
+    times = stage_times(root / "times.tsv")
+    config, vocab = parts[0].config, parts[0].vocab_size
+    data = build_dataset("emoji", None, size=tuple(config["image_size"]))
+    sheet = np.stack([np.asarray(data.image(i)) for i in range(len(data))])
+    numbers = [
+        ("Held-out reconstruction, PSNR", f"{quality['psnr']:.2f} dB", f"{quality['images']} emoji never trained on"),
+        ("Held-out reconstruction, SSIM", f"{quality['ssim']:.3f}", ""),
+        ("Codebook usage, training", f"{tokenizer_rows[-1]['codebook_usage']:.1%}",
+         f"of {vocab} codes; perplexity {tokenizer_rows[-1]['codebook_perplexity']:.0f}"),
+    ]
     spent = [(name, f"{seconds / 60:.1f} min") for name, seconds in times.items()]
     spent.append(("all", f"{sum(times.values()) / 60:.1f} min"))
-    settings = ", ".join(f"{key} {sampling[key]}" for key in ("cfg_scale", "top_k", "top_p", "temperature", "seed"))
     body = "\n".join([
-        "<h2>Samples, class by class</h2>", f"<p><small>{html.escape(settings)}; not chosen by hand</small></p>",
-        class_rows(samples, labels, classes),
-        "<h2>Numbers</h2>", table(numbers, ("", "", "")),
-        "<h2>Recognised, by class</h2>", table(per_class, ("class", "samples", "real held-out")),
+        *(part.sections for part in parts),
+        "<h2>Tokenizer</h2>", table(numbers, ("", "", "")),
         "<h2>Reconstructions of held-out emoji</h2><p><small>above: real, below: through the tokenizer</small></p>",
         png(images.load_png(only(root / "reconstructions", "*.png")), "reconstructions"),
-        "<h2>Loss curves</h2>", png(curves(tokenizer_rows, gpt_rows, vocab_size=vocab), "loss curves"),
+        "<h2>Loss curves</h2>", png(curves(tokenizer_rows, parts, vocab_size=vocab), "loss curves"),
         "<h2>The data</h2>", f"<p><small>{len(data)} training emoji, {data.classes and len(data.classes)} classes. "
-        "OpenMoji, CC BY-SA 4.0</small></p>", class_rows(sheet, data.labels, classes),
+        "OpenMoji, CC BY-SA 4.0</small></p>", class_rows(sheet, data.labels, config["classes"]),
         "<h2>Time</h2>", table(spent, ("stage", "")),
     ])
     with replacing(root / "report.html") as temporary:
         temporary.write_text(PAGE.format(title="From pixels to pictures", body=body))
-    chosen = np.concatenate([samples[labels == label][:COLUMNS] for label in range(len(classes))])
-    images.save_png(root / "samples.png", images.grid(chosen, columns=COLUMNS))
-    for name, value, note in numbers:
+    images.save_png(root / f"{FILES[flags.model][1].partition('/')[0]}.png", parts[0].pictures)
+    for name, value, note in [*numbers, *parts[0].numbers]:
         print(f"{name:<36}{value:>16}   {note}")
     print(f"report: {root / 'report.html'}")
 

@@ -1,8 +1,24 @@
 #!/usr/bin/env bash
 # From pixels to pictures on this machine: train a small tokenizer and a small GPT on emoji, sample, score, report.
 #   bash scripts/quickstart.sh
+#   bash scripts/quickstart.sh --model arpg     an ARPG in place of the GPT, or after it with the same tokenizer
 # Everything goes to runs/quickstart; look at runs/quickstart/report.html. Run it again to continue after an interruption.
 set -euo pipefail
+refuse() { # refuse WHAT: say what is wrong with the command line and how it goes, in one line
+    echo "error: $1: expected bash scripts/quickstart.sh [--model gpt|arpg]" >&2
+    exit 2
+}
+model=gpt
+while [ $# -gt 0 ]; do
+    case "$1" in
+        --model) [ $# -gt 1 ] || refuse "--model lacks its value"; model="$2"; shift 2 ;;
+        --model=*) model="${1#*=}"; shift ;;
+        -h | --help) sed -n '2,5s/^# //p' "${BASH_SOURCE[0]}"; exit ;;
+        *) refuse "$1 is no flag of the quickstart" ;;
+    esac
+done
+case "$model" in gpt | arpg) ;; *) refuse "--model is '$model'" ;; esac
+
 source "$(dirname "${BASH_SOURCE[0]}")/_venv.sh" quickstart
 cd "$root"
 run=runs/quickstart
@@ -20,6 +36,7 @@ stage() { # stage NAME COMMAND…: run it and note how long it took, also when i
     note_time
 }
 newest() { find "$run/$1" -path '*/checkpoints/[0-9]*' -prune ! -name '*.damaged' | sort | tail -1; }
+newest_npz() { ls -t "$run/$1"/*.npz | head -1; }
 
 # 48 pixels at 4 per token: 144 codes an image, what two CPU cores learn to write well in six minutes.
 data=(--dataset emoji --image-size 48)
@@ -31,23 +48,40 @@ stage "reconstructions" bash scripts/tokenizer/reconstruction_vq.sh --dataset em
     --vq-ckpt "$vq" --sample-dir "$run/reconstructions"
 stage "codes" bash scripts/autoregressive/extract_codes_c2i.sh "${data[@]}" --vq-ckpt "$vq" --code-path "$run/codes" \
     --no-mirror
-stage "GPT" bash scripts/autoregressive/train_c2i.sh --code-path "$run/codes" --gpt-model GPT-S --vq-ckpt "$vq" \
-    --results-dir "$run/gpt" --resume auto --epochs 30 --global-batch-size 16 --lr 3e-3 --lr-schedule cosine \
-    --warmup-steps 100 --dropout-p 0 --token-dropout-p 0 --token-noise 0.1 --log-every 25 --ckpt-every 400
-gpt=$(newest gpt)
-stage "samples" bash scripts/autoregressive/sample_c2i.sh --gpt-ckpt "$gpt" --vq-ckpt "$vq" --num-fid-samples 192 \
-    --label-mode balanced --cfg-scale 2.0 --temperature 0.9 --sample-dir "$run/samples"
-stage "class accuracy" "$python" evaluations/c2i/class_accuracy.py "${data[@]}" \
-    --samples "$(ls -t "$run"/samples/*.npz | head -1)" --output "$run/class_accuracy.json"
+training=(--code-path "$run/codes" --vq-ckpt "$vq" --resume auto --global-batch-size 16 --lr 3e-3 --lr-schedule cosine
+    --warmup-steps 100 --dropout-p 0 --token-dropout-p 0 --token-noise 0.1 --log-every 25 --ckpt-every 400)
+if [ "$model" = gpt ]; then
+    stage "GPT" bash scripts/autoregressive/train_c2i.sh "${training[@]}" --gpt-model GPT-S \
+        --results-dir "$run/gpt" --epochs 30
+    stage "samples" bash scripts/autoregressive/sample_c2i.sh --gpt-ckpt "$(newest gpt)" --vq-ckpt "$vq" \
+        --num-fid-samples 192 --label-mode balanced --cfg-scale 2.0 --temperature 0.9 --sample-dir "$run/samples"
+    stage "class accuracy" "$python" evaluations/c2i/class_accuracy.py "${data[@]}" \
+        --samples "$(newest_npz samples)" --output "$run/class_accuracy.json"
+    samples=samples scores=class_accuracy distance=distance
+else
+    # codes in random order are harder to learn: in six minutes Muon gets much further than AdamW (not in torch 2.8)
+    optimizer=$("$python" -c 'import torch; print("muon" if hasattr(torch.optim, "Muon") else "adamw")')
+    stage "ARPG" bash scripts/autoregressive/train_arpg.sh "${training[@]}" --gpt-model ARPG-S \
+        --results-dir "$run/arpg" --epochs 27 --optimizer "$optimizer"
+    arpg=$(newest arpg)
+    for steps in 8 16 32 64; do
+        stage "ARPG samples" bash scripts/autoregressive/sample_arpg.sh --gpt-ckpt "$arpg" --vq-ckpt "$vq" \
+            --num-fid-samples 192 --label-mode balanced --step "$steps" --cfg-scale 4.0 --temperature 0.9 \
+            --sample-dir "$run/samples_arpg/$steps"
+        stage "class accuracy" "$python" evaluations/c2i/class_accuracy.py "${data[@]}" \
+            --samples "$(newest_npz "samples_arpg/$steps")" --output "$run/class_accuracy_arpg_$steps.json"
+    done
+    samples=samples_arpg/64 scores=class_accuracy_arpg_64 distance=distance_arpg
+fi
 for name in emoji emoji_heldout; do
     stage "distances" bash scripts/tokenizer/val.sh --dataset "$name" --image-size 48 --sample-dir "$run/real"
 done
 # in the classifier's features, for want of Inception: how far are samples, and how far new real emoji, from the training set?
-distance() { # distance NAME SAMPLES
+measure_distance() { # measure_distance NAME SAMPLES
     stage "distances" "$python" evaluations/c2i/evaluator.py "$run/real/"val_emoji-size*.npz "$2" \
-        --features "$run/class_accuracy_features.pt" --output "$run/distance_$1.json"
+        --features "$run/${scores}_features.pt" --output "$run/${distance}_$1.json"
 }
-distance samples "$(ls -t "$run"/samples/*.npz | head -1)"
-distance heldout "$(ls -t "$run"/real/*heldout*.npz | head -1)"
+measure_distance samples "$(newest_npz "$samples")"
+measure_distance heldout "$(ls -t "$run"/real/*heldout*.npz | head -1)"
 printf '\n== report\n'
-"$python" evaluations/quickstart_report.py --run-dir "$run"
+"$python" evaluations/quickstart_report.py --run-dir "$run" --model "$model"

@@ -55,6 +55,7 @@ def build_parser(config_class: type, *, described_in: str | None = None) -> argp
     parser = _Parser(description=doc.strip().split("\n")[0], allow_abbrev=False, add_help=False)
     parser.recipe_sections = getattr(config_class, "recipe_sections", ())
     parser.recipe_in_part = getattr(config_class, "recipe_in_part", False)
+    parser.give_way = getattr(config_class, "give_way", lambda config, typed: None)
     fields, hints = dataclasses.fields(config_class), typing.get_type_hints(config_class)
     homes = {field.name: declaring_class(config_class, field.name) for field in fields}
     groups = {home: parser.add_argument_group(*titled(home)) for home in config_class.__mro__ if home in homes.values()}
@@ -199,7 +200,8 @@ class _Parser(argparse.ArgumentParser):
     """Says what is wrong with a command line in one line, without the usage. --a_b means --a-b.
 
     The flags of a --recipe count as typed before those of the command line, so the latter win. Flags before a lone `--`
-    are a launch script's own defaults: a recipe wins over them.
+    are a launch script's own defaults: a recipe wins over them. Where a flag rules out the value that a weaker source
+    gave another one, the command's `give_way(config, stronger)` takes that value back; `stronger` are names of fields.
     """
 
     recipe_sections: tuple[str, ...] = ()  # of a recipe; none: the command takes no recipes
@@ -214,7 +216,11 @@ class _Parser(argparse.ArgumentParser):
             supplied = self.recipe_words(words) if self.recipe_sections else []
         except (ValueError, OSError) as error:
             fail(message(error), quiet=dist.env_rank() > 0)
-        return super().parse_known_args([*defaults, *supplied, *words], namespace)
+        config, unknown = super().parse_known_args([*defaults, *supplied, *words], namespace)
+        for stronger in (words, [*supplied, *words]):
+            self.give_way(config, {word.partition("=")[0].removeprefix("--").replace("-", "_") for word in stronger
+                                   if word.startswith("--")})
+        return config, unknown
 
     def recipe_words(self, words: list[str]) -> list[str]:
         """The flags of the recipe that `words` name, as one would type them. Raises ValueError for wrong ones."""

@@ -38,7 +38,7 @@ from utils.checkpoints import containers
 from utils.files import exists
 from utils.seeding import sample_generator
 
-DEFAULT_IMAGE_SIZE = 384  # of the released models; our own checkpoints say theirs
+DEFAULT_IMAGE_SIZE, ARPG_IMAGE_SIZE = 384, 256  # of the released models; our own checkpoints say theirs
 KINDS = {"int8": 8, "int4": 4}  # bits of --quantize
 LABEL_STREAM = 0x1ABE1  # a stream of its own for labels, so that they are independent of the codes
 ORDER_STREAM = 0x04DE4  # the same for the order that all images share
@@ -164,7 +164,7 @@ def load_pipeline(flags: SampleFlags, *, device: torch.device) -> Pipeline:
     if flags.downsample_size not in (None, tokenizer.downsample):
         raise ValueError(f"--downsample-size is {flags.downsample_size}, but {vq_name} has {tokenizer.downsample}")
     if flags.image_size is None and not saved.get("grid"):
-        config_size = (DEFAULT_IMAGE_SIZE, DEFAULT_IMAGE_SIZE)
+        config_size = (ARPG_IMAGE_SIZE if gpt.any_order else DEFAULT_IMAGE_SIZE,) * 2
     else:
         config_size = flags.image_size or tuple(side * tokenizer.downsample for side in saved["grid"])
     gpt.set_grid(check_image_size(config_size, tokenizer.downsample))

@@ -3,8 +3,9 @@
     bash scripts/autoregressive/sample_c2i.sh --gpt-ckpt GPT.pt --vq-ckpt VQ.pt --num-fid-samples 50000 --cfg-scale 2.0
 
 Writes <sample-dir>/<settings>/000000.png … and <sample-dir>/<settings>.npz; config.json in the folder says how they
-were made. Image i is the same for any number of processes and any batch size (--per-proc-batch-size 0: what memory
-holds). Run it again to continue after an interruption: a kill costs the last minute, or 1 % of the time so far.
+were made, <settings>.speed.jsonl how long it took. Image i is the same for any number of processes and any batch size
+(--per-proc-batch-size 0: what memory holds). Run it again to continue after an interruption: a kill costs the last
+minute, or 1 % of the time so far.
 """
 import contextlib
 import json
@@ -194,6 +195,7 @@ def complete_set(store: SampleStore, flags: SampleSetFlags, pipeline: Pipeline, 
         made = sample_missing(store, flags, pipeline, process, labels=labels)
         seconds = time.perf_counter() - start
         if process.is_main:
+            note_speed(store, images=made, seconds=seconds)
             store.pack(np.array(labels))
         dist.barrier()
     elif process.is_main:
@@ -204,6 +206,14 @@ def complete_set(store: SampleStore, flags: SampleSetFlags, pipeline: Pipeline, 
         where = f"{count} images in {store.folder} and {store.npz}" if flags.png else f"{count} images in {store.npz}"
         print(f"{where}: " + ("finished already, nothing to sample" if finished else
                               f"{made} sampled in {seconds:.1f} s, {made / seconds:.2f} images/s"))
+
+
+def note_speed(store: SampleStore, *, images: int, seconds: float) -> None:
+    """Append to <settings>.speed.jsonl how long `images` took to draw and decode, if there were any."""
+    if not images:
+        return
+    with open(store.npz.with_name(f"{store.folder.name}.speed.jsonl"), "a") as file:
+        file.write(json.dumps({"images": images, "seconds": round(seconds, 3)}) + "\n")
 
 
 def sample_missing(store: SampleStore, flags: SampleSetFlags, pipeline: Pipeline, process: dist.Process, *,

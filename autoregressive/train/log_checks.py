@@ -9,11 +9,15 @@ from typing import Any, Literal
 
 import numpy as np
 
+from autoregressive.models.arpg import PRESETS
 from autoregressive.train.published_losses import IMAGENET, PUBLISHED, TOLERANCE, Curve
 
 FIRST_LOSS = 1e-3  # the head starts at zero, so the first loss is ln V up to rounding
 ENOUGH_STEPS = 5000  # an epoch of ImageNet at batch 256: by then a loss is below the entropy of single codes
-RULE = 1e-4 / 256  # learning rate per image of the batch (LlamaGen's authors, GitHub thread 14)
+RULE = 1e-4 / 256  # learning rate per image of the batch, in LlamaGen and in ARPG
+RULE_SOURCES = {"GPT": "LlamaGen's rule (1e-4 per 256 images, its GitHub thread 14)",
+                "ARPG": "ARPG's rule (1e-4 per 256 images, arXiv 2503.10568)"}
+SMALL = ("GPT-S", "ARPG-S")  # for small data sets, of no paper
 RECITING = 0.25  # below this share of the entropy of single codes the model may know the training set by heart
 SPIKE = 0.3  # nats above the median of the ten rows before
 MANY_SKIPPED = 0.01  # of all steps
@@ -35,7 +39,8 @@ class Run:
 
     def __init__(self, rows: list[dict[str, Any]], config: dict[str, Any]) -> None:
         if "vocab_size" not in config.get("model", {}):
-            raise ValueError("the run's config.json describes no GPT: which run of autoregressive/train/train.py?")
+            raise ValueError("the run's config.json describes no GPT or ARPG: which run of "
+                             "autoregressive/train/train.py?")
         self.rows = [row for row in rows if "loss" in row]  # other rows hold evaluations
         if not self.rows:
             raise ValueError("the run's metrics.jsonl has no loss yet: wait for the first row")
@@ -48,6 +53,23 @@ class Run:
     def epochs(self) -> float:
         """Passes over the data at the last row."""
         return float(self.steps[-1] * self.batch / self.images)
+
+    @property
+    def family(self) -> str:
+        """GPT or ARPG."""
+        return family(self.model["gpt_model"])
+
+    @property
+    def warmup_steps(self) -> float:
+        """Optimizer steps of the warm-up."""
+        epochs = self.config.get("warmup_epochs") or 0
+        return self.config.get("warmup_steps") or epochs * self.images / self.batch
+
+    @property
+    def full_steps(self) -> float:
+        """The steps so far, those of the warm-up counted by the share of the learning rate that they had."""
+        steps, warmup = float(self.steps[-1]), self.warmup_steps
+        return steps**2 / (2 * warmup) if steps < warmup else steps - warmup / 2
 
     @property
     def warm_started(self) -> bool:
@@ -66,19 +88,30 @@ class Run:
         return float(np.interp(step, centres, self.losses)) if centres[0] <= step <= 1.01 * centres[-1] else None
 
 
+def family(gpt_model: str) -> str:
+    """GPT or ARPG: what a preset's name begins with."""
+    return gpt_model.partition("-")[0]
+
+
 def objections(curve: Curve, run: Run) -> list[str]:
     """Why a published curve does not apply to a run; empty when it does."""
     config, model, side = run.config, run.model, curve.side
-    wanted = [(model["vocab_size"] == 16384, f"{model['vocab_size']} codes, not 16384"),
+    wanted = [(run.family == curve.family, f"{model['gpt_model']}, no {curve.family}"),
+              (model["vocab_size"] == 16384, f"{model['vocab_size']} codes, not 16384"),
               (model["num_classes"] == 1000, f"{model['num_classes']} classes, not 1000"),
               (abs(run.images / IMAGENET - 1) < 0.02, f"{run.images} images, not ImageNet's {IMAGENET}"),
               (tuple(model["grid"]) == (side, side), f"{'x'.join(map(str, model['grid']))} tokens, not {side}x{side}"),
-              (model["gpt_model"] != "GPT-S", "GPT-S, which is no model of the paper"),
-              (curve.model in (None, model["gpt_model"], "GPT-S"), f"{model['gpt_model']}, not {curve.model}"),
+              (model["gpt_model"] not in SMALL, f"{model['gpt_model']}, which is no model of the paper"),
+              (curve.model in (None, model["gpt_model"]) or model["gpt_model"] in SMALL,
+               f"{model['gpt_model']}, not {curve.model}"),
+              (config.get("query_layers") in (None, PRESETS.get(curve.model, {}).get("n_layer")),
+               f"{config.get('query_layers')} layers of queries"),
               (curve.batch in (None, run.batch), f"batch {run.batch}, not {curve.batch}"),
               (curve.lr is None or math.isclose(curve.lr, config["lr"], rel_tol=0.01),
                f"lr {config['lr']:g}, not {curve.lr or 0:g}"),
-              (curve.unit == "epoch" or not config.get("warmup_steps"), "a warm-up"),
+              (curve.unit == "epoch" or not run.warmup_steps, "a warm-up"),
+              (curve.epochs in (None, config.get("epochs")), f"{config.get('epochs')} epochs, not {curve.epochs}"),
+              (curve.epochs is None or config.get("lr_schedule") == "cosine", "no cosine schedule"),
               (config.get("optimizer", "adamw") == "adamw", "another optimizer"),
               (not config.get("token_noise"), "token noise"), (not run.warm_started, "a start from trained weights")]
     return [text for fits, text in wanted if not fits]
@@ -94,13 +127,14 @@ def against(curve: Curve, run: Run) -> list[tuple[float, float, float]]:
 
 
 def check_published(run: Run) -> Iterator[Finding]:
-    """One finding for each published curve; one for all when all fail for the same reasons."""
-    reasons = {curve.name: objections(curve, run) for curve in PUBLISHED}
-    shared = [text for text in reasons[PUBLISHED[0].name] if all(text in texts for texts in reasons.values())]
+    """One finding for each curve of the run's kind of model; one for all when all fail for the same reasons."""
+    published = [curve for curve in PUBLISHED if curve.family == run.family]
+    reasons = {curve.name: objections(curve, run) for curve in published}
+    shared = [text for text in reasons[published[0].name] if all(text in texts for texts in reasons.values())]
     if shared:
         yield Finding("published", "ok", f"none applies ({'; '.join(reasons)}): the run has {', '.join(shared)}")
         return
-    for curve in PUBLISHED:
+    for curve in published:
         points = against(curve, run)
         if reasons[curve.name]:
             text = f"{curve.name}: does not apply, the run has {', '.join(reasons[curve.name])}"
@@ -150,11 +184,11 @@ def check_level(run: Run, unigram: float | None) -> Finding:
                                            "may recite them. Compare samples with the images; try fewer epochs, "
                                            "dropout, --token-noise")
     if loss < unigram:
-        return Finding("level", "ok", f"{text}: it has learned which codes follow which")
-    if step >= ENOUGH_STEPS:
+        return Finding("level", "ok", f"{text}: it has learned which codes go together")
+    if run.full_steps >= ENOUGH_STEPS:
         return Finding("level", "problem", f"{text}: it knows no more than how frequent each code is. Look at the "
                                            "decoded codes and at --lr")
-    return Finding("level", "ok", f"{text}: not below it yet, a sound run is by step {ENOUGH_STEPS}")
+    return Finding("level", "ok", f"{text}: not below it yet, a sound run is after {ENOUGH_STEPS} steps of the full lr")
 
 
 def check_trend(run: Run) -> Finding:
@@ -219,13 +253,13 @@ def check_speed(run: Run) -> Finding:
 
 
 def check_rate(config: dict[str, Any], gpt_model: str) -> Finding:
-    """The learning rate against LlamaGen's rule."""
+    """The learning rate against the rule of the model's paper."""
     lr, batch, rule = config["lr"], config["global_batch_size"], RULE * config["global_batch_size"]
     text = f"lr {lr:g} at batch {batch}"
     trained_before = any(config.get(name) for name in ("init_from", "gpt_ckpt"))
-    if gpt_model == "GPT-S" or config.get("optimizer", "adamw") != "adamw" or trained_before:
+    if gpt_model in SMALL or config.get("optimizer", "adamw") != "adamw" or trained_before:
         return Finding("lr", "ok", f"{text}: there is no rule for this model, optimizer and start")
-    text += f", LlamaGen's rule (1e-4 per 256 images, its GitHub thread 14) gives {rule:g}"
+    text += f", {RULE_SOURCES[family(gpt_model)]} gives {rule:g}"
     return Finding("lr", "ok" if 0.49 < lr / rule < 2.01 else "warning", text)
 
 

@@ -1,8 +1,9 @@
-"""Training losses that users of LlamaGen have published, each with its conditions and source.
+"""Training losses of LlamaGen and ARPG that were published, each with its conditions and source.
 
-LlamaGen published no logs. Losses are cross-entropies per code in nats. Two early curves of different batch size and
-learning rate are at least 0.405 nats apart at equal steps (500 … 900): a run whose losses are within TOLERANCE, half of
-that, of one curve cannot be mistaken for one that follows the other.
+LlamaGen published no logs, its users did. An ARPG's losses are for codes in random order, a GPT's for codes in raster
+order: they say nothing about each other. Losses are cross-entropies per code in nats. Two early curves of different
+batch size and learning rate are at least 0.405 nats apart at equal steps (500 … 900): a run whose losses are within
+TOLERANCE, half of that, of one curve cannot be mistaken for one that follows the other.
 """
 from dataclasses import dataclass
 from typing import Literal
@@ -13,7 +14,10 @@ TOLERANCE = 0.2
 
 @dataclass(frozen=True)
 class Curve:
-    """A posted training loss. What is None was not posted and is not asked for."""
+    """A posted training loss. What is None was not posted and is not asked for.
+
+    epochs: of the whole training, where a cosine ends by then.
+    """
 
     name: str
     source: str
@@ -23,6 +27,8 @@ class Curve:
     side: int = 16  # tokens per side
     batch: int | None = None
     lr: float | None = None
+    family: Literal["GPT", "ARPG"] = "GPT"
+    epochs: int | None = None
 
 
 PUBLISHED = (
@@ -37,4 +43,10 @@ PUBLISHED = (
     Curve("GPT-1B after 50 epochs", "LlamaGen's GitHub thread 46", {50: 7.33}, unit="epoch", model="GPT-1B"),
     Curve("GPT-XL at 384 pixels after 300 epochs", "LlamaGen's GitHub thread 56", {300: 6.9}, unit="epoch",
           model="GPT-XL", side=24),
+    Curve("ARPG-L after 150 epochs", "ARPG's GitHub thread 6; the length of the whole training not said", {150: 7.66},
+          unit="epoch", model="ARPG-L", batch=1024, lr=4e-4, family="ARPG"),
+    *(Curve(f"{model} after 400 epochs", "ARPG's authors, of the training in arXiv 2503.10568, table 6", {400: loss},
+            unit="epoch", model=model, batch=batch, lr=lr, family="ARPG", epochs=400)
+      for model, loss, batch, lr in (("ARPG-L", 7.50, 1024, 4e-4), ("ARPG-XL", 7.295, 768, 3e-4),  # XL: 7.29 to 7.30
+                                     ("ARPG-XXL", 7.03, 512, 2e-4))),
 )

@@ -7,10 +7,12 @@ weights), checked on real held-out pictures, and then asked to name the samples.
 data set is too small for them; the accuracy on samples is the reverse of arXiv 1905.10887's "classification
 accuracy score" (which trains on samples and tests on real pictures) and says nothing about diversity. To measure that,
 the classifier up to its last features is saved as accuracy_features.pt (TorchScript), for evaluator.py --features.
+The classifier itself is kept in the cache folder: other samples of the same data set are judged by the same one.
 
 Images are uint8 (N, H, W, 3) throughout, as in the npz sample sets.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -23,6 +25,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -34,7 +38,7 @@ from dataset.pictures import UnreadableError
 from dataset.unreadable import PassedOver
 from utils import cli, dist
 from utils.cli import flag
-from utils.files import file_hash, plain, replacing
+from utils.files import cache_folder, file_hash, plain, replacing
 from utils.images import to_float
 from utils.options import OutputFlags, SeedFlags
 from utils.seeding import derive_seed
@@ -142,10 +146,12 @@ def evaluate_samples(
     seed: int = 0,
     steps: int = STEPS,
     features: Path | None = None,
+    kept: Path | None = None,
 ) -> dict:
     """Train on `train_set`, check on `heldout_set`, score samples uint8 (N, H, W, 3) against requested labels (N,).
 
     The sets are (images uint8 (N, H, W, 3), labels (N,)). `features`: the file for the network without its last layer.
+    `kept`: the file for the whole network; one that is there is read, and nothing trained.
     Returns {"heldout_accuracy", "heldout_balanced_accuracy", "sample_accuracy", "sample_balanced_accuracy",
     "per_class": {name: {"heldout", "samples", "count"}}, "confusion"}. Accuracies are shares in [0, 1], None for a
     class without pictures; "count" is the number of samples of the class; row i of "confusion" counts as which classes
@@ -156,7 +162,11 @@ def evaluate_samples(
     if samples.shape[1:] != train_set[0].shape[1:]:
         raise ValueError(f"samples are {samples.shape[1:]}, the training pictures {train_set[0].shape[1:]}: "
                          "see --image-size")
-    model = train_classifier(*train_set, num_classes=len(classes), steps=steps, seed=seed, device=device)
+    model = kept and read_classifier(kept, num_classes=len(classes), device=device)
+    if model is None:
+        model = train_classifier(*train_set, num_classes=len(classes), steps=steps, seed=seed, device=device)
+        if kept is not None:
+            keep_classifier(model, kept)
     if features is not None:
         save_features(model, features)
     heldout, drawn = (
@@ -224,6 +234,23 @@ class HalvingLevel(nn.Module):
         return F.relu(x + self.residual(x))
 
 
+def keep_classifier(model: SmallCNN, path: Path) -> None:
+    """Save a classifier's weights. Where there is no room for them, the next call trains again."""
+    state = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
+    with contextlib.suppress(OSError), replacing(path) as temporary:
+        save_file(state, temporary)
+
+
+def read_classifier(path: Path, *, num_classes: int, device: torch.device | str) -> SmallCNN | None:
+    """The classifier that `keep_classifier` saved, in eval mode; None where there is none, or a damaged file."""
+    model = SmallCNN(num_classes)
+    try:
+        model.load_state_dict(load_file(path))
+    except (OSError, SafetensorError, RuntimeError):
+        return None
+    return model.to(device).to(memory_format=torch.channels_last).eval()
+
+
 def save_features(model: SmallCNN, path: Path) -> None:
     """Save the network from images (B, 3, H, W) in [-1, 1] to features (B, D) as TorchScript."""
     body = nn.Sequential(model.stem, nn.ReLU(), model.levels, nn.AdaptiveAvgPool2d(1), nn.Flatten())
@@ -282,8 +309,11 @@ def main(flags: AccuracyFlags) -> None:
         if not {"arr_0", "arr_1"} <= set(content.files):
             raise ValueError(f"{path} has no arr_0 and arr_1: the images, and the class that each was sampled for")
         samples, labels = content["arr_0"], content["arr_1"]
+    trained_by = {**made_of, "samples_sha256": None, "device": process.device.type}
+    name = hashlib.sha256(json.dumps(trained_by, sort_keys=True).encode()).hexdigest()[:16]
     result = evaluate_samples(samples, labels, classes, train_set, heldout_set, device=process.device,
-                              seed=flags.global_seed, features=features)
+                              seed=flags.global_seed, features=features,
+                              kept=cache_folder() / "classifiers" / f"{name}.safetensors")
     with replacing(output) as temporary:
         temporary.write_text(json.dumps({**made_of, "features_sha256": file_hash(features), **result}, indent=2) + "\n")
     print(format_table(result))

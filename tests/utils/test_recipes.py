@@ -1,5 +1,6 @@
 """Recipes: the paper's numbers, flags that the real parsers take, typed flags first, refusals; sampling and scoring."""
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -9,12 +10,13 @@ from autoregressive.sample.sample_and_score import SampleAndScoreFlags, compare
 from autoregressive.sample.sample_ddp import SampleSetFlags
 from autoregressive.train.config import GPTTrainFlags
 from autoregressive.train.extract_codes import ExtractFlags
-from tests.conftest import call
+from tests.conftest import ROOT, TINY_GPT, call
 from tokenizer.reconstruct import ReconstructFlags
 from tokenizer.tokenizer_image.vq_train import VQTrainFlags
 from utils import cli
 from utils.cli import build_parser
 from utils.recipes import SECTIONS, read_recipe, recipe_names
+from utils.training.flags import check_flags
 
 TABLE = {  # row of the paper's table: FID, cfg, batch, GPUs, days, sharded
     "c2i_B_256": (5.46, 2.0, 256, 8, 1, False), "c2i_B_384": (6.09, 2.25, 256, 8, 1, False),
@@ -27,6 +29,12 @@ TOKENIZERS = {  # rFID, PSNR, SSIM at 256, 384, 512; on COCO at 256; usage at 25
     "vq_16": [(2.19, 20.79, 0.675), (0.94, 21.94, 0.726), (0.70, 23.03, 0.772), (8.11, 20.42, 0.678), 0.970],
     "vq_8": [(0.59, 24.45, 0.813), (0.37, 25.63, 0.852), (0.39, 26.98, 0.888), (4.19, 24.20, 0.822), 0.976],
 }
+ARPG = {  # lr and batch; row of the README, of the guide, of table 8 at 32 steps: FID, cfg
+    "L": (4e-4, 1024, (2.44, 4.5), (2.38, 5.0), (2.30, 5.4)), "XL": (3e-4, 768, (2.10, 6.0), (2.02, 6.0), (1.93, 6.6)),
+    "XXL": (2e-4, 512, (1.94, 7.5), (1.91, 7.5), (1.83, 6.5)),
+}
+ARPG_ROWS = {"": (64, "cosine"), "_arccos": (64, "arccos"), "_32steps": (32, "arccos")}  # steps, schedule
+ARPG_NAMES = [f"arpg_{model}_256{row}" for model in ARPG for row in ARPG_ROWS]
 COMMANDS = {"extract": (ExtractFlags, ["--data-path", "d", "--code-path", "c"]),
             "sample": (SampleSetFlags, []), "reconstruct": (ReconstructFlags, ["--data-path", "d"]),
             "evaluate": (SampleAndScoreFlags, ["--fid-reference", "r.npz"])}
@@ -39,7 +47,7 @@ def command(name: str, section: str):
 
 
 def test_there_is_a_recipe_for_each_row():
-    assert recipe_names() == sorted([*TABLE, *TOKENIZERS])
+    assert recipe_names() == sorted([*TABLE, *TOKENIZERS, *ARPG_NAMES])
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -69,6 +77,76 @@ def test_numbers_are_those_of_the_table(name):
     assert train["data-parallel"] == ("fsdp" if sharded else "ddp")
     assert train["lr"] == pytest.approx(1e-4 * batch / 256)
     assert any("2e-4" in note for note in recipe["notes"]) == (model == "XL")  # the one that breaks the rule
+
+
+@pytest.mark.parametrize("name", ARPG_NAMES)
+def test_arpgs_numbers_are_those_published(name):
+    recipe = read_recipe(name)
+    _, model, _, *row = name.split("_")
+    lr, batch, *rows = ARPG[model]
+    row = f"_{row[0]}" if row else ""
+    train, sample, expected = recipe["train"], recipe["sample"], recipe["expected"]
+    assert (expected["fid"], sample["cfg-scale"]) == rows[list(ARPG_ROWS).index(row)]
+    assert (sample["step"], sample["sample-schedule"]) == ARPG_ROWS[row] and sample["cfg-schedule"] == "linear"
+    assert ("is" in expected) == (row == "") and "ARPG" in expected["source"]
+    assert train["gpt-model"] == sample["gpt-model"] == f"ARPG-{model}" and sample["label-mode"] == "balanced"
+    assert (train["lr"], train["global-batch-size"], train["epochs"], train["warmup-epochs"]) == (lr, batch, 400, 100)
+    assert train["lr"] == pytest.approx(1e-4 * batch / 256)
+    assert (train["min-lr"], train["lr-schedule"], train["weight-decay"]) == (1e-5, "cosine", 0.05)
+    assert recipe["extract"] == {"image-size": 256, "vq-model": "VQ-16", "ten-crop": True, "crop-range": 1.1}
+    assert ("hardware" in recipe) == (model == "L")
+
+
+def script_flags(name: str) -> list[str]:
+    """The flags that a launch script adds, up to its `--`."""
+    text = (ROOT / "scripts" / "autoregressive" / name).read_text()
+    launch = shlex.split(text.replace("\\\n", " ").splitlines()[-1])
+    start = next(i for i, word in enumerate(launch) if word.endswith(".py"))
+    return launch[start + 1:launch.index("--") + 1]
+
+
+def test_the_script_trains_arpg_l_as_its_recipe_does():
+    parser = build_parser(GPTTrainFlags)
+    mine = vars(parser.parse_args([*script_flags("train_arpg.sh"), "--code-path", "c"]))
+    assert mine | {"recipe": "arpg_L_256", "image_size": (256, 256), "vocab_size": 16384} == vars(
+        parser.parse_args(["--recipe", "arpg_L_256", "--code-path", "c"]))
+    sampled = vars(build_parser(SampleSetFlags).parse_args(script_flags("sample_arpg.sh")))
+    recipe = read_recipe("arpg_L_256_arccos")["sample"]
+    for key in ("cfg-scale", "sample-schedule", "cfg-schedule", "label-mode"):
+        assert sampled[key.replace("-", "_")] == recipe[key]
+
+
+@pytest.mark.parametrize(("typed", "expected"), [
+    ([], (0, 100.0, 1e-5)), (["--warmup-steps", "9"], (9, 0, 1e-5)), (["--warmup-epochs=2"], (0, 2.0, 1e-5)),
+    (["--warmup-steps", "9", "--warmup_epochs", "2"], (9, 2.0, 1e-5)),
+    (["--lr-schedule", "constant"], (0, 100.0, None)), (["--lr-schedule", "cosine"], (0, 100.0, 1e-5)),
+    (["--lr-schedule", "constant", "--min-lr", "1e-6"], (0, 100.0, 1e-6)),
+])
+@pytest.mark.parametrize("source", [["--recipe", "arpg_L_256"], "script"], ids=["recipe", "script"])
+def test_typed_flags_displace_what_cannot_stand_beside_them(source, typed, expected):
+    """Both warm-ups typed, and the end of a cosine typed beside another schedule, remain the user's mistake."""
+    words = script_flags("train_arpg.sh") if source == "script" else source
+    config = build_parser(GPTTrainFlags).parse_args([*words, "--code-path", "c", *typed])
+    assert (config.warmup_steps, config.warmup_epochs, config.min_lr) == expected
+    if len(typed) < 4:
+        check_flags(config, world_size=1)
+    else:
+        with pytest.raises(ValueError, match=r"--warmup-steps and --warmup-epochs|--min-lr"):
+            check_flags(config, world_size=1)
+
+
+def test_a_warm_up_as_long_as_the_training_is_pointed_out(code_store, tmp_path, capsys):
+    for epochs, told in (("2", True), ("0.5", False)):
+        call("train_gpt", "--code-path", code_store, *TINY_GPT, "--epochs", 2, "--warmup-epochs", epochs,
+             "--results-dir", tmp_path / epochs)
+        assert ("is not shorter than the training of" in capsys.readouterr().err) == told
+
+
+def test_a_recipe_displaces_a_scripts_warm_up(tmp_path):
+    (tmp_path / "own.json").write_text('{"train": {"warmup-steps": 5, "lr-schedule": "constant"}}')
+    config = build_parser(GPTTrainFlags).parse_args(
+        [*script_flags("train_arpg.sh"), "--code-path", "c", "--recipe", str(tmp_path / "own.json")])
+    assert (config.warmup_steps, config.warmup_epochs, config.min_lr) == (5, 0, None)
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -117,7 +195,7 @@ def test_refusals(tmp_path, capsys, content, message):
 def test_an_unknown_recipe_is_refused_with_the_list_of_those_there_are(capsys):
     with pytest.raises(SystemExit):
         build_parser(SampleSetFlags).parse_args(["--recipe", "c2i_Q_256"])
-    assert "--recipe c2i_Q_256: no such recipe, there are c2i_3B_384, c2i_B_256" in capsys.readouterr().err
+    assert "--recipe c2i_Q_256: no such recipe, there are arpg_L_256, arpg_L_256_32steps" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         build_parser(SampleSetFlags).parse_args(["--recipe"])
     assert "argument --recipe: expected one argument" in capsys.readouterr().err

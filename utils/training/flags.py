@@ -1,4 +1,5 @@
 """The flags of every training command, and what follows from them before a step is done."""
+import argparse
 import importlib.util
 import math
 from dataclasses import dataclass
@@ -77,6 +78,15 @@ class TrainFlags(RunFlags, RateFlags, StepFlags, SeedFlags, WorkerFlags, RecipeF
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm; 0 switches it off")
     dropout_p: float = flag(0.0, "dropout inside the network's blocks (GPT: off with --drop-path-rate)")
     ema: bool = flag(False, "keep an exponential moving average of the weights (used by sampling when present)")
+
+    @staticmethod
+    def give_way(config: argparse.Namespace, stronger: set[str]) -> None:
+        """Take back a recipe's or script's warm-up and end of a cosine where `stronger` flags leave no place for it."""
+        for name, other in (("warmup_steps", "warmup_epochs"), ("warmup_epochs", "warmup_steps")):
+            if name in stronger and other not in stronger:
+                setattr(config, other, 0)
+        if "lr_schedule" in stronger and config.lr_schedule != "cosine" and "min_lr" not in stronger:
+            config.min_lr = None
 
 
 def check_flags(flags: TrainFlags, *, world_size: int) -> None:

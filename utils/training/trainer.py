@@ -103,6 +103,9 @@ class Trainer:
         self.checkpoints.claim()
         if self.run.reason:
             cli.say(self.run.reason)
+        if self.step < self.steps <= self.warmup_steps:
+            cli.warn(f"the warm-up of {self.warmup_steps} steps is not shorter than the training of {self.steps}, so "
+                     "that --lr is hardly reached: give fewer --warmup-epochs or --warmup-steps")
         if self.process.is_main and self.step < self.steps:
             cli.save_config(self.folder / "config.json", self.flags, steps=self.steps, images=self.samples,
                             model=self.saved_config, identity=self.run.identity)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from autoregressive.models.generate import generate
+from autoregressive.models.registry import MODELS
 from autoregressive.sample import sample_c2i, sample_ddp
 from autoregressive.sample.options import SampleFlags
 from autoregressive.sample.pipeline import labels_for, load_pipeline
@@ -212,6 +213,10 @@ def test_foreign_checkpoints_give_the_same_images(gpt_ckpt, vq_ckpt, pipeline, t
             foreign.parse_classes("red")
     unsized = load_pipeline(SampleFlags(gpt_ckpt=str(tmp_path / "gpt.pt"), **names), device=CPU)
     assert unsized.image_size == (384, 384)
+    arpg = MODELS["ARPG-S"](vocab_size=256, num_classes=3).state_dict()
+    torch.save({"state_dict": arpg}, tmp_path / "arpg.pt")
+    files = {"gpt_ckpt": str(tmp_path / "arpg.pt"), "vq_ckpt": str(vq_ckpt), "precision": "none"}
+    assert load_pipeline(SampleFlags(**files), device=CPU).image_size == (256, 256)  # that of ARPG's released files
     assert pipeline.image_size == (16, 16) and pipeline.classes == CLASSES
 
 

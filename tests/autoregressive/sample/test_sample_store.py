@@ -1,6 +1,7 @@
 """The long run: kills, damage, full disks and company cost little, and the npz is the same whatever happened."""
 import errno
 import fcntl
+import json
 import os
 import subprocess
 import sys
@@ -114,6 +115,9 @@ def test_a_killed_run_continues_with_any_batch(models, whole, drawn, tmp_path, m
     npz = sample(tmp_path, *models, *flags, "--per-proc-batch-size", 1)
     assert sorted(drawn) == list(range(6, COUNT)) and npz.read_bytes() == whole
     assert "4 sampled in" in capsys.readouterr().out
+    sample(tmp_path, *models, *flags)  # there is nothing left to do, and so nothing to note
+    rows = npz.with_name(f"{npz.stem}.speed.jsonl").read_text().splitlines()
+    assert [json.loads(row)["images"] for row in rows] == [4] and json.loads(rows[0])["seconds"] >= 0
     names = {path.name for path in npz.with_suffix("").iterdir()}
     assert names == {"config.json", *([] if flags else [f"{i:06d}.png" for i in range(COUNT)])}
 

@@ -184,8 +184,12 @@ def published(curve=BATCH_1024, *, shift: float = 0.0) -> dict[int, float]:
 def test_published_numbers():
     assert (BATCH_1024.points[100], BATCH_1024.points[500], BATCH_1024.points[900]) == (9.579, 8.877, 8.445)
     assert (GPT_B.points[500], GPT_B.points[800], GPT_B.points[1200]) == (9.282, 9.066, 8.810)
-    ends = {curve.model: (curve.points, curve.side) for curve in PUBLISHED[2:]}
+    ends = {curve.model: (curve.points, curve.side) for curve in PUBLISHED if curve.family == "GPT" and curve.model}
+    del ends["GPT-B"]
     assert ends == {"GPT-L": ({50: 7.86}, 16), "GPT-1B": ({50: 7.33}, 16), "GPT-XL": ({300: 6.9}, 24)}
+    arpg = [(curve.model, curve.points, curve.batch, curve.lr) for curve in PUBLISHED if curve.family == "ARPG"]
+    assert arpg == [("ARPG-L", {150: 7.66}, 1024, 4e-4), ("ARPG-L", {400: 7.5}, 1024, 4e-4),
+                    ("ARPG-XL", {400: 7.295}, 768, 3e-4), ("ARPG-XXL", {400: 7.03}, 512, 2e-4)]
     both = BATCH_1024.points.keys() & GPT_B.points.keys()
     assert min(GPT_B.points[step] - BATCH_1024.points[step] for step in both) / 2 == pytest.approx(TOLERANCE, abs=0.003)
 
@@ -221,6 +225,67 @@ def test_the_end_is_compared_by_epochs():
     assert [finding.grade for finding in check_run(run, 9.0) if "GPT-L after 50" in finding.text] == ["ok"]
     slow = make_run({step: loss + 0.3 for step, loss in losses.items()}, lr=1e-4, global_batch_size=256)
     assert [finding.grade for finding in check_run(slow, 9.0) if "GPT-L after 50" in finding.text] == ["problem"]
+
+
+ARPG_L = {"gpt_model": "ARPG-L", "epochs": 400, "lr_schedule": "cosine", "warmup_epochs": 100.0}
+
+
+def arpg_losses(shift: float = 0.0) -> dict[int, float]:
+    """Of an ARPG-L at batch 1024, after 0, 150 and 400 epochs."""
+    steps = [epochs * IMAGENET // 1024 for epochs in (150, 399, 400)]
+    return {1: math.log(16384), **dict(zip(steps, (7.66 + shift, 7.5 + shift, 7.5 + shift), strict=True))}
+
+
+def test_an_arpg_is_compared_with_arpgs_alone():
+    run = make_run(arpg_losses(), **ARPG_L)
+    texts = [finding.text for finding in check_run(run, 9.0) if finding.topic == "published"]
+    assert [text.partition(":")[0] for text in texts] == [
+        "ARPG-L after 150 epochs", "ARPG-L after 400 epochs", "ARPG-XL after 400 epochs", "ARPG-XXL after 400 epochs"]
+    assert ["points compared" in text for text in texts] == [True, True, False, False]
+    assert conclusion(run, check_run(run, 9.0), 9.0) == (
+        "on track: no slower than ARPG-L after 150 epochs and ARPG-L after 400 epochs, within 0.2")
+    slow = make_run(arpg_losses(0.25), **ARPG_L)
+    assert conclusion(slow, check_run(slow, 9.0), 9.0) == "not on track: published"
+    rate = next(finding for finding in check_run(run, 9.0) if finding.topic == "lr")
+    assert rate.grade == "ok" and "ARPG's rule" in rate.text and "LlamaGen" not in rate.text
+    for curve in PUBLISHED:
+        assert curve.family == "ARPG" or objections_of(curve, run) == ["ARPG-L, no GPT"]
+
+
+def objections_of(curve, run: Run) -> list[str]:
+    """Those that are about the kind of model."""
+    return [text for text in log_checks.objections(curve, run) if ", no " in text]
+
+
+def test_a_gpt_is_not_compared_with_arpgs():
+    run = make_run(arpg_losses(), **{**ARPG_L, "gpt_model": "GPT-L"})
+    found = check_run(run, 9.0)
+    assert not any("ARPG" in finding.text for finding in found) and "ARPG" not in conclusion(run, found, 9.0)
+    assert all(objections_of(curve, run) == ["GPT-L, no ARPG"] for curve in PUBLISHED if curve.family == "ARPG")
+
+
+@pytest.mark.parametrize(("change", "reason"), [
+    ({"epochs": 300}, "300 epochs, not 400"), ({"lr_schedule": "constant"}, "no cosine schedule"),
+    ({"query_layers": 6}, "6 layers of queries"), ({"gpt_model": "ARPG-XL"}, "ARPG-XL, not ARPG-L"),
+    ({"gpt_model": "ARPG-S"}, "ARPG-S, which is no model of the paper"), ({"lr": 1e-4}, "lr 0.0001, not 0.0004")])
+def test_conditions_of_an_arpgs_losses(change, reason):
+    end = PUBLISHED[[curve.name for curve in PUBLISHED].index("ARPG-L after 400 epochs")]
+    assert log_checks.objections(end, make_run(arpg_losses(), **ARPG_L | {"query_layers": 12})) == []
+    assert reason in log_checks.objections(end, make_run(arpg_losses(), **ARPG_L | change))
+
+
+def test_a_warm_up_in_epochs_is_a_warm_up():
+    run = make_run(published(), warmup_epochs=100.0)
+    assert run.warmup_steps == pytest.approx(125114, abs=1)
+    assert "a warm-up" in log_checks.objections(BATCH_1024, run)
+
+
+@pytest.mark.parametrize(("step", "warmup_epochs", "grade"), [
+    (30000, 100.0, "ok"), (40000, 100.0, "problem"), (5100, 0.0, "problem"), (5100, 1.0, "ok")])
+def test_nothing_learned_in_a_warm_up_is_no_problem_yet(step, warmup_epochs, grade):
+    """After 30,000 of 125,114 warm-up steps a model has seen as much learning rate as 3,600 steps at the peak give."""
+    run = make_run({1: math.log(16384), step - 1: 9.2, step: 9.2}, warmup_epochs=warmup_epochs)
+    assert log_checks.check_level(run, 9.0).grade == grade
 
 
 def test_sparse_rows_are_taken_for_the_steps_they_cover():
@@ -285,17 +350,20 @@ def test_the_rule_for_the_learning_rate():
 
     assert [grade(1e-4, 256), grade(2e-4, 512), grade(2e-4, 256), grade(4e-4, 1024)] == ["ok"] * 4
     assert [grade(1e-3, 256), grade(1e-4, 1024), grade(1e-4, 64)] == ["warning"] * 3
-    assert [grade(3e-3, 16, "GPT-S"), grade(2e-2, 256, optimizer="muon")] == ["ok"] * 2
+    assert [grade(3e-3, 16, "GPT-S"), grade(3e-3, 16, "ARPG-S"), grade(2e-2, 256, optimizer="muon")] == ["ok"] * 3
+    assert [grade(4e-4, 1024, "ARPG-L"), grade(1e-3, 256, "ARPG-L")] == ["ok", "warning"]
     assert grade(1e-3, 32, init_from="c2i_B_256.pt", lora_rank=8) == "ok"
 
 
-def test_a_real_run(store, vq_ckpt, tmp_path, capsys):
+@pytest.mark.parametrize("name", ["GPT-S", "ARPG-S"])
+def test_a_real_run(name, store, vq_ckpt, tmp_path, capsys):
     code_store = store["path"]
     call("train_gpt", "--code-path", code_store, *TINY_GPT, "--epochs", 5, "--log-every", 1, "--results-dir", tmp_path,
-         "--vq-ckpt", vq_ckpt, "--lr", 2e-3)
-    folder = tmp_path / "000-GPT-S"
+         "--vq-ckpt", vq_ckpt, "--lr", 2e-3, "--gpt-model", name)
+    folder = tmp_path / f"000-{name}"
     code, text = ask(capsys, "--code-path", code_store, "--vq-ckpt", vq_ckpt, "--run-folder", folder)
-    assert code == 0 and "5.5452 = ln 256" in text and "of a new GPT-S" in text and "class names agree" in text
+    assert code == 0 and "5.5452 = ln 256" in text and f"of a new {name}" in text and "class names agree" in text
+    assert ("GPT" in text.replace("ARPG-S", "").replace("ARPG-L", "").replace("ARPG-X", "")) == (name == "GPT-S")
     assert "verdict: " in text and text.count("published   none applies") == 1
     assert {path.name for path in (folder / "doctor").iterdir()} == {"codes.png", "labels.png", "loss.png"}
     assert "lr 0.002 at batch 8" in text and ask(capsys, "--run-folder", folder) == (0, text)  # all is in config.json
