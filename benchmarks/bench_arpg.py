@@ -5,15 +5,13 @@ same width.
     python3 benchmarks/bench_arpg.py --only 'ARPG-L:64:1:*' --repeats 1 --no-append-rows
 
 A case is model:steps:images:dtype, 256 codes an image, guidance 4.5 that rises linearly, arccos schedule. The three
-sides take turns in one process, on random weights; memory is measured in a process per side. The GPT (GPT-L for ARPG-L)
+sides take turns in one process, on random weights. The GPT (GPT-L for ARPG-L)
 draws its 256 codes one after the other on our engine. Rows go to benchmarks/results/sample.md one by one.
 """
 import fnmatch
 import gc
 import itertools
-import json
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,7 +31,7 @@ from autoregressive.models.schedule import DrawSchedule
 from benchmarks.bench_sample import DTYPES, forget_peak, peak_since
 from benchmarks.plain_arpg import PlainARPG, plain_arpg_generate
 from benchmarks.roofline import measured_peaks, timed
-from benchmarks.sample_rows import SideFlags, add_row, surroundings
+from benchmarks.sample_rows import RowFlags, add_row, surroundings
 from utils import cli, dist
 from utils.seeding import sample_generator
 
@@ -117,54 +115,39 @@ def check_same_codes(case: ARPGCase, model: CodeModel, device: torch.device) -> 
     assert case.dtype != "fp32" or agree > 0.9, f"{case.name}: {agree:.0%} of the codes are those of the plain loop"
 
 
-def seconds_of_sides(case: ARPGCase, device: torch.device, *, repeats: int) -> dict[str, float]:
-    """Median seconds of a call of each side, in turns."""
+def measured_sides(case: ARPGCase, device: torch.device, *, repeats: int) -> dict[str, tuple[float, float, float]]:
+    """Of each side: median seconds of a call, in turns; GiB that a call needs at its peak; GiB of the weights."""
     model, gpt = model_of_case(case.model, case, device), model_of_case(case.gpt, case, device)
     check_same_codes(case, model, device)
-    calls = {name: side(name, case, gpt if name == "gpt" else model, device) for name in SIDES}
-    spans: dict[str, list[float]] = {name: [] for name in SIDES}
+    spans, peaks = {name: [] for name in SIDES}, {name: [] for name in SIDES}
     for _ in range(repeats):
-        for name, call in calls.items():
+        for name in SIDES:
+            owner = gpt if name == "gpt" else model
+            call = side(name, case, owner, device)
+            forget_peak(device)
+            before = peak_since(device)
             spans[name].append(timed(call, device))
-            release(gpt if name == "gpt" else model)  # each call makes its caches, as each side's first call does
-    return {name: statistics.median(values) for name, values in spans.items()}
+            peaks[name].append(peak_since(device) - before)
+            release(owner)  # each call makes its caches anew
+    weights = {name: sum(p.nbytes for p in (gpt if name == "gpt" else model).parameters()) / 2**30 for name in SIDES}
+    return {name: (statistics.median(spans[name]), max(peaks[name]), weights[name]) for name in SIDES}
 
 
-def memory_of_side(name: str, case: ARPGCase, device: torch.device) -> tuple[float, float]:
-    """(GiB at the peak of one side in this process, GiB of its weights)."""
-    model = model_of_case(case.gpt if name == "gpt" else case.model, case, device)
-    call = side(name, case, model, device)
-    gc.collect()
-    forget_peak(device)
-    call()
-    return peak_since(device), sum(p.nbytes for p in model.parameters()) / 2**30
-
-
-def memory_in_own_process(name: str, case: ARPGCase, config: SideFlags) -> tuple[float, float]:
-    """memory_of_side in a fresh process."""
-    words = [sys.executable, __file__, "--memory-of", name, "--only", case.name, "--device", config.device]
-    return tuple(json.loads(subprocess.run(words, check=True, stdout=subprocess.PIPE,
-                                           text=True).stdout.splitlines()[-1]))
-
-
-def main(config: SideFlags) -> None:
+def main(config: RowFlags) -> None:
     device = dist.setup(config.device).device
     cases = chosen_arpg_cases(config.only)
-    if config.memory_of:
-        print(json.dumps(memory_of_side(config.memory_of, cases[0], device)))
-        return
     for case in tqdm(cases, unit="case"):
         bandwidth, speed = measured_peaks(device, DTYPES[case.dtype])
-        seconds = seconds_of_sides(case, device, repeats=config.repeats)
+        sides = measured_sides(case, device, repeats=config.repeats)
+        seconds = {name: values[0] for name, values in sides.items()}
         gc.collect()
-        memory = {name: memory_in_own_process(name, case, config) for name in SIDES}
         limit = case.limit(bandwidth, speed)
         add_row("ARPG", [
             case.name, *surroundings(device), str(config.repeats), *(f"{seconds[name]:.2f}" for name in SIDES),
             f"{seconds['plain'] / seconds['ours']:.2f}×", f"{seconds['gpt'] / seconds['ours']:.2f}×",
             f"{bandwidth / 1e9:.1f}, {speed / 1e9:.0f}", f"{limit:.2f}, {limit / seconds['ours']:.0%}",
-            *(f"{peak:.2f} ({peak - weights:.2f})" for peak, weights in memory.values())], write=config.append_rows)
+            *(f"{weights + peak:.2f} ({peak:.2f})" for _, peak, weights in sides.values())], write=config.append_rows)
 
 
 if __name__ == "__main__":
-    cli.run(main, SideFlags)
+    cli.run(main, RowFlags)

@@ -38,7 +38,7 @@ from benchmarks.plain_sampler import (
     png_files,
 )
 from benchmarks.roofline import clock, limit_seconds, measured_peaks, step_cost, timed
-from benchmarks.sample_rows import SideFlags, add_row, surroundings
+from benchmarks.sample_rows import RowFlags, add_row, surroundings
 from tokenizer.build import decode_images
 from tokenizer.tokenizer_image.layers import to_channels_last
 from tokenizer.tokenizer_image.vq_model import VQ_models
@@ -56,10 +56,12 @@ CHECKED = 4  # codes that must agree before anything is timed
 
 
 @dataclass(kw_only=True)
-class BenchSampleFlags(SideFlags):
+class BenchSampleFlags(RowFlags):
     """The benchmark of sampling."""
 
     whole: bool = flag(False, "time and measure the plain loop over the whole sequence too")
+    memory_of: str | None = flag(None, "run this side of one case once and print its peak memory (for the benchmark "
+                                       "itself)", choices=("plain", "ours"))
 
 
 @dataclass(frozen=True)

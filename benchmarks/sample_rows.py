@@ -38,7 +38,7 @@ model:steps:images:dtype.
 Plain: a loop written as ARPG's (`benchmarks/plain_arpg.py`); ours: `generate`; GPT: the GPT of the same width, its 256
 codes one after the other on our engine. Seconds are of a whole call, from labels to codes. The limit adds up, step by
 step, the longer of reading the weights once and of doing the products, at the bandwidth and speed measured in the same
-run; the share of it that was reached. GiB: peak of the process, libraries included; in brackets without the weights.
+run; the share of it that was reached. GiB: weights, and in brackets alone what a call needs besides at its peak.
 
 | case | device, threads | versions, date | repeats | plain s | ours s | GPT s | faster than plain | than the GPT | \
 GB/s, GFLOP/s | limit s, share | plain GiB | ours GiB | GPT GiB |
@@ -79,14 +79,6 @@ class RowFlags(DeviceFlags):
     def __post_init__(self) -> None:
         if self.repeats < 1:
             raise ValueError(f"--repeats is {self.repeats}, expected 1 or more")
-
-
-@dataclass(kw_only=True)
-class SideFlags(RowFlags):
-    """The same of a benchmark that measures memory."""
-
-    memory_of: str | None = flag(None, "run this side of one case once and print its peak memory (for the benchmark "
-                                       "itself): plain, ours or gpt")
 
 
 def surroundings(device: torch.device) -> list[str]:
