@@ -46,8 +46,17 @@ class OtherViews(CodeStore):
         return self.stores[home].where(row, view - int(self.offsets[home]))
 
     def column_files(self, name: str, rows: np.ndarray) -> list[str] | list[np.ndarray]:
-        """From the first store that has it."""
+        """From the first store that has it; of kind "views" from all of them."""
+        if self.columns[name].kind == "views":
+            each = [store.column(name, rows) for store in self.stores]
+            return [np.concatenate(parts) for parts in zip(*each, strict=True)]
         return next(store for store in self.stores if name in store.columns).column(name, rows)
+
+
+    def column_view_files(self, name: str, rows: np.ndarray, views: np.ndarray) -> np.ndarray:
+        """From the store that has the view."""
+        return placed((mine, self.stores[home].column_in_view(name, rows[mine], views[mine] - self.offsets[home]))
+                        for home, mine in by_home(self.offsets, views))
 
 
 class Mixture(CodeStore):
@@ -107,6 +116,12 @@ class Mixture(CodeStore):
                 found[place] = value
         return found
 
+    def column_view_files(self, name: str, rows: np.ndarray, views: np.ndarray) -> np.ndarray:
+        """As `read_files` does with the codes."""
+        return placed((mine, self.stores[home].column_in_view(name, rows[mine] - self.row_offsets[home],
+                                                                views[mine] % self.stores[home].views))
+                        for home, mine in by_home(self.row_offsets, rows))
+
     def choose(self, epochs: np.ndarray, indices: np.ndarray, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """Index i of an epoch is the i-th of what the epoch takes from the first store, then from the second, ….
 
@@ -136,18 +151,31 @@ def coprime_stride(count: int) -> int:
 
 
 def agreed_columns(paths: list[str], stores: list[CodeStore]) -> dict[str, Column]:
-    """The columns that any of several stores of the same images has. Raises ValueError where two say something else."""
+    """The columns that any of several stores of the same images has, of kind "views" those that all have.
+
+    Raises ValueError where two say something else.
+    """
     found: dict[str, tuple[str, Column, dict[str, Any]]] = {}
     for path, store in zip(paths, stores, strict=True):
         for stored in store.manifest.get("columns", []):
             name = stored["name"]
+            if stored["kind"] == "views":  # each store has its own: those of its crops
+                continue
             first, column, other = found.setdefault(name, (path, store.columns[name], stored))
             rows, hashes = ([[file[key] for file in part["files"]] for part in (stored, other)]
                             for key in ("rows", "sha256"))
             if (store.columns[name] != column or stored["offsets"]["sha256"] != other["offsets"]["sha256"]
                     or (rows[0] == rows[1] and hashes[0] != hashes[1])):
                 raise ValueError(f"{path} has another column {name!r} of the same images than {first}")
-    return {name: column for name, (_, column, _) in found.items()}
+    of_views = {name: column for name, column in stores[0].columns.items()
+                if column.kind == "views" and all(store.columns.get(name) == column for store in stores)}
+    return {name: column for name, (_, column, _) in found.items()} | of_views
+
+
+def placed(parts: Iterator[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    """(places, values) of each part → the values (B, …) at their places."""
+    places, values = zip(*parts, strict=True)
+    return np.concatenate(values)[np.argsort(np.concatenate(places))]
 
 
 def by_home(offsets: np.ndarray, values: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:

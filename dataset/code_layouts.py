@@ -82,6 +82,15 @@ class CodeStore:
         """`column` before any row was left out."""
         raise NotImplementedError
 
+    def column_in_view(self, name: str, rows: np.ndarray, views: np.ndarray) -> np.ndarray:
+        """What the views (B,) of rows (B,) have in a column of kind "views" → (B, *shape): it belongs to the codes that
+        `read` gives."""
+        return self.column_view_files(name, rows if self.kept is None else self.kept[rows], views)
+
+    def column_view_files(self, name: str, rows: np.ndarray, views: np.ndarray) -> np.ndarray:
+        """`column_in_view` before any row was left out."""
+        raise NotImplementedError
+
     def leave_out(self, rows: np.ndarray) -> None:
         """Go on without some rows; those that follow move up."""
         if len(rows):
@@ -127,6 +136,16 @@ class PackedStore(CodeStore):
         """Copies."""
         return self.column_values[name].read(rows)
 
+    def column_view_files(self, name: str, rows: np.ndarray, views: np.ndarray) -> np.ndarray:
+        """Copies."""
+        values = self.column_values[name]
+        firsts, ends = values.offsets[rows], values.offsets[rows + 1]
+        wrong = np.flatnonzero(ends - firsts != self.views)
+        if len(wrong):
+            raise ValueError(f"{self.folder}: image {rows[wrong[0]]} has {(ends - firsts)[wrong[0]]} pictures in "
+                             f"column {name}, but {self.views} views: extract the codes again")
+        return values.read_places(rows, firsts + views)
+
 
 class ColumnValues:
     """A column of a packed store."""
@@ -146,6 +165,12 @@ class ColumnValues:
         found = [np.array(self.values[home][start:end])
                  for home, start, end in zip(homes.tolist(), starts, ends, strict=True)]
         return [value.tobytes().decode() for value in found] if self.kind == "text" else found
+
+    def read_places(self, rows: np.ndarray, places: np.ndarray) -> np.ndarray:
+        """The single values at `places` (B,), which belong to rows (B,) → (B, *shape)."""
+        homes = np.searchsorted(self.first_rows, rows, side="right") - 1
+        within = (places - self.values.starts[homes]).tolist()
+        return np.stack([self.values[home][place] for home, place in zip(homes.tolist(), within, strict=True)])
 
 
 def check_labels(labels: np.ndarray, path: Path, *, classes: int | None = None) -> None:

@@ -14,7 +14,8 @@ sha256}]. Where it is known: `dataset`, `images` (N and those left out),
 
 A column is {name, kind, dtype, shape, offsets {file, sha256}, files [{file, rows, sha256}]}. Of kind "text" each image
 has a string (UTF-8, dtype uint8, shape []), of kind "ragged" an array (n_i, *shape) of the dtype, such as the features
-of its caption. How a column is cut into files has nothing to do with the shards. Readers that know no columns need not.
+of its caption, of kind "views" an array (views, *shape), such as the edges of each crop (`control.py`). How a column is
+cut into files has nothing to do with the shards. Readers that know no columns need not.
 """
 import json
 import re
@@ -36,14 +37,14 @@ class Column:
     """What images have beside codes and label."""
 
     name: str
-    kind: str  # "text": a string; "ragged": an array (n_i, *shape)
+    kind: str  # "text": a string; "ragged": an array (n_i, *shape); "views": an array (*shape) for each view
     dtype: str
     shape: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not is_column(vars(self) | {"shape": list(self.shape)}):
             raise ValueError(f"{self} is no column: expected a name of small letters, digits and _, kind text (uint8, "
-                             "no shape) or ragged, and a numpy dtype of numbers")
+                             "no shape), ragged or views, and a numpy dtype of numbers")
 
 
 def whole(least: int) -> Callable[[Any], bool]:
@@ -82,8 +83,8 @@ def is_column(value: Any) -> bool:
     if not record(name=is_text, kind=is_text, dtype=is_number_type, shape=list_of(whole(1)))(value):
         return False
     text = value["kind"] == "text" and value["dtype"] == "uint8" and not value["shape"]
-    return (text or value["kind"] == "ragged") and re.fullmatch("[a-z][a-z0-9_]{0,63}", value["name"]) is not None \
-        and value["name"] != "shard"
+    named = re.fullmatch("[a-z][a-z0-9_]{0,63}", value["name"]) is not None and value["name"] != "shard"
+    return named and (text or value["kind"] in ("ragged", "views"))
 
 
 is_file = record(file=is_text, sha256=is_text)

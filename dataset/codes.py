@@ -18,6 +18,7 @@ from dataset.code_files import open_class_folders, open_pairs
 from dataset.code_joins import Mixture, OtherViews
 from dataset.code_layouts import CodeStore, PackedStore, class_folders, find_store, is_packed
 from dataset.code_manifest import files_of_some, read_manifest
+from dataset.control import check_column, unpacked
 from utils import cli, dist
 from utils.cli import REQUIRED, flag
 from utils.files import few
@@ -63,16 +64,19 @@ class CodeBatches(Dataset):
     """Training batches of codes and of some `columns`; what is drawn is fixed by (seed, epoch, index)."""
 
     def __init__(self, store: CodeStore, *, vocab_size: int, seed: int, condition_dropout: float = 0.0,
-                 columns: tuple[str, ...] = (), any_order: bool = False) -> None:
+                 columns: tuple[str, ...] = (), any_order: bool = False, control: str | None = None) -> None:
         """`condition_dropout`: share of the samples whose condition is left out, for classifier-free guidance;
-        `any_order`: codes come in a random order, another one for each sample and visit."""
-        self.any_order = any_order
+        `any_order`: codes come in a random order, another one for each sample and visit; `control`: kind of the control
+        pictures that come with the codes, of the same views."""
+        if control is not None:
+            check_column(store.columns, control, store.manifest.get("image_size"), str(store.folder))
+        self.any_order, self.control = any_order, control
         self.store, self.vocab_size, self.seed, self.columns = store, vocab_size, seed, columns
         self.condition_dropout = condition_dropout
 
     def __getitems__(self, keys: np.ndarray) -> dict[str, Any]:
         """{"codes" (B, L) int64, "labels" (B,) int64, "dropped" (B,) bool, and of each column a list (B)}; in any order
-        also "orders" (B, L) int64, the cells that the codes are of.
+        also "orders" (B, L) int64, the cells that the codes are of; with control pictures "control" (B, C, H, W) uint8.
 
         Keys (B, 2) are an epoch and an index each. Raises ValueError for a code >= vocab_size.
         """
@@ -85,13 +89,20 @@ class CodeBatches(Dataset):
             raise ValueError(f"{self.store.where(int(rows[place]), int(views[place]))} holds code {wrong}, but the "
                              f"model's vocabulary is {self.vocab_size}: give the tokenizer's size by --vocab-size")
         chance = hash_choice(derive_seed(self.seed, CONDITION_DROPOUT), epochs, indices, options=2**24) / 2**24
-        orders = {}
+        more = {}
         if self.any_order:
             cells = random_orders(self.seed, epochs, indices, length=codes.shape[1])
-            codes, orders = np.take_along_axis(codes, cells, 1), {"orders": torch.from_numpy(cells)}
+            codes, more = np.take_along_axis(codes, cells, 1), {"orders": torch.from_numpy(cells)}
+        if self.control is not None:
+            more["control"] = control_pictures(self.store, self.control, rows, views)
         return {"codes": torch.from_numpy(codes), "labels": torch.from_numpy(labels),
-                "dropped": torch.from_numpy(chance < self.condition_dropout), **orders,
+                "dropped": torch.from_numpy(chance < self.condition_dropout), **more,
                 **{name: self.store.column(name, rows) for name in self.columns}}
+
+
+def control_pictures(store: CodeStore, kind: str, rows: np.ndarray, views: np.ndarray) -> torch.Tensor:
+    """The control pictures of rows (B,) in the views (B,) → (B, C, H, W) uint8."""
+    return unpacked(store.column_in_view(kind, rows, views), kind, store.manifest["image_size"][1])
 
 
 def random_orders(seed: int, epochs: np.ndarray, indices: np.ndarray, *, length: int) -> np.ndarray:

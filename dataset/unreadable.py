@@ -1,5 +1,6 @@
 """What is done about pictures that cannot be read: each is told once, and a class without readable ones is refused."""
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 
@@ -27,9 +28,9 @@ class PassedOver:
                 cli.warn(f"passed over: {reason}; {len(self.told)} so far{more}", every_rank=True)
 
 
-def split_readable(batch: list[tuple[int, np.ndarray | str]],
-                   passed_over: PassedOver) -> tuple[list[int], list[np.ndarray], list[int]]:
-    """A batch of (index, views or why there are none) → (indices, their views, indices of unreadable ones, told)."""
+def split_readable(batch: list[tuple[int, Any | str]],
+                   passed_over: PassedOver) -> tuple[list[int], list[Any], list[int]]:
+    """A batch of (index, views, or why there are none) → (indices, their views, indices of unreadable ones, told)."""
     readable = [(index, views) for index, views in batch if not isinstance(views, str)]
     passed_over.tell([views for _, views in batch if isinstance(views, str)])
     return ([index for index, _ in readable], [views for _, views in readable],

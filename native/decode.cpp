@@ -66,6 +66,7 @@ struct Step {
     int64_t stride;
     float* scratch;          // scratch_size floats
     int64_t threads;
+    const float* const* added;  // of each layer what is added to x before it, (n, D) or null; null: nothing at all
 };
 
 static inline int64_t rounded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -296,6 +297,11 @@ static void head(const Work& w, const float* x, const int64_t* chosen, int64_t n
             [&](int64_t i, int64_t j, float y) { logits[i * stride + j] = y; });
 }
 
+static void add(const float* terms, int64_t n, float* x) {
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < n; i++) x[i] += terms[i];
+}
+
 static std::vector<int64_t> starts_of_rows(const Tokens& t) {
     std::vector<int64_t> starts;
     for (int64_t i = 0; i < t.count; i++)
@@ -320,6 +326,7 @@ static void run(const Model& m, const Step& s) {
         float* mine = hidden + n * spaced(m.hidden) + thread * (scratch_of_thread(m) + n * COLUMNS);
         const Work w{m, s.table, (In*)s.scratch, qkv, (In*)attended, (In*)hidden, mine};
         for (int64_t l = 0; l < m.layers; l++) {
+            if (s.added && s.added[l]) add(s.added[l], s.fed.count * D, s.x);
             attention(w, m.layer[l].attention, s.fed, fed, s.x);
             feed_forward(w, m.layer[l].feed_forward, s.fed.count, s.x);
         }

@@ -137,10 +137,12 @@ def run(main: Callable[[Config], None], config_class: type[Config], argv: list[s
         dist.shutdown()
 
 
-def require_package(name: str, *, purpose: str) -> None:
-    """Raise ValueError that says what to install when a package that few commands need is missing."""
+def require_package(name: str, *, purpose: str, package: str | None = None) -> None:
+    """Raise ValueError that says what to install when a module that few commands need is missing; `package`: what it is
+    called there, if not the same."""
     if importlib.util.find_spec(name) is None:
-        raise ValueError(f"{purpose} needs {name}: {sys.executable} -m pip install {name}")
+        package = package or name
+        raise ValueError(f"{purpose} needs {package}: {sys.executable} -m pip install {package}")
 
 
 def fail(text: str, *, quiet: bool) -> NoReturn:

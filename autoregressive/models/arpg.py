@@ -93,15 +93,16 @@ class ARPG(CodeModel):
 
     def forward(self, idx: Tensor, cond_idx: Tensor, targets: Tensor | None = None,
                 masks: tuple[Tensor, Tensor] | None = None, valid: Tensor | None = None, *,
-                orders: Tensor | None = None, dropped: Tensor | None = None, summed_loss: bool = False,
-                ) -> tuple[Tensor | None, Tensor | None]:
+                orders: Tensor | None = None, dropped: Tensor | None = None, control: Tensor | None = None,
+                summed_loss: bool = False) -> tuple[Tensor | None, Tensor | None]:
         """Teacher-forced logits and loss, all tensors in the order in which the codes are drawn.
 
         idx (B, n) codes 1 … n, n < L; cond_idx (B,) labels; targets (B, n+1) codes 1 … n+1; orders (L,) or (B, L): the
         cell of each code (None: raster order). Query t sees the class and the codes before t: `masks` (what each input
         sees, what each query sees; (B or 1, 1, n+1, n+1) bool) say otherwise. Nothing depends on train or eval mode but
         dropout, and by chance the classes where `dropped` (B,) bool, whose class is left out, is None. The rest, and
-        what is returned, as in `Transformer.forward`: logits (B, n+1, V).
+        what is returned, as in `Transformer.forward`: logits (B, n+1, V). What a control picture says of a cell is
+        added to the cell's query.
         """
         config, layers, inputs, queries = self.config, self.layers, *(masks or (None, None))
         cells = torch.arange(config.block_size, device=idx.device) if orders is None else orders
@@ -110,17 +111,26 @@ class ARPG(CodeModel):
         first = places.new_zeros(()).expand_as(places[..., :1, :, :])  # the class has no place
         fed = torch.cat([first, places[..., :-1, :, :]], dim=-3)
         labels = cond_idx.reshape(-1)
-        if dropped is not None or self.training:
-            chosen = chosen_by_chance(labels, self.training if dropped is None else dropped, config.class_dropout_prob)
-            labels = torch.where(chosen, config.num_classes, labels)
+        if dropped is None and self.training:
+            dropped = chosen_by_chance(labels, True, config.class_dropout_prob)
+        if dropped is not None:
+            labels = torch.where(dropped, config.num_classes, labels)
         x = self.tok_dropout(torch.cat([self.embed_classes(labels)[:, None], self.embeddings(idx)], dim=1))
         for layer in layers.self_dec:
             x = layer(x, fed, None, inputs)  # (B, n+1, D)
         shared = self.keys_and_values(x, fed)
         y = self.query.expand_as(x)
+        if control is not None:
+            terms = self.kept_control(control, dropped)[0]  # (B, L, D)
+            y = y + terms.gather(1, cells.expand(len(x), -1)[..., None].expand_as(x))
         for layer in layers.cross_dec:
             y = layer(y, places, None, queries, 0, shared)
         return self.logits_and_loss(self.norm(y), targets, valid, summed_loss=summed_loss)
+
+    def control_terms(self, pictures: Tensor) -> Tensor:
+        """See `CodeModel.control_terms`. Where tokens are to replace the query: the difference to it."""
+        terms = super().control_terms(pictures)
+        return terms - self.query if self.control.replaces else terms
 
     # ---- decoding: see `Decodable` in engines.py
 
@@ -138,8 +148,9 @@ class ARPG(CodeModel):
         """Empty caches for `rows` rows of `tokens` tokens: of the first half's layers, and what the queries share."""
         return self.empty_caches(self.config.n_layer + 1, rows, tokens)
 
-    def decode(self, x: Tensor, batch: Batch, cache: KVCache) -> Tensor:
-        """Embeddings x (n, D) of a step's tokens → logits (a, V) of the cells that are asked for."""
+    def decode(self, x: Tensor, batch: Batch, cache: KVCache, control: Tensor | None = None) -> Tensor:
+        """Embeddings x (n, D) of a step's tokens → logits (a, V) of the cells that are asked for; control (1, a, D):
+        what is added to the queries."""
         table, layers, last = self.rope(x.device), self.layers, self.config.n_layer
         rope, x = table[cache.filled(batch.fed[1])], x[None]
         for i, layer in enumerate(layers.self_dec):
@@ -149,6 +160,8 @@ class ARPG(CodeModel):
         cache.place_asks(batch)
         rope = table[cache.filled(batch.asks[1])]
         y = self.query.expand(1, len(rope), -1)
+        if control is not None:
+            y = y + cache.filled(control[0])
         for layer in layers.cross_dec:
             y = layer(y, rope, cache, None, last)
         return self.head(self.norm(y[0]))[:batch.asks.shape[1]]

@@ -23,17 +23,22 @@ class CodeModel(nn.Module):
     def __init__(self, config: ModelArgs) -> None:
         super().__init__()
         self.config = config
+        self.control: nn.Module | None = None  # what turns control pictures into something to add: see `control_terms`
         self._rope: dict[torch.device, Tensor] = {}  # not a buffer: the table must stay fp32 and must not be saved
 
     @torch.no_grad()
     def init_weights(self, seed: int, *, assign: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> None:
-        """Draw every matrix from N(0, 0.02^2), the head zero, so that the first loss is ln V; norms start at one.
+        """Draw every matrix from N(0, 0.02^2), the head zero, so that the first loss is ln V; norms start at one,
+        biases at zero, a control adapter's last layers where it says.
 
         A tensor's values depend on (seed, its name) only, and one is drawn at a time, on the CPU: models that are
         spread over processes start from the same weights. `assign(own, values)` copies the values.
         """
+        zero = {f"{self.HEAD}.weight"}
+        if self.control is not None:
+            zero |= {f"control.{name}" for name in self.control.zero_at_start()}
         for name, tensor in [*self.named_parameters(), *self.named_buffers()]:
-            if name == f"{self.HEAD}.weight":
+            if name in zero or name.endswith(".bias"):
                 values = torch.zeros(tensor.shape)
             elif tensor.ndim < 2:
                 values = torch.ones(tensor.shape)
@@ -72,6 +77,25 @@ class CodeModel(nn.Module):
             raise ValueError(f"text features are {tuple(getattr(condition, 'shape', ()))}, the model takes {shape}")
         if visible is not None and visible.shape != (config.cls_token_num,):
             raise ValueError(f"the mask of the prefix is {tuple(visible.shape)}, expected ({config.cls_token_num},)")
+
+    @property
+    def control_layers(self) -> list[int]:
+        """Before which layers a control picture is added to the tokens; none: it is added to the queries."""
+        return []
+
+    def control_terms(self, pictures: Tensor) -> Tensor:
+        """What control pictures (B, C, H, W) in [-1, 1] add to the model in each place, (places, B, L, D), cells in
+        raster order. Raises ValueError for a model without an adapter, and for pictures of another size than the
+        grid's."""
+        if self.control is None:
+            raise ValueError("the model has no control adapter, so that it takes no control pictures: train it with "
+                             "--init-from and --control")
+        return self.control(pictures, self.config.grid)
+
+    def kept_control(self, pictures: Tensor, dropped: Tensor | None) -> Tensor:
+        """The same for a training batch: zero where the condition is left out, dropped (B,) bool."""
+        terms = self.control_terms(pictures)
+        return terms if dropped is None else terms.masked_fill(dropped[:, None, None], 0)
 
     def empty_caches(self, layers: int, rows: int, tokens: int) -> KVCache:
         """Caches of `layers` layers for `rows` rows of `tokens` tokens."""

@@ -42,6 +42,8 @@ class CodeDecoder:
         self.free: list[int] = []
         self.slots = 0
         self.orders, self.scales = np.empty((0, 0), np.int64), np.empty((0, 0), np.float32)  # (slots, L)
+        self.control: Tensor | None = None  # (places, slots * L + 1, D) once a request has some; the last row is zero
+        self.controlled = False  # whether a request has some now
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -61,6 +63,7 @@ class CodeDecoder:
             self.graphs = StepGraphs()
             shape = max(requests, len(self.orders)), max(length, self.orders.shape[1])
             self.orders = np.empty((0, 0), np.int64)  # nothing is here until all of it is: memory may run out
+            self.control = None
             self.codes = torch.zeros(shape, dtype=torch.long, device=weight.device)
             self.broken = torch.full(shape[:1], NEVER, device=weight.device)
             self.settings = Settings(*(torch.zeros(shape[0], dtype=dtype, device=weight.device) for dtype in (
@@ -80,6 +83,10 @@ class CodeDecoder:
         plan, config = request.plan, self.model.config
         request.check(vocab_size=config.vocab_size, length=self.length, guided=self.guided, queries=self.queries)
         self.model.check(request.condition, request.visible)
+        if request.control is not None:
+            expected = len(self.model.control_layers) or 1, config.block_size, config.dim
+            if request.control.shape != expected:
+                raise ValueError(f"the control of a request is {tuple(request.control.shape)}, expected {expected}")
         if any(plan is active.request.plan for active in self.active.values()):
             raise ValueError("the plan is that of another request: each needs one of its own")
         if not self.free:
@@ -109,9 +116,10 @@ class CodeDecoder:
             self.layout = StepLayout(turns, slots=self.slots, width=self.orders.shape[1],
                                      prefix_rows=self.model.config.cls_token_num)
             self.turns = turns
+            self.controlled = any(active.request.control is not None for active in self.active.values())
         batch = self.layout.batch(starts, firsts, self.orders, self.scales, device=self.codes.device)
         run = partial(self._run, prefix=self._begin(turns) if batch.fresh else None)
-        kind = self.settings.largest_k, self.settings.uses_top_p
+        kind = self.settings.largest_k, self.settings.uses_top_p, self.controlled
         *_, right = self.graphs.run(batch, run, kind=kind, rounding=self.rounding)
         for source, targets, tokens in self.layout.copies:
             self.engine.copy(source, torch.tensor(targets, device=self.codes.device), length=tokens)
@@ -167,11 +175,34 @@ class CodeDecoder:
         for slot, request in zip(new, requests, strict=True):
             if request.plan.known:
                 self.codes[slot, request.plan.order[:request.plan.known]] = request.known.to(self.codes.device)
+            self._note_control(slot, request)
         with_condition, without = self.model.prefix([one.condition for one in requests])
         own = [prefix[self.active[slot].tokens] for slot, prefix in zip(new, with_condition, strict=True)]
         own += [without[self.active[turn.slot].tokens] for i, turn in enumerate(turns)
                 if turn.fresh and turn.guided and turn.like == i]
         return torch.cat(own)
+
+    def _note_control(self, slot: int, request: Request) -> None:
+        """Keep what a new request's control picture adds, or that it has none."""
+        terms, (slots, width) = request.control, self.orders.shape
+        if terms is not None and self.control is None:
+            places, _, dim = terms.shape
+            weight = next(self.model.parameters())
+            self.control = torch.zeros(places, slots * width + 1, dim, dtype=weight.dtype, device=weight.device)
+            self.graphs = StepGraphs()
+        if self.control is not None:
+            own = self.control[:, slot * width:(slot + 1) * width]
+            own.zero_()
+            if terms is not None:
+                own[:, :terms.shape[1]] = terms[:, :width]
+
+    def _control(self, batch: Batch) -> Tensor:
+        """What control pictures add in a step: to each query that of its cell, to each token that of the cell which it
+        predicts; nothing in unconditional rows."""
+        (_, place, row, *_), ahead = (batch.asks, 0) if self.queries else (batch.fed, 1)
+        cell = place - self.model.config.cls_token_num + ahead
+        home = torch.where(row < self.slots, row * self.orders.shape[1] + cell, self.control.shape[1] - 1)
+        return self.control.index_select(1, home)
 
     def _run(self, batch: Batch, *, prefix: Tensor | None, fused: bool) -> tuple[Tensor, Tensor, Tensor]:
         """What a step does on the device: (logits (a, V), codes (d,), which of them are decided (d,)). Here codes are
@@ -183,7 +214,7 @@ class CodeDecoder:
         else:
             x = self.model.embed(codes.index_select(0, source.clamp_min(0)))
             x[source < 0] = prefix
-        logits = self.engine.forward(x, batch)
+        logits = self.engine.forward(x, batch, *(self._control(batch),) if self.controlled else ())
         found, decided = choose(logits, batch.draws, batch.scale, self.settings, fused=fused)
         wrong = ~decided
         if batch.drafts:  # up to and including the first code that differs from its draft

@@ -30,8 +30,9 @@ class Decodable(Protocol):
     def new_cache(self, rows: int, tokens: int) -> KVCache:
         """Empty caches."""
 
-    def decode(self, x: Tensor, batch: Batch, cache: KVCache) -> Tensor:
-        """Run embeddings x (n, D), n >= the tokens fed, through the layers → logits (a, V) of the asks."""
+    def decode(self, x: Tensor, batch: Batch, cache: KVCache, control: Tensor | None = None) -> Tensor:
+        """Run embeddings x (n, D), n >= the tokens fed, through the layers → logits (a, V) of the asks. control: see
+        `Engine.forward`."""
 
 
 class Engine(Protocol):
@@ -43,9 +44,10 @@ class Engine(Protocol):
         """Provide caches for `rows` rows of `tokens` tokens; whether they are other tensors than before. What rows held
         is lost then."""
 
-    def forward(self, x: Tensor, batch: Batch) -> Tensor:
+    def forward(self, x: Tensor, batch: Batch, control: Tensor | None = None) -> Tensor:
         """Run embeddings x (n, D) of the fed tokens → fp32 logits (a, V) of the asks, which the next step may
-        overwrite. x may be overwritten."""
+        overwrite. x may be overwritten. control: what control pictures add, to the queries (1, a, D), or where there
+        are none to the tokens (places, n, D), before the model's `control_layers`."""
 
     def copy(self, source: int, targets: Tensor, *, length: int) -> None:
         """Let the rows `targets` (n,) begin with the `length` first tokens of row `source`."""
@@ -73,10 +75,11 @@ class TorchEngine:
         self.cache, self.kind = self.model.new_cache(rows, tokens), kind
         return True
 
-    def forward(self, x: Tensor, batch: Batch) -> Tensor:
+    def forward(self, x: Tensor, batch: Batch, control: Tensor | None = None) -> Tensor:
         """See `Engine.forward`."""
         self.cache.place(batch)
-        return self.model.decode(self.cache.filled(x), batch, self.cache).float()
+        added = () if control is None else (control,)
+        return self.model.decode(self.cache.filled(x), batch, self.cache, *added).float()
 
     def copy(self, source: int, targets: Tensor, *, length: int) -> None:
         """See `Engine.copy`."""

@@ -40,7 +40,9 @@ def generate(model: CodeModel, cond: Tensor, max_new_tokens: int, emb_masks: Ten
              top_p: float | Sequence[float] = 1.0, sample_logits: bool = True,
              generators: list[torch.Generator] | None = None, decode: Decode = "auto", window: int | None = None,
              statistics: Statistics | None = None, *, schedule: DrawSchedule | None = None,
-             orders: Tensor | None = None, known: Tensor | None = None) -> Tensor:
+             orders: Tensor | None = None, known: Tensor | None = None,
+             control: Sequence[Tensor | None] | Tensor | None = None,
+             control_strength: float | Sequence[float] = 1.0) -> Tensor:
     """Generate codes (B, max_new_tokens) int64 in raster order, in eval mode.
 
     cond: labels (B,) or (B, 1), or text features (B, N, caption_dim); emb_masks (B, N): 1 where the prefix is text, 0
@@ -55,6 +57,8 @@ def generate(model: CodeModel, cond: Tensor, max_new_tokens: int, emb_masks: Ten
     Of a GPT, decode: one code per step, windows of `window` drafts, or auto: windows while they pay. The codes are the
     same. Of an ARPG, schedule: how many codes in which step; orders (L,) or (B, L): cells in the order in which they
     are drawn, instead of the schedule's; max_new_tokens is L. What is for the other kind of model is refused.
+    Of a model with a control adapter, control: a picture (C, H, W) in [-1, 1] of the image's size, or None, for each
+    image; what it adds is multiplied by control_strength, 0 is the same as no picture.
     Raises ValueError for labels, lengths or settings out of range, NotFiniteError, at the end, for logits that were not
     finite.
     """
@@ -85,6 +89,7 @@ def generate(model: CodeModel, cond: Tensor, max_new_tokens: int, emb_masks: Ten
                                     scales=scales, guided_steps=steps)
         else:
             plans = raster_plans(model, given, decode=decode, window=window, scales=scales, guided_steps=steps)
+        terms = control_of(model, control, per_image("control_strength", control_strength, batch))
         conditions = cond.tolist() if cond.ndim == 1 else cond
         visible = [None] * batch if emb_masks is None else emb_masks.cpu()
 
@@ -95,7 +100,8 @@ def generate(model: CodeModel, cond: Tensor, max_new_tokens: int, emb_masks: Ten
                 conditions, plans, keys, temperatures, ks, ps, visible, strict=True)):
             if plan is not None:
                 first = known[image, plan.order[:plan.known]]
-                homes[decoder.join(Request(condition, plan, *settings, greedy=not sample_logits, known=first))] = image
+                homes[decoder.join(Request(condition, plan, *settings, greedy=not sample_logits, known=first,
+                                           control=terms[image]))] = image
         while decoder.active:
             for done in decoder.step():
                 codes[homes[done.slot]], broken[homes[done.slot]] = done.codes, done.broken
@@ -107,6 +113,18 @@ def generate(model: CodeModel, cond: Tensor, max_new_tokens: int, emb_masks: Ten
         statistics.steps, statistics.tokens = max(0, steps - 1), max(0, drawn - 1)
         statistics.window = sorted(plan.window for plan in plans if plan is not None)[len(homes) // 2] if homes else 1
     return codes
+
+
+def control_of(model: CodeModel, pictures: Sequence[Tensor | None] | Tensor | None,
+               strengths: list[float]) -> list[Tensor | None]:
+    """What the control picture of each image adds (places, L, D). Each goes through the adapter alone, so that it does
+    not depend on the batch. Raises ValueError for a model without an adapter and for pictures that do not fit."""
+    if pictures is None:
+        return [None] * len(strengths)
+    if len(pictures) != len(strengths):
+        raise ValueError(f"{len(pictures)} control pictures for {len(strengths)} samples")
+    return [None if picture is None or strength == 0 else strength * model.control_terms(picture[None])[:, 0]
+            for picture, strength in zip(pictures, strengths, strict=True)]
 
 
 # ---- idle decoders: one for each model, with its caches, for the next call

@@ -14,6 +14,7 @@ from autoregressive.models.base import CodeModel
 from autoregressive.models.batch import Batch
 from autoregressive.models.blocks import Parts, RMSNorm, TransformerBlock
 from autoregressive.models.conditions import CaptionEmbedder, LabelEmbedder
+from autoregressive.models.conditions import dropped as chosen_by_chance
 from autoregressive.models.lean import Dropout
 from utils.compatible import missing_names
 
@@ -50,10 +51,19 @@ class Transformer(CodeModel):
         """The modules that training checkpoints, compiles and shards one by one (utils/training/parallel.py)."""
         return list(self.layers)
 
-    def hidden_states(self, x: Tensor, *, mask: Tensor | None, rope: Tensor, cache: KVCache | None = None) -> Tensor:
+    @property
+    def control_layers(self) -> list[int]:
+        """Before which layers a control picture is added: at 0, 1 and 2 thirds of the depth (ControlAR, arXiv
+        2410.02705)."""
+        return sorted({third * len(self.layers) // 3 for third in range(3)})
+
+    def hidden_states(self, x: Tensor, *, mask: Tensor | None, rope: Tensor, cache: KVCache | None = None,
+                      control: Tensor | None = None) -> Tensor:
         """Run the layers on embeddings x (B, T, D) with rotary rows `rope` (T, K/2, 2) or (B, T, K/2, 2) → (B, T, D),
-        normed. mask and cache: see `Attention`."""
+        normed. mask and cache: see `Attention`; control (places, B, T, D): added before `control_layers`."""
+        added = {} if control is None else dict(zip(self.control_layers, control, strict=True))
         for i, layer in enumerate(self.layers):
+            x = x + added[i] if i in added else x
             x = layer(x, rope, cache, mask, i)
         return self.norm(x)
 
@@ -77,10 +87,13 @@ class Transformer(CodeModel):
         """Empty caches for `rows` rows of `tokens` tokens."""
         return self.empty_caches(self.config.n_layer, rows, tokens)
 
-    def decode(self, x: Tensor, batch: Batch, cache: KVCache) -> Tensor:
-        """Embeddings x (n, D) of a step's tokens → logits (a, V) of those that are asked."""
+    def decode(self, x: Tensor, batch: Batch, cache: KVCache, control: Tensor | None = None) -> Tensor:
+        """Embeddings x (n, D) of a step's tokens → logits (a, V) of those that are asked; control (places, n, D): what
+        is added to the tokens."""
         rope = self.rope(x.device)[cache.filled(batch.fed[1])]  # (n, K/2, 2)
-        hidden = self.hidden_states(x[None], mask=None, rope=rope, cache=cache)[0]
+        if control is not None:
+            control = torch.stack([cache.filled(terms) for terms in control])[:, None]  # (places, 1, n, D)
+        hidden = self.hidden_states(x[None], mask=None, rope=rope, cache=cache, control=control)[0]
         token = batch.asks[0]
         return self.output(hidden[cache.filled(token)])[:len(token)]
 
@@ -89,8 +102,8 @@ class Transformer(CodeModel):
         return Parts([layer.parts() for layer in self.layers], self.norm, self.output)
 
     def forward(self, idx: Tensor, cond_idx: Tensor, targets: Tensor | None = None, mask: Tensor | None = None,
-                valid: Tensor | None = None, *, dropped: Tensor | None = None, summed_loss: bool = False,
-                ) -> tuple[Tensor | None, Tensor | None]:
+                valid: Tensor | None = None, *, dropped: Tensor | None = None, control: Tensor | None = None,
+                summed_loss: bool = False) -> tuple[Tensor | None, Tensor | None]:
         """Teacher-forced logits and loss; with `summed_loss` (sum of the tokens' losses, sum of their weights).
 
         idx (B, n) codes x_1 … x_n, n < L; cond_idx (B,) labels or (B, N, caption_dim) features; targets (B, n+1);
@@ -98,13 +111,20 @@ class Transformer(CodeModel):
         carry no loss; dropped (B,) bool, whose condition is left out (None: in training by chance, with
         class_dropout_prob). Returns logits (B, n+1, V), from the last prefix position on, and the mean cross-entropy in
         fp32, or None without targets. With `summed_loss` the logits are never made as a whole; targets must be given.
+        control (B, C, H, W) in [-1, 1]: pictures that the images are to follow, left out with the condition; what they
+        say of a cell is added to the token that predicts it (see `CodeModel.control_terms`).
         """
-        prefix = self.cls_embedding(cond_idx, drop=self.training if dropped is None else dropped)  # (B, N, D)
+        if dropped is None and self.training:
+            dropped = chosen_by_chance(cond_idx, True, self.config.class_dropout_prob)
+        terms = None
+        if control is not None:
+            terms = self.kept_control(control, dropped)[:, :, :idx.shape[1] + 1]  # (places, B, n+1, D)
+        prefix = self.cls_embedding(cond_idx, drop=False if dropped is None else dropped)  # (B, N, D)
         assert prefix.shape[1] == self.config.cls_token_num, (prefix.shape, self.config.cls_token_num)
         x = self.tok_dropout(torch.cat([prefix, self.tok_embeddings(idx)], dim=1))  # fp32 under autocast
         if mask is not None and mask.ndim == 3:
             mask = mask[:, None]
-        x = self.hidden_states(x, mask=mask, rope=self.rope(x.device)[:x.shape[1]])
+        x = self.hidden_states(x, mask=mask, rope=self.rope(x.device)[:x.shape[1]], control=terms)
         x = x[:, self.config.cls_token_num - 1:]  # (B, n+1, D)
         return self.logits_and_loss(x, targets, valid, summed_loss=summed_loss)
 

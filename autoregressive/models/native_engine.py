@@ -61,7 +61,7 @@ class _Tokens(ctypes.Structure):
 class _Step(ctypes.Structure):
     _fields_ = [("x", c_void_p), ("fed", _Tokens), ("token", c_void_p), ("y", c_void_p), ("query", c_void_p),
                 ("asked", _Tokens), ("table", c_void_p), ("logits", c_void_p), ("stride", c_int64),
-                ("scratch", c_void_p), ("threads", c_int64)]
+                ("scratch", c_void_p), ("threads", c_int64), ("added", ctypes.POINTER(c_void_p))]
 
 
 def fitting_kernels(model: nn.Module) -> tuple[int, ctypes.CDLL] | tuple[None, None]:
@@ -135,11 +135,19 @@ class NativeEngine:
         self.first_query = None if self.query is None else self._first_query(self.query)
         return grows
 
-    def forward(self, x: Tensor, batch: Batch) -> Tensor:
+    def forward(self, x: Tensor, batch: Batch, control: Tensor | None = None) -> Tensor:
         """See `Engine.forward`."""
         (_, tokens), (_, asks), vocab = batch.fed.shape, batch.asks.shape, self.described.vocab
         x, threads = x.float().contiguous(), torch.get_num_threads()
         y = None if self.query is None else self.query.repeat(asks, 1)
+        first_query, added = self.first_query, None
+        if control is not None and y is not None:
+            y += control[0]
+            first_query = None  # queries no longer start alike
+        elif control is not None:
+            control, added = control.float().contiguous(), (c_void_p * self.described.layers)()
+            for layer, terms in zip(self.model.control_layers, control, strict=True):
+                added[layer] = terms.data_ptr()
         need = max(tokens, asks), threads
         if need[0] > self.fits[0] or threads > self.fits[1]:
             self.fits = tuple(map(max, need, self.fits))
@@ -149,9 +157,9 @@ class NativeEngine:
             self.logits = torch.empty(asks, vocab + SIDE)  # not a power of two: rows would share cache sets
         fed, asked = (block.data_ptr() + 8 * block.shape[1] for block in (batch.fed, batch.asks))  # past the first row
         step = _Step(x.data_ptr(), _Tokens(tokens, *(fed + 8 * tokens * i for i in range(4))), batch.asks.data_ptr(),
-                     pointer(y), pointer(self.first_query),
+                     pointer(y), pointer(first_query),
                      _Tokens(asks, asked, asked + 8 * asks, None, asked + 16 * asks), self.table.data_ptr(),
-                     self.logits.data_ptr(), self.logits.shape[1], self.scratch.data_ptr(), threads)
+                     self.logits.data_ptr(), self.logits.shape[1], self.scratch.data_ptr(), threads, added)
         assert x.shape == (tokens, self.described.dim) and batch.fed.is_contiguous() and batch.asks.is_contiguous()
         assert batch.longest <= self.capacity and batch.rows.max() < self.rows, (batch.longest, batch.rows)
         self.kernels.step(ctypes.byref(self.described), ctypes.byref(step))

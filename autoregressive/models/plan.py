@@ -102,7 +102,8 @@ class Groups(Plan):
 @dataclass(eq=False)
 class Request:
     """One image. condition: a label, or text features (N, caption_dim); visible (N,) bool: which of the features are
-    text, None: all; key: of its noise, 64 bits; known: the codes of the plan's first cells, (plan.known,)."""
+    text, None: all; key: of its noise, 64 bits; known: the codes of the plan's first cells, (plan.known,); control:
+    what a control picture adds, (places, L, D), see `CodeModel.control_terms`."""
 
     condition: int | Tensor
     plan: Plan
@@ -113,6 +114,7 @@ class Request:
     visible: Tensor | None = None
     greedy: bool = False  # the best code instead of a draw
     known: Tensor | None = None
+    control: Tensor | None = None
 
     def check(self, *, vocab_size: int, length: int, guided: bool, queries: bool) -> None:
         """Raise ValueError for what makes no sense, or has no room where `length` codes, `guided` or not, have it.

