@@ -189,7 +189,7 @@ def read_part(root: Path, model: Model) -> Part:
 
 
 def arpg_sections(root: Path, classes: list[str]) -> list[str]:
-    """Samples by number of steps: time, class accuracy, pictures."""
+    """Samples by number of steps: time, class accuracy, pictures; held-out pictures edited, and drawn from edges."""
     rows, pictures = [], []
     for steps in STEPS:
         folder = root / "samples_arpg" / str(steps)
@@ -203,7 +203,13 @@ def arpg_sections(root: Path, classes: list[str]) -> list[str]:
     return ["<h2>ARPG: fewer steps</h2>",
             f"<p><small>{len(samples)} images each, drawn in batches; the time is that of codes and pixels. Below, the "
             "first image of each class</small></p>", table(rows, ("steps", "time per image", "recognised")),
-            f"<table>{''.join(pictures)}</table>"]
+            f"<table>{''.join(pictures)}</table>",
+            "<h2>ARPG: inpainting</h2><p><small>held-out emoji: original | mask | four results; what is grey is drawn "
+            "anew beside what was asked for</small></p>",
+            *(png(images.load_png(only(root / "inpainted" / name, "strip.png")), name) for name in classes),
+            "<h2>ARPG: drawn from edges</h2><p><small>edges of the same emoji, and samples that follow them</small>"
+            "</p>",
+            png(images.load_png(only(root, "edges.png")), "edges and samples")]
 
 
 def read_json(path: Path) -> dict:

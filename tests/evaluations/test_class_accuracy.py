@@ -229,6 +229,9 @@ def arpg_dir(shared_dir):
         if steps < 64:
             write(shared_dir / "samples_arpg" / str(steps) / "set.speed.jsonl",
                   f'{{"images": 4, "seconds": {steps / 100}}}\n{{"images": 2, "seconds": {steps / 200}}}\n')
+    for name in [*(f"inpainted/{name}/strip" for name in NAMES), "edges"]:
+        (shared_dir / name).parent.mkdir(parents=True, exist_ok=True)
+        save_png(shared_dir / f"{name}.png", squares(1, seed=0)[0][0])
     return shared_dir
 
 
@@ -244,6 +247,7 @@ def test_report_of_an_arpg_has_its_steps(arpg_dir, capsys):
     for text in ("21.50 dB", "5.250 → 2.750", "13.50", "8.75", "steps 64, cfg_scale 2.0", *rows):
         assert text in page
     assert "GPT" not in page.split("</head>")[1].replace("ARPG", "").replace("<td>GPT</td><td>2.0 min</td>", "")
+    assert all(f'alt="{name}"' in page.partition("ARPG: inpainting")[2] for name in (*NAMES, "edges and samples"))
     assert (arpg_dir / "samples_arpg.png").is_file() and "82.0%" in capsys.readouterr().out
     (arpg_dir / "class_accuracy_arpg_8.json").unlink()
     with pytest.raises(SystemExit):

