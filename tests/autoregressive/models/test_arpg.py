@@ -8,13 +8,15 @@ import torch
 from torch import Tensor
 
 from autoregressive.models import decoder as decoder_module
-from autoregressive.models.arpg import ARPG, ARPG_models, ARPGArgs
+from autoregressive.models.arpg import ARPG, ARPG_models
 from autoregressive.models.engines import engine_for
 from autoregressive.models.generate import generate
 from autoregressive.models.native_engine import NativeEngine
 from autoregressive.models.rope import rope_table
 from autoregressive.models.schedule import DrawSchedule
 from tests.autoregressive.models.decoding import engine_of, streams
+from tests.autoregressive.models.small_arpg import block_masks, tiny
+from tests.autoregressive.models.test_gpt import V
 from tests.data.references import (
     ARPG_DRAWS,
     DATA,
@@ -23,30 +25,8 @@ from tests.data.references import (
     wrong_arpg_codes,
 )
 
-V = 37
 COUNTS = {"ARPG-L": 319_845_376, "ARPG-XL": 718_997_760, "ARPG-XXL": 1_302_449_664}  # specified by the paper's code
 DECAYED = {"ARPG-L": 148, "ARPG-XL": 220, "ARPG-XXL": 292}  # tensors of two dimensions
-
-
-def tiny(*, seed: int = 0, **options) -> ARPG:
-    """An ARPG of 2 + 2 layers with a head that is not zero, its norms not one."""
-    torch.manual_seed(seed)
-    model = ARPG(ARPGArgs(**{"dim": 48, "n_layer": 2, "n_head": 4, "multiple_of": 16, "num_classes": 3,
-                             "vocab_size": V, "grid": (3, 4), "initializer_range": 0.2, **options}))
-    torch.nn.init.normal_(model.head.weight, std=0.5)
-    for name, parameter in model.named_parameters():
-        if "norm" in name:
-            torch.nn.init.uniform_(parameter, 0.5, 1.5)
-    return model.eval()
-
-
-def block_masks(sizes: list[int]) -> tuple[Tensor, Tensor]:
-    """What each input and each query sees when groups of these sizes are drawn: (1, 1, L, L) bool each."""
-    ends = np.cumsum(sizes)
-    before = np.repeat(ends - sizes, sizes)  # codes that are there when a code is drawn
-    inputs = np.concatenate([[1], 1 + np.repeat(ends, sizes)])[:-1]  # the class, then codes with their whole group
-    seen = torch.arange(sum(sizes))[None]
-    return tuple((seen < torch.from_numpy(count)[:, None])[None, None] for count in (inputs, 1 + before))
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,9 @@ from autoregressive.models.native_engine import NativeEngine
 from autoregressive.models.plan import Groups, Raster, Request
 from autoregressive.models.sampling import gumbel
 from tests.autoregressive.models.decoding import streams
+from tests.autoregressive.models.small_arpg import plain_codes
+from tests.autoregressive.models.small_arpg import tiny as tiny_arpg
 from tests.autoregressive.models.test_gpt import CAPTION, TEXT, V, tiny
-from tests.autoregressive.models.two_streams import TwoStreams, plain_codes
 
 MANY = 1000
 
@@ -148,7 +149,7 @@ def groups(seed: int, length: int, *, known: int = 0) -> SimpleNamespace:
 
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_groups_in_any_order_are_those_of_whole_forwards(kv_heads, engine):
-    model, length = TwoStreams((3, 5), n_kv_head=kv_heads), 15
+    model, length = tiny_arpg(grid=(3, 5), n_kv_head=kv_heads), 15
     plans = [groups(seed, length, known=known) for seed, known in ((0, 0), (1, 0), (2, 4), (3, 0), (4, 14), (6, 1))]
     decoder, slots, found = CodeDecoder(model), {}, {}
     decoder.reserve(4)
@@ -170,7 +171,7 @@ def test_groups_in_any_order_are_those_of_whole_forwards(kv_heads, engine):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_groups_do_not_depend_on_what_is_beside_them(dtype, native):
-    model, together, alone = TwoStreams((4, 4)).to(dtype), None, []
+    model, together, alone = tiny_arpg(grid=(4, 4)).to(dtype), None, []
     for size in (1, 6):
         decoder = CodeDecoder(model)
         decoder.reserve(size)
@@ -206,8 +207,8 @@ def test_what_does_not_fit_is_refused_and_nothing_is_taken(engine):
     decoder.join(Request(0, Raster(np.ones(9)), 1))
     with pytest.raises(RuntimeError, match="all 1 slots are taken"):
         decoder.join(Request(0, Raster(np.ones(9)), 1))
-    two_streams = TwoStreams((3, 4))
-    other = CodeDecoder(two_streams)
+    any_order = tiny_arpg(grid=(3, 4))
+    other = CodeDecoder(any_order)
     other.reserve(1)
     with pytest.raises(ValueError, match="in groups, others in raster order: the plan is Raster"):
         other.join(Request(0, Raster(np.ones(12)), 1))

@@ -11,8 +11,8 @@ from autoregressive.models.generate import generate
 from autoregressive.models.graphs import StepGraphs
 from autoregressive.models.plan import Groups, Request
 from tests.autoregressive.models.decoding import streams
+from tests.autoregressive.models.small_arpg import tiny as tiny_arpg
 from tests.autoregressive.models.test_gpt import V, tiny
-from tests.autoregressive.models.two_streams import TwoStreams
 
 
 class Captures:
@@ -83,7 +83,7 @@ def test_other_filters_are_other_graphs(captures, monkeypatch):
 def test_steps_of_groups_are_told_apart(captures, monkeypatch):
     """As many tokens in the same span of rows, but of fewer rows; as many asks, but of other rows."""
     monkeypatch.setenv("LLAMAGEN_NATIVE", "0")
-    model, length = TwoStreams((4, 8)), 32
+    model, length = tiny_arpg(grid=(4, 8)), 32
 
     def codes(decoder: CodeDecoder, sizes: dict[int, list[int]]) -> list[list[int]]:
         for slot in range(4):

@@ -10,8 +10,8 @@ from autoregressive.models.gpt import Transformer
 from autoregressive.models.native_engine import NativeEngine
 from autoregressive.models.quantized import quantize_
 from tests.autoregressive.models.decoding import run_step
+from tests.autoregressive.models.small_arpg import tiny as tiny_arpg
 from tests.autoregressive.models.test_gpt import tiny
-from tests.autoregressive.models.two_streams import TwoStreams
 
 COUNTS = (*range(2, 71), 95, 96, 97, 143, 200, 333)
 KINDS = [torch.float32, torch.bfloat16, 8, 4]
@@ -76,7 +76,7 @@ def asked(engine: NativeEngine, x: Tensor, asks: int, *, slot: int = 0, first: i
 @pytest.mark.parametrize("dtype", KINDS[:2], ids=str)
 @torch.no_grad()
 def test_every_query_has_the_bits_that_it_has_alone(dtype, kv_heads, threads, native):
-    model = TwoStreams((4, 4), n_kv_head=kv_heads).to(dtype)
+    model = tiny_arpg(grid=(4, 4), n_kv_head=kv_heads).to(dtype)
     engine = engine_for(model)
     assert type(engine) is NativeEngine
     engine.reserve(30, 60)
@@ -92,7 +92,7 @@ def test_every_query_has_the_bits_that_it_has_alone(dtype, kv_heads, threads, na
 @pytest.mark.parametrize("dtype", KINDS[:2], ids=str)
 @torch.no_grad()
 def test_the_first_layer_of_queries_is_computed_once_with_the_same_bits(dtype, native):
-    model, x = TwoStreams((4, 4)).to(dtype), torch.randn(3, 48)
+    model, x = tiny_arpg(grid=(4, 4)).to(dtype), torch.randn(3, 48)
     engine = engine_for(model)
     engine.reserve(3, 8)
     assert engine.first_query.shape == (48,)
@@ -102,7 +102,7 @@ def test_the_first_layer_of_queries_is_computed_once_with_the_same_bits(dtype, n
     assert torch.equal(asked(engine, x, 5, slot=1), once)
     engine.first_query = torch.zeros(48)
     assert not torch.equal(asked(engine, x, 5, slot=1), once)  # it is used
-    model.queries[0].to_q.weight.mul_(2)
+    model.layers.cross_dec[0].attn.to_q.weight.mul_(2)
     engine.reserve(3, 8)
     changed = asked(engine, x, 5, slot=1)
     engine.first_query = None
