@@ -84,12 +84,12 @@ measure_distance() { # measure_distance NAME SAMPLES
 measure_distance samples "$(newest_npz "$samples")"
 measure_distance heldout "$(ls -t "$run"/real/*heldout*.npz | head -1)"
 if [ "$model" = arpg ]; then # of pictures never trained on: the middle drawn anew; samples that follow their edges
-    heldout="$(ls -t "$run"/real/*heldout*.npz | head -1)"
+    heldout="$(ls -d "$run"/real/val_emoji_heldout-size*/ | head -1)"
     drawing=(--vq-ckpt "$vq" --cfg-scale 4.0 --temperature 0.9)
     pictures=(faces:000001 people:000011 hands:000035 animals:000047 food:000061 flags:000078 clocks:000098 signs:000100)
     for picture in "${pictures[@]}"; do
         stage "inpainting" bash scripts/autoregressive/edit.sh "${drawing[@]}" --gpt-ckpt "$arpg" \
-            --image "${heldout%.npz}/${picture#*:}.png" --classes "${picture%:*}" --box 16,16,16,16 --paste 4 --variants 4 \
+            --image "$heldout${picture#*:}.png" --classes "${picture%:*}" --box 16,16,16,16 --paste 4 --variants 4 \
             --output "$run/inpainted/${picture%:*}"
     done
     stage "codes with edges" bash scripts/autoregressive/extract_codes_c2i.sh "${data[@]}" --vq-ckpt "$vq" --no-mirror \
@@ -97,7 +97,7 @@ if [ "$model" = arpg ]; then # of pictures never trained on: the middle drawn an
     stage "ARPG with edges" bash scripts/autoregressive/train_c2i.sh "${training[@]}" --gpt-model ARPG-S \
         --code-path "$run/codes_edges" --init-from "$arpg" --control canny --warmup-steps 20 --epochs 4 \
         --results-dir "$run/arpg_edges"
-    files="${pictures[*]/#*:/${heldout%.npz}/}" names="${pictures[*]%:*}"
+    files="${pictures[*]/#*:/$heldout}" names="${pictures[*]%:*}"
     stage "edge control" "$python" autoregressive/sample/sample_c2i.py "${drawing[@]}" --control canny \
         --gpt-ckpt "$(newest arpg_edges)" --classes "${names// /,}" --control-image "${files// /.png,}.png" \
         --output "$run/edges.png"
