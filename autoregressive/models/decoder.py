@@ -116,7 +116,7 @@ class CodeDecoder:
             self.layout = StepLayout(turns, slots=self.slots, width=self.orders.shape[1],
                                      prefix_rows=self.model.config.cls_token_num)
             self.turns = turns
-            self.controlled = any(active.request.control is not None for active in self.active.values())
+        self.controlled = any(active.request.control is not None for active in self.active.values())
         batch = self.layout.batch(starts, firsts, self.orders, self.scales, device=self.codes.device)
         run = partial(self._run, prefix=self._begin(turns) if batch.fresh else None)
         kind = self.settings.largest_k, self.settings.uses_top_p, self.controlled

@@ -70,6 +70,8 @@ def generate(model: CodeModel, cond: Tensor, max_new_tokens: int, emb_masks: Ten
     given = known >= 0
     if known.shape != (batch, max_new_tokens):
         raise ValueError(f"known is {tuple(known.shape)}, expected ({batch}, {max_new_tokens}): the codes of images")
+    if int(known.max()) >= model.config.vocab_size:  # of images that are known as a whole nothing is asked later
+        raise ValueError(f"known codes are up to {int(known.max())}, the model has 0 to {model.config.vocab_size - 1}")
     scales, temperatures, ks, ps = (per_image(name, value, batch, whole=name == "top_k") for name, value in (
         ("cfg_scale", cfg_scale), ("temperature", temperature), ("top_k", top_k), ("top_p", top_p)))
     for values in zip(temperatures, ks, ps, strict=True):
@@ -157,7 +159,7 @@ def check_logits(broken: list[int | None]) -> None:
     images = [i for i, position in enumerate(broken) if position is not None]
     if images:
         raise NotFiniteError(
-            f"the GPT's logits are not finite, from code {broken[images[0]]} on, in {len(images)} of {len(broken)} "
+            f"the model's logits are not finite, from code {broken[images[0]]} on, in {len(images)} of {len(broken)} "
             f"images (the first is number {images[0]} of the batch): its weights diverged, or overflow: try "
             "--precision none")
 

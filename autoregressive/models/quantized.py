@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from autoregressive.models.base import CodeModel
+
 GROUP = 64  # inputs that share a scale in int4: the constant of the same name in native/product.h
 
 
@@ -40,12 +42,12 @@ class QuantizedLinear(nn.Module):
         return F.linear(x, self.dequantized().to(x.dtype))
 
 
-def quantize_(model: nn.Module, bits: int) -> None:
+def quantize_(model: CodeModel, bits: int) -> None:
     """Replace the linear layers of the blocks and the head, in place. Raises ValueError where a width does not fit."""
     for name, module in model.named_modules():
         if name.startswith("layers.") and type(module) is nn.Linear and module.in_features % GROUP:
             raise ValueError(f"--quantize int{bits}: {name} has {module.in_features} inputs, no multiple of {GROUP}")
     for name, module in list(model.named_modules()):
-        if type(module) is nn.Linear and (name == "output" or name.startswith("layers.")):
+        if type(module) is nn.Linear and (name == model.HEAD or name.startswith("layers.")):
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent) if parent else model, child, QuantizedLinear(module, bits))

@@ -67,8 +67,9 @@ def facts_of(state: dict[str, Tensor]) -> StateFacts | None:
         known = len(state[table]) - 1 if table in state else None
         return StateFacts("GPT", "tok_embeddings.weight", table if table in state else None, 0, known, vocab, width,
                           (count("layers."),))
-    if "embeddings.weight" in state and "head.weight" in state:
-        (rows, width), vocab = state["embeddings.weight"].shape, len(state["head.weight"])
+    table, head = state.get("embeddings.weight"), state.get("head.weight")
+    if table is not None and head is not None and table.ndim == head.ndim == 2 and len(table) > len(head) + 3:
+        (rows, width), vocab = table.shape, len(head)
         return StateFacts("ARPG", "embeddings.weight", "embeddings.weight", vocab + 1, rows - vocab - 3, vocab, width,
                           (count("layers.self_dec."), count("layers.cross_dec.")))
     return None

@@ -1,5 +1,6 @@
 """Models that follow control pictures: a new adapter changes nothing, each cell gets what its picture says, decoding is
 the forward of training, images of a batch do not influence one another."""
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,7 @@ from autoregressive.control.adapter import AdapterArgs, attach
 from autoregressive.models import decoder as decoder_module
 from autoregressive.models.base import CodeModel
 from autoregressive.models.generate import control_of, generate
+from autoregressive.models.plan import Raster, Request
 from autoregressive.models.registry import MODELS
 from autoregressive.models.schedule import DrawSchedule
 from tests.autoregressive.models.decoding import Record, engine_of, streams
@@ -181,6 +183,28 @@ def test_images_with_and_without_control_share_a_batch(name, scale, dtype, engin
     assert torch.equal(drawn([3, 0, 1], [mixed[3], None, mixed[1]]), torch.stack([alone[i] for i in (3, 0, 1)]))
     assert torch.equal(drawn([0, 2], None), torch.stack(alone[::2]))
     assert not torch.equal(drawn([1], None)[0], alone[1])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_request_that_takes_the_place_of_another_keeps_its_own_control(name):
+    model = controlled(name)
+    terms = control_of(model, pictures(1), [1.0])[0]
+
+    def request(control: Tensor | None) -> Request:
+        plan = DrawSchedule(steps=1).plan(np.arange(L), cfg_scale=1.0) if model.any_order else Raster(np.ones(L))
+        return Request(1, plan, key=7, control=control)
+
+    def first_drawn(before: list[Tensor | None]) -> Tensor:
+        decoder = decoder_module.CodeDecoder(model)
+        decoder.reserve(1, guided=False)
+        for control in before:  # each joins, does its first step and is gone: the next one's looks the same
+            decoder.join(request(control))
+            if not decoder.step():
+                decoder.leave(0)
+        decoder.join(request(terms))
+        return next(done[0].codes for done in iter(decoder.step, None) if done)
+
+    assert torch.equal(first_drawn([None]), first_drawn([]))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -12,6 +12,8 @@ from autoregressive.models.arpg import ARPG, ARPG_models
 from autoregressive.models.engines import engine_for
 from autoregressive.models.generate import generate
 from autoregressive.models.native_engine import NativeEngine
+from autoregressive.models.quantized import QuantizedLinear, quantize_
+from autoregressive.models.registry import facts_of
 from autoregressive.models.rope import rope_table
 from autoregressive.models.schedule import DrawSchedule
 from tests.autoregressive.models.decoding import engine_of, streams
@@ -269,3 +271,26 @@ def test_the_table_is_the_gpts():
     assert torch.equal(model.rope(torch.device("cpu")), rope_table((3, 4), 12, 1))
     model.set_grid((5, 2))
     assert generate(model, torch.tensor([0]), 10, schedule=DrawSchedule(4)).shape == (1, 10)
+
+
+# ---- what others give
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_all_of_a_quantised_model_but_its_embeddings_is_quantised_and_runs_on_the_kernels(bits, native):
+    model = tiny(dim=128, multiple_of=64)
+    before = {name for name, module in model.named_modules() if type(module) is torch.nn.Linear}
+    quantize_(model, bits)
+    assert {name for name, module in model.named_modules() if type(module) is QuantizedLinear} == before
+    assert type(engine_for(model)) is NativeEngine
+
+
+def test_known_codes_beyond_the_vocabulary_are_refused_in_whole_images_too():
+    with pytest.raises(ValueError, match=f"known codes are up to {V}, the model has 0 to {V - 1}"):
+        generate(tiny(), torch.tensor([0]), 12, known=torch.full((1, 12), V))
+
+
+@pytest.mark.parametrize("table", [(V + 6,), (V + 3, 48), (20, 48)])
+def test_a_table_without_room_for_classes_is_no_arpg(table):
+    state = {"embeddings.weight": torch.zeros(table), "head.weight": torch.zeros(V, 48)}
+    assert facts_of(state) is None

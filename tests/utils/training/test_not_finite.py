@@ -34,7 +34,7 @@ def test_a_preview_of_nan_is_told_and_training_goes_on(command, tmp_path, monkey
     call(*command)
     said = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
     assert [line.split(": ")[1] for line in said] == [f"no preview of step {step}" for step in (4, 8, 9)]
-    assert "the GPT's logits are not finite, from code 0 on, in" in said[0]
+    assert "the model's logits are not finite, from code 0 on, in" in said[0]
     assert rows(tmp_path / "000-GPT-S")[-1]["step"] == 9 and not list(tmp_path.rglob("previews/*.png"))
 
 
@@ -64,14 +64,14 @@ def test_an_evaluation_of_nan_is_told_and_training_goes_on(command, tmp_path, mo
     def batches(self, size, **place):
         seen.append(1)
         if len(seen) == 1:
-            raise NotFiniteError("the GPT's logits are not finite")
+            raise NotFiniteError("the model's logits are not finite")
         return real(self, size, **place)
 
     monkeypatch.setattr(SampleStream, "batches", batches)
     call(*command, "--eval-every", 4, "--eval-images", 9, "--eval-reference", tmp_path / "reference.npz", "--metrics",
          "precision")
     said = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
-    assert said == ["warning: no evaluation of step 4: the GPT's logits are not finite"]
+    assert said == ["warning: no evaluation of step 4: the model's logits are not finite"]
     assert [row["step"] for row in rows(tmp_path / "000-GPT-S") if "eval_precision" in row] == [8, 9]
 
 
