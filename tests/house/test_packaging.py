@@ -74,14 +74,28 @@ def third_party(path: Path) -> list[tuple[str, bool]]:
     return [(name, early) for name, early in found if name not in {*OURS, *sys.stdlib_module_names}]
 
 
-def test_every_import_is_listed():
-    def listed(lines) -> set[str]:
-        return {re.match(r"[\w-]+", line)[0].lower() for line in lines}
+def listed(lines) -> set[str]:
+    """Names of the packages in lines of requirements."""
+    return {re.match(r"[\w-]+", line)[0].lower() for line in lines}
 
+
+def extras() -> dict[str, list[str]]:
+    """Name of an extra → its requirements."""
+    lines = (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]")[1].split("\n[")[0]
+    return {name: re.findall(r'"([^"]+)"', words)
+            for name, words in re.findall(r"^(\w+) = \[(.*)\]$", lines, flags=re.MULTILINE)}
+
+
+def test_the_quickstart_installs_what_its_control_stages_need():
+    wanted = extras()
+    assert "_venv.sh\" quickstart" in (script := (ROOT / "scripts" / "quickstart.sh").read_text())
+    assert "--control canny" in script and "llamagen[control]" in wanted["quickstart"]
+    assert listed(wanted["control"]) == {"scikit-image", "timm"}
+
+
+def test_every_import_is_listed():
     base = listed((ROOT / "requirements.txt").read_text().split())
-    extras = re.findall(r"^(\w+) = \[(.*)\]$", (ROOT / "pyproject.toml").read_text().split(
-        "[project.optional-dependencies]")[1].split("\n[")[0], flags=re.MULTILINE)
-    optional = listed(word for name, words in extras if name != "dev" for word in re.findall(r'"([^"]+)"', words))
+    optional = listed(word for name, words in extras().items() if name != "dev" for word in words)
     assert {"torch", "protobuf"} <= base and {"wandb", "matplotlib"} <= optional and not base & optional
     for path in SOURCES:
         for name, early in third_party(path) if path.parts[0] != "benchmarks" else ():
