@@ -97,6 +97,12 @@ def model_view(picture: Image.Image, mask: np.ndarray, size: tuple[int, int]) ->
     return center_crop(picture, size), view
 
 
+def overwrites(output: str, path: str) -> bool:
+    """Whether an edit into the folder `output` may write to `path`: an earlier result, edited once more, say."""
+    place = Path(path).resolve()
+    return place.parent == Path(output).resolve() and re.fullmatch(r"\d{6}\.png|strip\.png", place.name) is not None
+
+
 def main(flags: EditFlags) -> None:
     """Edit one picture."""
     process = dist.setup()
@@ -107,6 +113,10 @@ def main(flags: EditFlags) -> None:
     if Path(flags.output).is_file() or Path(flags.output).suffix.lower() in endings():
         raise ValueError(f"--output is {flags.output}, a file: an edit writes pictures, a strip and numbers "
                          "into a folder")
+    for name, path in (("image", flags.image), ("mask", flags.mask)):
+        if path is not None and overwrites(flags.output, path):
+            raise ValueError(f"--{name} {path} would be overwritten by a result: give another --output than "
+                             f"{flags.output}")
     reader = PictureReader(exif_orientation=flags.exif_orientation)
     picture = reader(flags.image)
     size = picture.height, picture.width

@@ -77,6 +77,8 @@ def pictures_to_follow(flags: GridFlags, pipeline: Pipeline, count: int) -> np.n
     if len(paths) not in (1, count):
         raise ValueError(f"--control-image names {len(paths)} pictures for {count} classes: expected one, or one for "
                          "each class")
+    if any(Path(path).resolve() == Path(flags.output).resolve() for path in paths):
+        raise ValueError(f"--output {flags.output} would overwrite the --control-image: give it another name")
     found = []
     for path in paths:
         if flags.control == "canny":

@@ -262,6 +262,7 @@ def test_one_picture_for_each_class_and_photographs(controlled, vq_ckpt, image_f
     (["--control-image", "EDGES", "--control-strength", "nan"], "--control-strength is nan"),
     (["--control-image", "EDGES", "--control", "depth"], "follows canny pictures, not depth"),
     (["--control-image", "EDGES,EDGES,EDGES"], "names 3 pictures for 2 classes"),
+    (["--control-image", "EDGES,EDGES", "--output", "EDGES"], "would overwrite the --control-image"),
     (["--control-image", "nowhere.png"], "nowhere.png: there is no such file")])
 def test_samples_that_cannot_be_asked_for(argv, said, controlled, vq_ckpt, edges, tmp_path, capsys):
     with pytest.raises(SystemExit):

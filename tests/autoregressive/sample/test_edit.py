@@ -412,6 +412,9 @@ def test_most_mistakes_are_told_before_models_are_loaded(run, capsys, monkeypatc
     Image.fromarray(block(0, 0, 4, 4, (40, 32))).save("turned.png")
     Path("text.png").write_text("no picture")
     Path("text").touch()
+    Path("edited").mkdir()
+    for name in ("000003.png", "strip.png"):
+        Image.fromarray(picture((32, 40))).save(Path("edited") / name)
     for flags, message in (
             ([], "give --mask, --box"), (["--mask", "empty.png"], "no pixel of the mask is white"),
             (["--mask", "turned.png"], "the mask is 40x32 pixels, the picture 32x40"),
@@ -426,6 +429,8 @@ def test_most_mistakes_are_told_before_models_are_loaded(run, capsys, monkeypatc
             (["--keep-size", "--canvas", "64x64", "--place", "30,0"], "does not lie on a canvas"),
             (["--redraw", 1, "--output", "edited.PNG"], "into a folder"),
             (["--redraw", 1, "--output", "text"], "--output is text, a file"),
+            (["--image", "edited/000003.png", "--redraw", 1], "--image edited/000003.png would be overwritten"),
+            (["--mask", "./edited/strip.png"], "give another --output than"),
             (["--keep-size", "--canvas", "32x40"], "give --mask, --box"), (["--canvas", "0x3"], "--canvas")):
         assert message in refused(capsys, run, *flags), flags
 
