@@ -258,7 +258,8 @@ def test_decoding_in_training_mode_is_that_of_eval_mode():
     ({"orders": torch.arange(11)}, r"orders are \(11,\)"), ({"decode": "jacobi"}, "for a GPT"),
     ({"window": 4}, "for a GPT"),
     ({"known": torch.zeros(2, 12)}, r"known is \(2, 12\)"), ({"known": torch.full((1, 12), V).index_fill(
-        1, torch.tensor([0]), -1)}, "up to 37, the model has 0 to 36"), ({"cfg_scale": math.nan}, "cfg-scale")], ids=str)
+        1, torch.tensor([0]), -1)}, "up to 37, the model has 0 to 36"),
+    ({"cfg_scale": math.nan}, "cfg-scale")], ids=str)
 def test_what_cannot_be_drawn_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         generate(tiny(), torch.tensor([1]), 12, **options)
