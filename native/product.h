@@ -6,7 +6,8 @@
 // result depends neither on the other rows, nor on threads, nor on how wide the registers are.
 //
 // CPUs with instructions for bfloat16 (AVX512-BF16) multiply bfloat16 weights with inputs that are rounded to bfloat16
-// too, as PyTorch does: an instruction does twice the arithmetic. There the order is another one (sixteen sums), as fixed as the above.
+// too, as PyTorch does: an instruction does twice the arithmetic. There the order is another one (sixteen sums), as fixed
+// as the above.
 #pragma once
 #include <algorithm>
 #include <type_traits>
