@@ -194,7 +194,7 @@ static void norm_rows(const Work& w, const float* x, const float* weight, int64_
 template <class Put>
 static void project(const In* x, int64_t ldx, int64_t n, const Linear& linear, int64_t N, int64_t K,
                     const Put& put) {
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(guided)
     for (int64_t j = 0; j < N; j += COLUMNS) product<WEIGHTS>(x, ldx, n, linear, j, std::min(N, j + COLUMNS), K, put);
 }
 
@@ -205,7 +205,7 @@ static void project_qkv(const Work& w, const Attention& a, int64_t n) {
     const int64_t sizes[] = {a.q.weight ? H : 0, a.k.weight ? G : 0, a.k.weight ? G : 0}, offsets[] = {0, H, H + G};
     int64_t chunks[4] = {};
     for (int p = 0; p < 3; p++) chunks[p + 1] = chunks[p] + (sizes[p] + COLUMNS - 1) / COLUMNS;
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(guided)
     for (int64_t c = 0; c < chunks[3]; c++) {
         const int p = (c >= chunks[1]) + (c >= chunks[2]);
         const int64_t begin = (c - chunks[p]) * COLUMNS;
@@ -274,7 +274,7 @@ static void attention(const Work& w, const Attention& a, const Tokens& t, const 
 static void feed_forward(const Work& w, const FeedForward& f, int64_t n, float* x) {
     const int64_t D = w.m.dim, F = w.m.hidden, apart = spaced(F);
     norm_rows(w, x, f.norm, n);
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(guided)
     for (int64_t j = 0; j < F; j += COLUMNS) {
         const int64_t first = j, end = std::min(F, j + COLUMNS);
         float* gate = w.mine + scratch_of_thread(w.m);  // (n, COLUMNS)

@@ -193,8 +193,10 @@ static inline void pass(const Input<Type>* x, int64_t ldx, int64_t m, int64_t co
     constexpr int LOAD = std::is_same_v<V, Dots> ? 64 : 32;  // bytes of a row of w at a time
     const char* ahead = (const char*)w.weight + (n + N) * stride;
     if (passes == 1) return put_tile<V, Type, M, N, (N * LOAD + 32) / 64>(x, ldx, m, w, n, K, ahead, 64, put);
-    const int64_t share = N * stride * turn / passes;
-    put_tile<V, Type, M, N, 1>(x, ldx, m, w, n, K, ahead + share, (LOAD * N + passes - 1) / passes, put);
+    ahead += N * stride * turn / passes;
+    const int64_t apart = (N * LOAD + passes - 1) / passes;
+    if (apart > 64) return put_tile<V, Type, M, N, 2>(x, ldx, m, w, n, K, ahead, 64, put);  // one would leave lines out
+    put_tile<V, Type, M, N, 1>(x, ldx, m, w, n, K, ahead, apart, put);
 }
 
 // The columns [n, end), N at a time, in passes of at most M rows; returns the first column that is left over.
@@ -221,9 +223,13 @@ static void product(const Input<Type>* x, int64_t ldx, int64_t M, const Linear& 
         const int64_t rows = std::min<int64_t>(M - m, CHUNK);
         int64_t n = begin;
         if constexpr (std::is_same_v<Input<Type>, uint16_t>) {
+            // Few rows go in one pass, as wide as the registers allow, for then w is read once; many rows in tiles that
+            // need the fewest loads.
             if (rows == 1) n = strips<Dots, Type, 1, 8>(x, ldx, m, rows, w, n, end, K, put);
             if (rows == 2) n = strips<Dots, Type, 2, 4>(x, ldx, m, rows, w, n, end, K, put);
-            if (rows > 2) n = strips<Dots, Type, 8, 3>(x, ldx, m, rows, w, n, end, K, put);
+            if (rows > 2 && rows <= 8) n = strips<Dots, Type, 8, 3>(x, ldx, m, rows, w, n, end, K, put);
+            if (rows > 8 && rows <= 14) n = strips<Dots, Type, 14, 2>(x, ldx, m, rows, w, n, end, K, put);
+            if (rows > 14) n = strips<Dots, Type, 6, 4>(x, ldx, m, rows, w, n, end, K, put);
             strips<Dots, Type, 8, 1>(x, ldx, m, rows, w, n, end, K, put);
         } else {
             if (rows == 1) n = strips<f8, Type, 1, 8>(x, ldx, m, rows, w, n, end, K, put);
