@@ -24,9 +24,14 @@ from autoregressive.models.lean import Dropout
 
 @dataclass
 class ARPGArgs(ModelArgs):
-    """What shapes an ARPG: `n_layer` layers over what is known, `n_query_layer` (None: as many) that ask."""
+    """What shapes an ARPG: `n_layer` layers over what is known, `n_query_layer` (None: as many) that ask.
+
+    Rotations tell only how far cells lie apart. With `class_at_origin` the class lies where the first cell does, so
+    that cells know their own place once a code is known; in the released weights it lies nowhere.
+    """
 
     n_query_layer: int | None = None
+    class_at_origin: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -64,6 +69,7 @@ class ARPG(CodeModel):
 
     def __init__(self, config: ARPGArgs) -> None:
         super().__init__(config)
+        self.prefix_at_origin = config.class_at_origin
         self.embeddings = nn.Embedding(config.vocab_size + config.num_classes + 3, config.dim)
         self.tok_dropout = Dropout(config.token_dropout_p)
         self.layers = Halves(config)
@@ -107,9 +113,9 @@ class ARPG(CodeModel):
         config, layers, inputs, queries = self.config, self.layers, *(masks or (None, None))
         cells = torch.arange(config.block_size, device=idx.device) if orders is None else orders
         cells = cells[..., :idx.shape[1] + 1]
-        places = self.rope(idx.device)[1:][cells]  # (n+1, K/2, 2) or (B, n+1, K/2, 2): of the queries
-        first = places.new_zeros(()).expand_as(places[..., :1, :, :])  # the class has no place
-        fed = torch.cat([first, places[..., :-1, :, :]], dim=-3)
+        table = self.rope(idx.device)
+        places = table[1:][cells]  # (n+1, K/2, 2) or (B, n+1, K/2, 2): of the queries
+        fed = torch.cat([table[:1].expand_as(places[..., :1, :, :]), places[..., :-1, :, :]], dim=-3)
         labels = cond_idx.reshape(-1)
         if dropped is None and self.training:
             dropped = chosen_by_chance(labels, True, config.class_dropout_prob)
@@ -175,7 +181,8 @@ class ARPG(CodeModel):
 
 
 PRESETS: dict[str, dict[str, int]] = {
-    "ARPG-S": {"n_layer": 2, "n_head": 2, "dim": 128, "multiple_of": 64},  # trains in minutes on a laptop
+    # trains in minutes on a laptop
+    "ARPG-S": {"n_layer": 2, "n_head": 2, "dim": 128, "multiple_of": 64, "class_at_origin": True},
     "ARPG-L": {"n_layer": 12, "n_head": 16, "dim": 1024},  # 320M
     "ARPG-XL": {"n_layer": 18, "n_head": 20, "dim": 1280},  # 719M
     "ARPG-XXL": {"n_layer": 24, "n_head": 24, "dim": 1536},  # 1.3B

@@ -19,6 +19,7 @@ class CodeModel(nn.Module):
 
     HEAD: ClassVar[str]  # name of the linear layer that gives the logits
     any_order: ClassVar[bool] = False  # draws cells in any order, many at once; else in raster order
+    prefix_at_origin = False  # its tokens turn as the first cell does (see `rope_table`)
 
     def __init__(self, config: ModelArgs) -> None:
         super().__init__()
@@ -62,7 +63,7 @@ class CodeModel(nn.Module):
             config = self.config
             with torch.device("cpu"), torch.inference_mode(False):  # the same bits on every device, usable in training
                 table = rope_table(config.grid, config.dim // config.n_head, config.cls_token_num,
-                                   base=config.rope_base)
+                                   base=config.rope_base, prefix_at_origin=self.prefix_at_origin)
                 self._rope[device] = table.to(device)
         return self._rope[device]
 

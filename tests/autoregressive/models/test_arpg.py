@@ -122,6 +122,19 @@ def test_the_first_step_is_blind_and_places_are_relative():
     assert not torch.allclose(one[:, 1:], model(codes[:, :11], torch.tensor([1]), orders=near.flip(0))[0][:, 1:])
 
 
+@torch.no_grad()
+def test_with_the_class_at_the_origin_places_are_absolute():
+    codes, near = torch.randint(V, (1, 3)), torch.tensor([0, 1, 4, 5])
+    far = near + 4 + 2  # a row and two columns on, in a grid of 3 x 4
+    for at_origin in (False, True):
+        model = tiny(class_at_origin=at_origin)
+        one, other = (model(codes, torch.tensor([1]), orders=cells)[0] for cells in (near, far))
+        assert torch.allclose(one, other, atol=2e-5, rtol=0) != at_origin
+    at_origin = {name: ARPG_models[name](vocab_size=8, num_classes=2, **shape).config.class_at_origin
+                 for name, shape in (("ARPG-S", {}), ("ARPG-L", {"n_layer": 1}))}
+    assert at_origin == {"ARPG-S": True, "ARPG-L": False}  # released weights are of the latter kind
+
+
 def test_gradients_of_the_lean_backward_are_the_plain_ones(monkeypatch):
     """In both halves and the projections between them, for an order per sample."""
     codes, orders = torch.randint(V, (2, 12)), torch.stack([torch.randperm(12) for _ in range(2)])
@@ -149,7 +162,7 @@ def test_what_makes_no_arpg_is_refused():
 @pytest.mark.parametrize(("steps", "sample_schedule"), [(12, "arccos"), (5, "cosine"), (3, "arccos"), (1, "cosine")])
 @pytest.mark.parametrize("options", [
     {}, {"n_kv_head": 2}, {"n_layer": 0, "n_query_layer": 2}, {"n_layer": 3, "n_query_layer": 1},
-    {"dim": 64, "n_head": 2}], ids=str)
+    {"dim": 64, "n_head": 2}, {"class_at_origin": True}], ids=str)
 @torch.no_grad()
 def test_cached_decoding_is_the_full_forward(options, steps, sample_schedule, engine):
     """Greedy codes are the best logits of one forward over all of them, masked so that groups see as in decoding."""
