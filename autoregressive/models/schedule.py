@@ -4,6 +4,7 @@ Schedules of "Autoregressive Image Generation with Randomized Parallel Decoding"
 """
 import math
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Literal, get_args
 
 import numpy as np
@@ -34,9 +35,9 @@ class DrawSchedule:
                                    ("--cfg-schedule", self.cfg_schedule, CfgSchedule), ("--order", self.order, Order)):
             if value not in get_args(known):
                 raise ValueError(f"{flag} is {value!r}, expected one of {', '.join(get_args(known))}")
-        if self.steps is not None and not 1 <= self.steps <= length:
-            raise ValueError(f"--step is {self.steps}, expected 1 to {length}, the codes of an image: every step draws "
-                             "one at least")
+        if self.steps is not None and not (isinstance(self.steps, Integral) and 1 <= self.steps <= length):
+            raise ValueError(f"--step is {self.steps!r}, expected 1 to {length}, the codes of an image: every step "
+                             "draws one at least")
 
     def sizes(self, length: int, *, known: int = 0) -> list[int]:
         """How many codes each step draws of an image of `length`, of which `known` are given."""
