@@ -190,22 +190,30 @@ def initial_weights(content: dict[str, Any], source: str | Path, *, model: CodeM
     return values, f"starting from the weights of {source}: {matched}"
 
 
-def check_same_kind(state: dict[str, Tensor], expected: dict[str, Tensor], source: str | Path) -> None:
-    """Raise ValueError, naming both, if a file is no GPT, or one of another size or condition than the run's."""
+def check_same_kind(state: dict[str, Tensor], expected: dict[str, Tensor], source: str | Path, *,
+                    flag: Literal["--init-from", "--gpt-ckpt"] = "--init-from") -> None:
+    """Raise ValueError, naming both, if a file is no GPT, or one of another size or condition than the run's;
+    for --gpt-ckpt also if it has another number of classes."""
     theirs, ours = facts_of(state), facts_of(expected)
     if any(name.startswith(PREFIX) for name in state) and not any(
             name.startswith(PREFIX) for name in expected):
-        raise ValueError(f"--init-from {source} has a control adapter, this run has none: give --control and the flags "
+        raise ValueError(f"{flag} {source} has a control adapter, this run has none: give --control and the flags "
                          "of its adapter as in that training")
     if theirs is None:
         hint = ": it looks like a tokenizer" if "quantize.embedding.weight" in state else ""
-        raise ValueError(f"--init-from {source} is no GPT or ARPG checkpoint{hint}")
+        raise ValueError(f"{flag} {source} is no GPT or ARPG checkpoint{hint}")
     kinds = [f"{facts.kind} conditioned on {'classes' if facts.classes else 'text'}" for facts in (theirs, ours)]
     if kinds[0] != kinds[1]:
-        raise ValueError(f"--init-from {source} is {kinds[0]}, this run's is {kinds[1]}")
+        mended = f": give {theirs.flags()}" if theirs.family != ours.family and theirs.flags() else ""
+        raise ValueError(f"{flag} {source} is {kinds[0]}, this run's is {kinds[1]}{mended}")
     if theirs.size != ours.size:
-        raise ValueError(f"--init-from {source} is {theirs.kind} of {theirs.size}, this run's has {ours.size}: it "
-                         "takes the same --gpt-model and codes of the same tokenizer")
+        mended = "it takes the same --gpt-model and codes of the same tokenizer"
+        if theirs.vocab_size == ours.vocab_size and theirs.flags():
+            mended = f"give {theirs.flags()}"
+        raise ValueError(f"{flag} {source} is {theirs.kind} of {theirs.size}, this run's has {ours.size}: {mended}")
+    if flag == "--gpt-ckpt" and theirs.num_classes != ours.num_classes:
+        raise ValueError(f"--gpt-ckpt {source} has {theirs.num_classes} classes, this run's model {ours.num_classes}: "
+                         "give --init-from in its place, which fits the class table")
 
 
 def fit_class_table(table: Tensor, known: list[str] | None, *, count: int,

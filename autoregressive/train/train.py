@@ -25,6 +25,7 @@ from autoregressive.train.finetune import (
     add_lora,
     check_finetune,
     check_same_classes,
+    check_same_kind,
     check_same_tokenizer,
     freeze,
     initial_weights,
@@ -223,6 +224,8 @@ def first_weights(model: CodeModel, flags: GPTTrainFlags, content: dict[str, Any
     if new_control:
         own = {name: tensor for name, tensor in own.items() if not name.startswith(PREFIX)}
         said += f", with a new control adapter of {control.vit}"
+    if flags.init_from is None:
+        check_same_kind(state, own, flags.gpt_ckpt, flag="--gpt-ckpt")
     containers.check_fit(own, state, flags.init_from or flags.gpt_ckpt, type(model).__name__)
     check_finite(state, flags.init_from or flags.gpt_ckpt)
     for name, tensor in own.items():
