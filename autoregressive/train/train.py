@@ -24,6 +24,7 @@ from autoregressive.train.config import GPTTrainFlags
 from autoregressive.train.finetune import (
     add_lora,
     check_finetune,
+    check_resumed,
     check_same_classes,
     check_same_kind,
     check_same_tokenizer,
@@ -80,7 +81,8 @@ class GPTTask:
         return {"loss": torch.where(weight > 0, loss / weight, 0.0)}
 
     def check(self, facts: dict[str, Any], path: Path) -> None:
-        """Raise ValueError for a checkpoint of other classes or codes."""
+        """Raise ValueError for a checkpoint of other classes or codes, or of another model."""
+        check_resumed(path, parallel.unwrap(self.modules["model"]).state_dict())
         check_same_classes(facts, path, self.classes)
         self.check_codes(facts, path)
 
@@ -225,7 +227,7 @@ def first_weights(model: CodeModel, flags: GPTTrainFlags, content: dict[str, Any
         own = {name: tensor for name, tensor in own.items() if not name.startswith(PREFIX)}
         said += f", with a new control adapter of {control.vit}"
     if flags.init_from is None:
-        check_same_kind(state, own, flags.gpt_ckpt, flag="--gpt-ckpt")
+        check_same_kind(state, own, f"--gpt-ckpt {flags.gpt_ckpt}")
     containers.check_fit(own, state, flags.init_from or flags.gpt_ckpt, type(model).__name__)
     check_finite(state, flags.init_from or flags.gpt_ckpt)
     for name, tensor in own.items():

@@ -106,7 +106,7 @@ def test_a_training_names_the_flag_that_fits_the_file(arpg_ckpt, gpt_ckpt, code_
     for flag in ("--gpt-ckpt", "--init-from"):
         for name, file, said in (
                 ("ARPG-S", "deep.pt", "of 1+3 layers, width 128, 256 codes, this run's has 2+2 layers, width 128, 256 "
-                                      "codes: give --gpt-model ARPG-S --query-layers 3"),
+                                      "codes: give --query-layers 3"),
                 ("ARPG-S", "large.pt", "codes of the same tokenizer"), ("GPT-S", "bare.pt", "give --gpt-model ARPG-S")):
             line = refused(capsys, call, "train_gpt", "--code-path", code_store, "--gpt-model", name, flag,
                            tmp_path / file, "--results-dir", tmp_path)
@@ -114,6 +114,17 @@ def test_a_training_names_the_flag_that_fits_the_file(arpg_ckpt, gpt_ckpt, code_
     line = refused(capsys, call, "train_gpt", "--code-path", code_store, "--gpt-model", "ARPG-S", "--gpt-ckpt",
                    tmp_path / "five.pt", "--results-dir", tmp_path)
     assert "five.pt has 5 classes, this run's model 3: give --init-from in its place" in line
+
+
+@pytest.mark.parametrize(("flags", "said"), [
+    (("--gpt-model", "GPT-S"), "this run's is a GPT conditioned on classes: give --gpt-model ARPG-S"),
+    (("--gpt-model", "ARPG-S", "--query-layers", 3), "this run's has 1+3 layers, width 128, 256 codes: give "
+                                                     "--query-layers 2")])
+def test_a_training_is_not_resumed_with_another_model(flags, said, arpg_ckpt, code_store, capsys, tmp_path):
+    for resumed in ("--resume", "--gpt-ckpt"):
+        line = refused(capsys, call, "train_gpt", "--code-path", code_store, *flags, resumed, arpg_ckpt,
+                       "--results-dir", tmp_path)
+        assert said in line and "missing" not in line
 
 
 def test_the_wrong_family_is_refused(arpg_ckpt, gpt_ckpt, code_store, capsys, tmp_path):
