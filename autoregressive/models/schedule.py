@@ -15,7 +15,7 @@ from autoregressive.models.plan import Groups
 
 SampleSchedule = Literal["arccos", "cosine"]
 CfgSchedule = Literal["linear", "constant"]
-Order = Literal["random", "raster", "spiral-in", "spiral-out", "z-curve", "alternate"]
+Order = Literal["random", "raster", "spiral", "spiral-in", "spiral-out", "z-curve", "alternate"]
 STEPS = 64
 
 
@@ -77,7 +77,7 @@ def guidance(scale: float, sizes: list[int], schedule: CfgSchedule, *, known: in
 
 def cell_order(order: Order, grid: tuple[int, int], generator: torch.Generator | None = None) -> np.ndarray:
     """The cells of a grid (h, w) in an order by name, (h*w,) int64; "random" is drawn from `generator`, or from torch's
-    global state."""
+    global state; "spiral" is "spiral-in"."""
     h, w = grid
     if order == "random":
         device = "cpu" if generator is None else generator.device
@@ -96,7 +96,7 @@ def cell_order(order: Order, grid: tuple[int, int], generator: torch.Generator |
         turns.append(cells[0])
         cells = np.rot90(cells[1:])
     inwards = np.concatenate(turns)
-    return inwards if order == "spiral-in" else inwards[::-1].copy()
+    return inwards[::-1].copy() if order == "spiral-out" else inwards
 
 
 def known_first(order: np.ndarray, known: Tensor) -> np.ndarray:
