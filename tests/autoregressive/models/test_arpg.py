@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from autoregressive.models import decoder as decoder_module
+from autoregressive.models import planning
 from autoregressive.models.arpg import ARPG, ARPG_models
+from autoregressive.models.batch import StepLayout
 from autoregressive.models.engines import engine_for
 from autoregressive.models.generate import generate
 from autoregressive.models.native_engine import NativeEngine
@@ -238,22 +240,34 @@ def test_guidance_of_one_runs_one_row(engine, monkeypatch):
     assert rows == [4, 4, 4, 2, 2, 2]  # the prefill and two more steps are guided
 
 
-def test_an_error_in_the_middle_leaves_nothing_behind(engine, monkeypatch):
-    model, labels = tiny(), torch.tensor([0, 1])
-    good = generate(model, labels, 12, generators=streams(2), schedule=DrawSchedule(4))
-    choose, calls = decoder_module.choose, []
+@pytest.mark.parametrize(("place", "call"), [("order", 2), ("room", 1), ("layers", 1), ("layers", 3), ("choice", 1),
+                                             ("choice", 3), ("choice", 4), ("tensors", 2)])
+def test_an_error_anywhere_leaves_nothing_behind(place, call, engine, monkeypatch):
+    """Also an interrupt, after which what was begun is left as it is."""
+    model, labels = tiny().train(), torch.tensor([0, 1])
+    settings = {"cfg_scale": 3.0, "schedule": DrawSchedule(4)}
+    other = {"cfg_scale": [1.0, 5.0], "schedule": DrawSchedule(6, order="raster"), "top_k": 3,
+             "known": [[5, *[-1] * 11], [-1] * 12]}
+    good = generate(model, labels, 12, generators=streams(2), **settings)
+    home, name = {"order": (planning, "cell_order"), "room": (engine, "reserve"), "layers": (engine, "forward"),
+                  "choice": (decoder_module, "choose"), "tensors": (StepLayout, "batch")}[place]
+    whole = getattr(home, name)
+    for error in (RuntimeError, KeyboardInterrupt, MemoryError):
+        calls = []
 
-    def failing(*args, **options):
-        calls.append(1)
-        if len(calls) == 3:
-            raise RuntimeError("in the middle")
-        return choose(*args, **options)
+        def failing(*args, whole=whole, calls=calls, error=error, **options):
+            calls.append(1)
+            found = whole(*args, **options)  # so that what it does is done
+            if len(calls) == call:
+                raise error("in the middle")
+            return found
 
-    monkeypatch.setattr(decoder_module, "choose", failing)
-    with pytest.raises(RuntimeError, match="in the middle"):
-        generate(model, labels, 12, generators=streams(2), schedule=DrawSchedule(4))
-    assert torch.equal(generate(model, labels, 12, generators=streams(2), schedule=DrawSchedule(4)), good)
-    assert not model.training
+        with monkeypatch.context() as patch:
+            patch.setattr(home, name, failing)
+            with pytest.raises(error, match="in the middle"):
+                generate(model, labels, 12, generators=streams(2, seed=1), **other)
+        assert model.training and (engine_of(model) is None or place == "order")
+        assert torch.equal(generate(model, labels, 12, generators=streams(2), **settings), good)
 
 
 def test_decoding_in_training_mode_is_that_of_eval_mode():
