@@ -182,13 +182,6 @@ def total(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def any_of(flags: torch.Tensor) -> torch.Tensor:
-    """Element-wise maximum over all processes: where one has set a flag, all see it."""
-    if torch.distributed.is_initialized():
-        torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
-    return flags
-
-
 def broadcast_object(value: object) -> object:
     """The value that rank 0 holds (what the others pass is ignored)."""
     if not torch.distributed.is_initialized():

@@ -1,6 +1,7 @@
 """What all models over image codes have in common: their grid and its rotary table, first weights, loss, caches."""
 import zlib
 from collections.abc import Callable
+from numbers import Integral
 from typing import ClassVar
 
 import torch
@@ -70,7 +71,7 @@ class CodeModel(nn.Module):
     def check(self, condition: int | Tensor, visible: Tensor | None) -> None:
         """Raise ValueError for a condition that the model does not take: labels are 0 to num_classes, which is none."""
         config, text = self.config, self.config.model_type == "t2i"
-        if not text and not (isinstance(condition, int) and 0 <= condition <= config.num_classes):
+        if not text and not (isinstance(condition, Integral) and 0 <= condition <= config.num_classes):
             raise ValueError(f"class {condition} is out of range: the model has 0 to {config.num_classes - 1} (and "
                              f"{config.num_classes} for none)")
         shape = config.cls_token_num, config.caption_dim

@@ -8,12 +8,22 @@ from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
+from autoregressive.models.arguments import floats, integers, per_image
 from autoregressive.models.base import CodeModel
 from autoregressive.models.decoder import CodeDecoder
 from autoregressive.models.plan import Request
-from autoregressive.models.planning import Decode, any_order_plans, check_call, per_image, raster_plans
+from autoregressive.models.planning import (
+    Decode,
+    any_order_plans,
+    check_call,
+    draw_keys,
+    raster_plans,
+    read_conditions,
+    read_known,
+)
 from autoregressive.models.sampling import check_sampling
 from autoregressive.models.schedule import DrawSchedule
 from utils.compatible import missing_names
@@ -34,21 +44,19 @@ class Statistics:
         return self.tokens / max(1, self.steps)
 
 
-def generate(model: CodeModel, cond: Tensor, max_new_tokens: int, emb_masks: Tensor | None = None,
-             cfg_scale: float | Sequence[float] = 1.0, cfg_interval: float = -1,
-             temperature: float | Sequence[float] = 1.0, top_k: int | Sequence[int] = 0,
-             top_p: float | Sequence[float] = 1.0, sample_logits: bool = True,
-             generators: list[torch.Generator] | None = None, decode: Decode = "auto", window: int | None = None,
-             statistics: Statistics | None = None, *, schedule: DrawSchedule | None = None,
-             orders: Tensor | None = None, known: Tensor | None = None,
-             control: Sequence[Tensor | None] | Tensor | None = None,
-             control_strength: float | Sequence[float] = 1.0) -> Tensor:
-    """Generate codes (B, max_new_tokens) int64 in raster order, in eval mode.
+def generate(model: CodeModel, cond: ArrayLike, max_new_tokens: int, emb_masks: ArrayLike | None = None,
+             cfg_scale: ArrayLike = 1.0, cfg_interval: float = -1, temperature: ArrayLike = 1.0, top_k: ArrayLike = 0,
+             top_p: ArrayLike = 1.0, sample_logits: bool = True, generators: Sequence[torch.Generator] | None = None,
+             decode: Decode = "auto", window: int | None = None, statistics: Statistics | None = None, *,
+             schedule: DrawSchedule | None = None, orders: ArrayLike | None = None, known: ArrayLike | None = None,
+             control: Sequence[ArrayLike | None] | Tensor | None = None, control_strength: ArrayLike = 1.0) -> Tensor:
+    """Generate codes (B, max_new_tokens) int64 in raster order, in eval mode, on the device of cond if that is a
+    tensor, else of the model. What is an ArrayLike may be a list, a NumPy array or a tensor on any device.
 
     cond: labels (B,) or (B, 1), or text features (B, N, caption_dim); emb_masks (B, N): 1 where the prefix is text, 0
     where it is padding, which is hidden from attention. cfg_scale <= 1 runs one stream. cfg_interval i > -1 guides only
     while the index of the decoding step (0 is the first after the prefill) is <= i, then uses conditional logits alone.
-    cfg_scale, temperature, top_k and top_p may be sequences, one value per image. generators: one per sample, from
+    cfg_scale, temperature, top_k and top_p may hold one value per image. generators: one per sample, from
     which its key is drawn, and its order; without them they come from torch's global state. sample_logits=False takes
     the best code instead of drawing. statistics: receives the counts.
 
@@ -62,42 +70,36 @@ def generate(model: CodeModel, cond: Tensor, max_new_tokens: int, emb_masks: Ten
     Raises ValueError for labels, lengths or settings out of range, NotFiniteError, at the end, for logits that were not
     finite.
     """
+    device = cond.device if isinstance(cond, Tensor) else next(model.parameters()).device
+    cond = read_conditions(model, cond)
+    orders = None if orders is None else integers("orders are", orders)
+    emb_masks = None if emb_masks is None else torch.as_tensor(emb_masks).cpu()
+    check_call(model, cond, max_new_tokens, emb_masks, cfg_interval=cfg_interval, decode=decode, window=window,
+               schedule=schedule, orders=orders)
     batch = len(cond)
-    if model.config.model_type == "c2i" and cond.ndim == 2 and cond.shape[1] == 1:
-        cond = cond[:, 0]
-    check_call(model, cond, max_new_tokens, emb_masks, decode=decode, window=window, schedule=schedule, orders=orders)
-    known = torch.full((batch, max_new_tokens), -1) if known is None else known.cpu().long()
+    known = read_known(model, known, (batch, int(max_new_tokens)))
     given = known >= 0
-    if known.shape != (batch, max_new_tokens):
-        raise ValueError(f"known is {tuple(known.shape)}, expected ({batch}, {max_new_tokens}): the codes of images")
-    if int(known.max()) >= model.config.vocab_size:  # of images that are known as a whole nothing is asked later
-        raise ValueError(f"known codes are up to {int(known.max())}, the model has 0 to {model.config.vocab_size - 1}")
     scales, temperatures, ks, ps = (per_image(name, value, batch, whole=name == "top_k") for name, value in (
         ("cfg_scale", cfg_scale), ("temperature", temperature), ("top_k", top_k), ("top_p", top_p)))
     for values in zip(temperatures, ks, ps, strict=True):
         check_sampling(temperature=values[0], top_k=values[1], top_p=values[2])
-    if generators is None:
-        generators = [None] * batch
-        keys = torch.randint(2**62, (batch,)).tolist()
-    elif len(generators) != batch:
-        raise ValueError(f"{len(generators)} generators for {batch} samples")
-    else:
-        keys = [int(torch.randint(2**62, (), generator=g, device=g.device)) for g in generators]
+    keys = draw_keys(generators, batch)
 
     with _evaluating(model):
         steps = math.floor(cfg_interval) + 2 if cfg_interval > -1 else None  # that are guided, the prefill's included
         if model.any_order:
-            plans = any_order_plans(model, schedule or DrawSchedule(), given, orders=orders, generators=generators,
+            plans = any_order_plans(model, schedule or DrawSchedule(), given, orders=orders,
+                                    generators=generators or [None] * batch,
                                     scales=scales, guided_steps=steps)
         else:
             plans = raster_plans(model, given, decode=decode, window=window, scales=scales, guided_steps=steps)
         terms = control_of(model, control, per_image("control_strength", control_strength, batch))
         conditions = cond.tolist() if cond.ndim == 1 else cond
-        visible = [None] * batch if emb_masks is None else emb_masks.cpu()
+        visible = [None] * batch if emb_masks is None else emb_masks
 
         decoder, steps = take_decoder(model), 0
         decoder.reserve(batch, length=max_new_tokens, guided=max(scales) > 1)
-        codes, broken, homes = known.to(cond.device, copy=True), [None] * batch, {}
+        codes, broken, homes = known.to(device, copy=True), [None] * batch, {}
         for image, (condition, plan, *settings) in enumerate(zip(
                 conditions, plans, keys, temperatures, ks, ps, visible, strict=True)):
             if plan is not None:
@@ -117,7 +119,7 @@ def generate(model: CodeModel, cond: Tensor, max_new_tokens: int, emb_masks: Ten
     return codes
 
 
-def control_of(model: CodeModel, pictures: Sequence[Tensor | None] | Tensor | None,
+def control_of(model: CodeModel, pictures: Sequence[ArrayLike | None] | Tensor | None,
                strengths: list[float]) -> list[Tensor | None]:
     """What the control picture of each image adds (places, L, D). Each goes through the adapter alone, so that it does
     not depend on the batch. Raises ValueError for a model without an adapter and for pictures that do not fit."""
@@ -125,6 +127,11 @@ def control_of(model: CodeModel, pictures: Sequence[Tensor | None] | Tensor | No
         return [None] * len(strengths)
     if len(pictures) != len(strengths):
         raise ValueError(f"{len(pictures)} control pictures for {len(strengths)} samples")
+    pictures = [None if picture is None else floats("a control picture is", picture).float() for picture in pictures]
+    for picture in pictures:
+        if picture is not None and picture.numel() and not picture.abs().max() <= 1:
+            raise ValueError(f"a control picture has values in [{picture.min():g}, {picture.max():g}], expected -1 to "
+                             "1")
     return [None if picture is None or strength == 0 else strength * model.control_terms(picture[None])[:, 0]
             for picture, strength in zip(pictures, strengths, strict=True)]
 

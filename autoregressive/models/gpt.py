@@ -79,7 +79,7 @@ class Transformer(CodeModel):
         if self.config.model_type == "c2i":
             labels = torch.tensor([*conditions, self.config.num_classes], device=weight.device)
             return embed(labels, drop=False)[:-1], embed(labels[-1:], drop=False)[0]
-        one = [condition[None].to(weight.device) for condition in conditions]  # alone: independent of the batch
+        one = [condition[None].to(weight) for condition in conditions]  # alone: independent of the batch
         return (torch.cat([embed(features, drop=False) for features in one]),
                 embed(embed.unconditional(one[0]), drop=False)[0])
 

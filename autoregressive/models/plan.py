@@ -3,12 +3,13 @@
 A plan is an order of the grid's cells, with the strength of guidance at each position of that order. The first `known`
 positions hold codes that are given (an image that is edited, say); the others are drawn, some at a time.
 """
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 from torch import Tensor
 
+from autoregressive.models.arguments import integers
 from autoregressive.models.sampling import check_sampling
 
 TRIAL = 16  # windows after which a plan knows whether they pay
@@ -20,16 +21,17 @@ class Plan:
     block = False  # codes that are fed together see each other
     window = 1  # codes that are drawn at once, all but the first after drafts
 
-    def __init__(self, order: np.ndarray, scales: np.ndarray, *, known: int = 0) -> None:
+    def __init__(self, order: ArrayLike, scales: ArrayLike, *, known: int = 0) -> None:
         """order (L,): cells in the order in which they are drawn, the known ones first; scales (L,): 1 or less is no
         guidance."""
-        length = len(order)
-        if not 0 <= known < length or len(scales) != length or (np.sort(order) != np.arange(length)).any():
+        order, scales = integers("an order is", order).numpy(), np.asarray(scales, np.float32)
+        length = order.size
+        if not 0 <= known < length or scales.shape != (length,) or not np.array_equal(np.sort(order), range(length)):
             raise ValueError(f"an order of {length} cells, {len(scales)} scales and {known} known codes make no plan: "
                              "the order holds every cell once, every position has a scale, and one is to be drawn")
         if not np.isfinite(scales).all():
             raise ValueError("scales of guidance are not finite")
-        self.order, self.scales = np.asarray(order, np.int64), np.asarray(scales, np.float32)
+        self.order, self.scales = order, scales
         self.known = self.decided = known
         self.seen = 0
         self.guided_until = int(np.flatnonzero(self.scales > 1).max(initial=-1)) + 1  # positions from here on are not
@@ -84,11 +86,12 @@ class Groups(Plan):
 
     block = True
 
-    def __init__(self, order: np.ndarray, scales: np.ndarray, sizes: Sequence[int], *, known: int = 0) -> None:
+    def __init__(self, order: ArrayLike, scales: ArrayLike, sizes: ArrayLike, *, known: int = 0) -> None:
         """sizes: how many codes each step draws."""
         super().__init__(order, scales, known=known)
-        if min(sizes, default=0) < 1 or sum(sizes) != len(order) - known:
-            raise ValueError(f"groups of {list(sizes)} codes do not make up the {len(order) - known} that are to be "
+        sizes = integers("groups are", sizes).tolist()
+        if min(sizes, default=0) < 1 or sum(sizes) != len(self.order) - known:
+            raise ValueError(f"groups of {sizes} codes do not make up the {len(self.order) - known} that are to be "
                              "drawn")
         self.ends = (known + np.cumsum(sizes)).tolist()
 
@@ -113,8 +116,11 @@ class Request:
     top_p: float = 1.0
     visible: Tensor | None = None
     greedy: bool = False  # the best code instead of a draw
-    known: Tensor | None = None
+    known: ArrayLike | None = None
     control: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self.known = None if self.known is None else integers("known codes are", self.known)
 
     def check(self, *, vocab_size: int, length: int, guided: bool, queries: bool) -> None:
         """Raise ValueError for what makes no sense, or has no room where `length` codes, `guided` or not, have it.

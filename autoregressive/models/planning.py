@@ -1,12 +1,15 @@
 """From the settings of a call of `generate` to a plan for each image; what is wrong with them."""
 import math
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Literal
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
+from autoregressive.models.arguments import floats, integers
 from autoregressive.models.base import CodeModel
 from autoregressive.models.plan import Groups, Raster
 from autoregressive.models.ridge import WINDOWS, best_window
@@ -51,22 +54,73 @@ def any_order_plans(model: CodeModel, schedule: DrawSchedule, given: Tensor, *, 
     grid, (batch, length), plans = model.config.grid, given.shape, []
     schedule.check(length)
     if orders is not None and (orders.shape not in ((length,), (batch, length)) or not torch.equal(
-            orders.cpu().long().sort(-1).values, torch.arange(length).expand(orders.shape))):
-        raise ValueError(f"orders are {tuple(orders.shape)}, expected ({length},) or ({batch}, {length}) with every "
-                         "cell of the grid once")
+            orders.sort(-1).values, torch.arange(length).expand(orders.shape))):
+        raise ValueError(f"orders are of shape {tuple(orders.shape)}, expected ({length},) or ({batch}, {length}) with "
+                         "every cell of the grid once")
     for image, (scale, generator) in enumerate(zip(scales, generators, strict=True)):
         if orders is None:
             order = cell_order(schedule.order, grid, generator)
         else:
-            order = orders.expand(batch, length)[image].cpu().long().numpy()
+            order = orders.expand(batch, length)[image].numpy()
         known = int(given[image].sum())
         plans.append(None if known == length else schedule.plan(
             known_first(order, given[image]), cfg_scale=scale, guided_steps=guided_steps, known=known))
     return plans
 
 
-def check_call(model: CodeModel, cond: Tensor, length: int, emb_masks: Tensor | None, *, decode: str,
-                window: int | None, schedule: DrawSchedule | None, orders: Tensor | None) -> None:
+def read_conditions(model: CodeModel, cond: ArrayLike) -> Tensor:
+    """What `generate` takes as conditions, in any form → labels (B,) int64, or text features (B, N, caption_dim).
+
+    Raises ValueError for what the model does not take.
+    """
+    config = model.config
+    if config.model_type == "c2i":
+        labels = integers("class labels are", cond)
+        labels = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
+        if labels.ndim != 1:
+            raise ValueError(f"class labels are of shape {tuple(labels.shape)}, expected (batch,)")
+        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) <= config.num_classes:
+            raise ValueError(f"class labels lie in [{int(labels.min())}, {int(labels.max())}], the model has classes "
+                             f"0 to {config.num_classes - 1} (and {config.num_classes} for none)")
+    else:
+        labels = cond if isinstance(cond, Tensor) else floats("text features are", cond).float()
+        if labels.ndim != 3 or labels.shape[1:] != (config.cls_token_num, config.caption_dim):
+            raise ValueError(f"text features are {tuple(labels.shape)}, the model takes (batch, "
+                             f"{config.cls_token_num}, {config.caption_dim})")
+    if len(labels) == 0:
+        raise ValueError("the batch is empty: nothing to generate")
+    return labels
+
+
+def read_known(model: CodeModel, known: ArrayLike | None, shape: tuple[int, int]) -> Tensor:
+    """Known codes (B, L) int64 on the CPU, -1 where one is to be drawn. Raises ValueError for others."""
+    if known is None:
+        return torch.full(shape, -1)
+    known, vocab = integers("known codes are", known), model.config.vocab_size
+    if known.shape != shape:
+        raise ValueError(f"known codes are of shape {tuple(known.shape)}, expected {shape}: the codes of images")
+    if not -1 <= int(known.min()) <= int(known.max()) < vocab:
+        raise ValueError(f"known codes lie in [{int(known.min())}, {int(known.max())}], expected codes 0 to "
+                         f"{vocab - 1}, or -1 where one is to be drawn")
+    return known
+
+
+def draw_keys(generators: Sequence[torch.Generator] | None, batch: int) -> list[int]:
+    """The key of each image, drawn from its generator, or all from torch's global state."""
+    if generators is None:
+        return torch.randint(2**62, (batch,)).tolist()
+    if not isinstance(generators, Sequence):
+        raise ValueError(f"generators is a {type(generators).__name__}, expected a list of {batch}, one for each image")
+    if len(generators) != batch:
+        raise ValueError(f"{len(generators)} generators for {batch} samples")
+    for generator in generators:
+        if not isinstance(generator, torch.Generator):
+            raise ValueError(f"generators hold a {type(generator).__name__}, expected torch.Generator")
+    return [int(torch.randint(2**62, (), generator=g, device=g.device)) for g in generators]
+
+
+def check_call(model: CodeModel, cond: Tensor, length: int, emb_masks: Tensor | None, *, cfg_interval: float,
+               decode: str, window: int | None, schedule: DrawSchedule | None, orders: Tensor | None) -> None:
     """Raise ValueError for what `generate` cannot do with this model; arguments as there."""
     config = model.config
     if model.any_order and (decode == "jacobi" or window is not None):
@@ -75,32 +129,14 @@ def check_call(model: CodeModel, cond: Tensor, length: int, emb_masks: Tensor | 
         raise ValueError("schedules and orders are for an ARPG: a GPT draws row by row")
     if model.any_order and length != config.block_size:
         raise ValueError(f"max_new_tokens is {length}: an ARPG draws all {config.block_size} codes of its grid")
-    if not 0 < length <= config.block_size:
+    if not isinstance(length, Integral) or not 0 < length <= config.block_size:
         raise ValueError(f"max_new_tokens is {length}, but the model's grid holds 1 to {config.block_size}")
-    if len(cond) == 0:
-        raise ValueError("the batch is empty: nothing to generate")
-    if config.model_type == "c2i" and (int(cond.min()) < 0 or int(cond.max()) > config.num_classes):
-        raise ValueError(f"class labels lie in [{int(cond.min())}, {int(cond.max())}], the model has classes "
-                         f"0 to {config.num_classes - 1} (and {config.num_classes} for none)")
-    if config.model_type == "t2i" and cond.shape[1:] != (config.cls_token_num, config.caption_dim):
-        raise ValueError(f"text features are {tuple(cond.shape)}, the model takes (batch, {config.cls_token_num}, "
-                         f"{config.caption_dim})")
+    if not math.isfinite(cfg_interval):
+        raise ValueError(f"--cfg-interval is {cfg_interval}, expected a number of steps, or -1")
     if emb_masks is not None and (cond.ndim < 2 or emb_masks.shape != cond.shape[:2]):
         raise ValueError(f"emb_masks is {tuple(emb_masks.shape)}, expected {tuple(cond.shape[:2])} as the features")
     if decode not in ("auto", "sequential", "jacobi"):
         raise ValueError(f"--decode is {decode!r}, expected auto, sequential or jacobi")
-    if window is not None and window < 1:
+    if window is not None and (not isinstance(window, Integral) or window < 1):
         raise ValueError(f"the window is {window}, expected 1 or more")
 
-
-def per_image(name: str, value: float | Sequence[float] | Tensor, batch: int, *, whole: bool = False) -> list:
-    """A number, or one per image, of Python, NumPy or PyTorch → a list of `batch` finite numbers."""
-    values = torch.as_tensor(value, dtype=torch.float64).tolist()
-    values = values if isinstance(values, list) else [values] * batch
-    if len(values) != batch:
-        raise ValueError(f"{len(values)} values of {name} for {batch} samples")
-    for number in values:
-        if not math.isfinite(number) or (whole and number != int(number)):
-            kind = "whole" if whole else "finite"
-            raise ValueError(f"--{name.replace('_', '-')} is {number}, expected a {kind} number")
-    return [int(number) for number in values] if whole else values

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from autoregressive.models.args import PRESETS as GPT_SIZES
 from autoregressive.models.arpg import PRESETS as ARPG_SIZES
 from autoregressive.models.arpg import ARPG_models
 from autoregressive.models.base import CodeModel
@@ -40,11 +41,24 @@ class StateFacts:
         """How many layers to build an ARPG of any preset with; a GPT has those of its preset."""
         return dict(zip(("n_layer", "n_query_layer"), self.depth, strict=True)) if self.family == "ARPG" else {}
 
+    def preset(self) -> str | None:
+        """The preset of this size; an ARPG's halves may have any depth, so that its width alone says which."""
+        sizes = ARPG_SIZES if self.family == "ARPG" else GPT_SIZES
+        return next((name for name, size in sizes.items() if size["dim"] == self.width
+                     and (self.family == "ARPG" or (size["n_layer"],) == self.depth)), None)
+
     def name(self) -> str:
-        """A preset that fits, for files that name none."""
-        if self.family == "GPT":
-            return "GPT-B"
-        return next((name for name, size in ARPG_SIZES.items() if size["dim"] == self.width), "ARPG-L")
+        """A preset to try, for files that name none."""
+        return self.preset() or ("ARPG-L" if self.family == "ARPG" else "GPT-B")
+
+    def flags(self) -> str:
+        """What to give a training of this size, in words; empty where no preset has it."""
+        name, (*_, queries) = self.preset(), self.depth
+        if name is None or self.family == "GPT":
+            return f"--gpt-model {name}" if name else ""
+        half = ARPG_SIZES[name]["n_layer"]
+        depth = "" if queries == half else f" --query-layers {queries}"
+        return f"--gpt-model {name}{depth}" if sum(self.depth) == 2 * half else ""
 
     def class_table(self, state: dict[str, Tensor]) -> Tensor:
         """The classes' embeddings and that of no class, (C + 1, D)."""

@@ -155,7 +155,7 @@ def check_sampling(*, temperature: float, top_k: int, top_p: float) -> None:
     """Raise ValueError for a setting that has no meaning."""
     if not 0 <= temperature < math.inf:
         raise ValueError(f"--temperature is {temperature}, expected 0 or more")
-    if top_k < 0:
+    if not 0 <= top_k < 2**63:
         raise ValueError(f"--top-k is {top_k}, expected 0 (all) or more")
     if not 0 <= top_p <= 1:
         raise ValueError(f"--top-p is {top_p}, expected a value in [0, 1]")

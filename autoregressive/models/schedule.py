@@ -4,6 +4,7 @@ Schedules of "Autoregressive Image Generation with Randomized Parallel Decoding"
 """
 import math
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Literal, get_args
 
 import numpy as np
@@ -14,7 +15,7 @@ from autoregressive.models.plan import Groups
 
 SampleSchedule = Literal["arccos", "cosine"]
 CfgSchedule = Literal["linear", "constant"]
-Order = Literal["random", "raster", "spiral-in", "spiral-out", "z-curve", "alternate"]
+Order = Literal["random", "raster", "spiral", "spiral-in", "spiral-out", "z-curve", "alternate"]
 STEPS = 64
 
 
@@ -34,9 +35,9 @@ class DrawSchedule:
                                    ("--cfg-schedule", self.cfg_schedule, CfgSchedule), ("--order", self.order, Order)):
             if value not in get_args(known):
                 raise ValueError(f"{flag} is {value!r}, expected one of {', '.join(get_args(known))}")
-        if self.steps is not None and not 1 <= self.steps <= length:
-            raise ValueError(f"--step is {self.steps}, expected 1 to {length}, the codes of an image: every step draws "
-                             "one at least")
+        if self.steps is not None and not (isinstance(self.steps, Integral) and 1 <= self.steps <= length):
+            raise ValueError(f"--step is {self.steps!r}, expected 1 to {length}, the codes of an image: every step "
+                             "draws one at least")
 
     def sizes(self, length: int, *, known: int = 0) -> list[int]:
         """How many codes each step draws of an image of `length`, of which `known` are given."""
@@ -76,7 +77,7 @@ def guidance(scale: float, sizes: list[int], schedule: CfgSchedule, *, known: in
 
 def cell_order(order: Order, grid: tuple[int, int], generator: torch.Generator | None = None) -> np.ndarray:
     """The cells of a grid (h, w) in an order by name, (h*w,) int64; "random" is drawn from `generator`, or from torch's
-    global state."""
+    global state; "spiral" is "spiral-in"."""
     h, w = grid
     if order == "random":
         device = "cpu" if generator is None else generator.device
@@ -95,7 +96,7 @@ def cell_order(order: Order, grid: tuple[int, int], generator: torch.Generator |
         turns.append(cells[0])
         cells = np.rot90(cells[1:])
     inwards = np.concatenate(turns)
-    return inwards if order == "spiral-in" else inwards[::-1].copy()
+    return inwards[::-1].copy() if order == "spiral-out" else inwards
 
 
 def known_first(order: np.ndarray, known: Tensor) -> np.ndarray:

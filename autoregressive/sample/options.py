@@ -30,7 +30,8 @@ class ScheduleFlags:
                                                   choices=get_args(SampleSchedule))
     cfg_schedule: CfgSchedule | None = flag(None, "ARPG: guidance that rises with the share of the image that is "
                                                   "there, or stays; None: linear", choices=get_args(CfgSchedule))
-    order: Order | None = flag(None, "ARPG: which cells come first; None: random", choices=get_args(Order))
+    order: Order | None = flag(None, "ARPG: which cells come first; spiral is spiral-in, from the border to the "
+                                     "middle; None: random", choices=get_args(Order))
     shared_order: bool = flag(False, "ARPG: one random order, fixed by the seed, for all images; else each has its own")
 
     def draw_schedule(self, model: CodeModel) -> DrawSchedule | None:

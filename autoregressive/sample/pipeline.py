@@ -242,8 +242,9 @@ def load_gpt(flags: SampleFlags, *, device: torch.device) -> tuple[CodeModel, di
     name = saved["gpt_model"] = flags.gpt_model or saved.get("gpt_model") or facts.name()
     if name not in MODELS:
         raise ValueError(f"{flags.gpt_ckpt} is of model {name}, which is unknown: choose from {', '.join(MODELS)}")
-    if not name.startswith(facts.family):
-        raise ValueError(f"{flags.gpt_ckpt} is {facts.kind} of {facts.size}, no {name}: leave --gpt-model out")
+    if facts.preset() not in (None, name) or not name.startswith(facts.family):
+        mended = "leave --gpt-model out" if facts.preset() is None else f"give --gpt-model {facts.preset()}"
+        raise ValueError(f"{flags.gpt_ckpt} is {facts.kind} of {facts.size}, no {name}: {mended}")
     with torch.device("meta"):
         model = MODELS[name](cls_token_num=flags.cls_token_num or 1, **found, **facts.layers())
         if any(name.startswith(PREFIX) for name in state):

@@ -20,7 +20,7 @@ from autoregressive.models.registry import facts_of
 from dataset.code_manifest import same_tokenizer, tokenizer_name
 from dataset.codes import CodeStore
 from utils import cli
-from utils.checkpoints import containers
+from utils.checkpoints import containers, sharded
 from utils.checkpoints.lora import DOWN, UP, is_adapter, plain_name
 from utils.cli import flag
 from utils.seeding import derive_seed
@@ -177,7 +177,7 @@ def initial_weights(content: dict[str, Any], source: str | Path, *, model: CodeM
     if not any(name.startswith(PREFIX) for name in state):  # a control adapter that is new begins as it is
         own = {name: tensor for name, tensor in own.items() if not name.startswith(PREFIX)}
     expected = {plain_name(name): tensor for name, tensor in own.items() if not is_adapter(name)}
-    check_same_kind(state, expected, source)
+    check_same_kind(state, expected, f"--init-from {source}", new_classes=True)
     matched, facts = "the condition is text", facts_of(state)
     if facts.classes:
         table, matched = fit_class_table(
@@ -190,22 +190,44 @@ def initial_weights(content: dict[str, Any], source: str | Path, *, model: CodeM
     return values, f"starting from the weights of {source}: {matched}"
 
 
-def check_same_kind(state: dict[str, Tensor], expected: dict[str, Tensor], source: str | Path) -> None:
-    """Raise ValueError, naming both, if a file is no GPT, or one of another size or condition than the run's."""
+def check_same_kind(state: dict[str, Tensor], expected: dict[str, Tensor], source: str, *,
+                    new_classes: bool = False) -> None:
+    """Raise ValueError, naming both, if a file is no GPT, or one of another size or condition than the run's;
+    new_classes: it may have another number of classes. source: the flag and its value."""
     theirs, ours = facts_of(state), facts_of(expected)
     if any(name.startswith(PREFIX) for name in state) and not any(
             name.startswith(PREFIX) for name in expected):
-        raise ValueError(f"--init-from {source} has a control adapter, this run has none: give --control and the flags "
+        raise ValueError(f"{source} has a control adapter, this run has none: give --control and the flags "
                          "of its adapter as in that training")
     if theirs is None:
         hint = ": it looks like a tokenizer" if "quantize.embedding.weight" in state else ""
-        raise ValueError(f"--init-from {source} is no GPT or ARPG checkpoint{hint}")
+        raise ValueError(f"{source} is no GPT or ARPG checkpoint{hint}")
     kinds = [f"{facts.kind} conditioned on {'classes' if facts.classes else 'text'}" for facts in (theirs, ours)]
     if kinds[0] != kinds[1]:
-        raise ValueError(f"--init-from {source} is {kinds[0]}, this run's is {kinds[1]}")
+        mended = f": give {theirs.flags()}" if theirs.family != ours.family and theirs.flags() else ""
+        raise ValueError(f"{source} is {kinds[0]}, this run's is {kinds[1]}{mended}")
     if theirs.size != ours.size:
-        raise ValueError(f"--init-from {source} is {theirs.kind} of {theirs.size}, this run's has {ours.size}: it "
-                         "takes the same --gpt-model and codes of the same tokenizer")
+        mended = "it takes the same --gpt-model and codes of the same tokenizer"
+        if theirs.vocab_size == ours.vocab_size and theirs.flags():
+            mended = f"give {theirs.flags()}"
+            if theirs.preset() == ours.preset():
+                mended = f"give --query-layers {theirs.depth[-1]}"
+        raise ValueError(f"{source} is {theirs.kind} of {theirs.size}, this run's has {ours.size}: {mended}")
+    if theirs.num_classes != ours.num_classes and not new_classes:
+        raise ValueError(f"{source} has {theirs.num_classes} classes, this run's model {ours.num_classes}: give "
+                         "--init-from in its place, which fits the class table")
+
+
+def check_resumed(path: Path, expected: dict[str, Tensor]) -> None:
+    """Raise ValueError if a training checkpoint is of another model than the run's."""
+    if sharded.is_sharded(path):
+        state = {name.removeprefix("model."): torch.empty(size, device="meta")
+                 for name, size in sharded.sizes_in(path).items() if name.startswith("model.")}
+    elif path.is_file():
+        state = containers.weights(containers.read(path), path)
+    else:
+        return  # of LlamaGen's FSDP, whose names are compared when it is read
+    check_same_kind(state, expected, str(path))
 
 
 def fit_class_table(table: Tensor, known: list[str] | None, *, count: int,

@@ -5,26 +5,26 @@
 Number of images and classes, class names, grid and vocabulary come from the store.
 """
 import sys
-from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from autoregressive.control.adapter import PREFIX, AdapterArgs, attach, pretrained_values
 from autoregressive.models.base import CodeModel
-from autoregressive.models.generate import generate, release
+from autoregressive.models.generate import release
 from autoregressive.models.registry import MODELS, arpg_depth
 from autoregressive.train.config import GPTTrainFlags
 from autoregressive.train.finetune import (
     add_lora,
     check_finetune,
     check_same_classes,
+    check_same_kind,
     check_same_tokenizer,
     freeze,
     initial_weights,
@@ -32,110 +32,21 @@ from autoregressive.train.finetune import (
     warn_of_other_tokenizer,
     without_classes,
 )
+from autoregressive.train.task import PREVIEW_IMAGES, GPTTask, SampleStream
 from dataset.codes import CodeBatches, CodeStore, control_pictures, open_stores
-from dataset.control import check_column, to_signed
+from dataset.control import check_column
 from dataset.loader import StepSampler, loader
-from evaluations.c2i.image_sets import Batch, ImageSet
 from evaluations.c2i.monitor import Monitor
-from tokenizer.build import ImageTokenizer, decode_images, load_tokenizer, other_tokenizer
-from utils import cli, dist, images
+from tokenizer.build import load_tokenizer, other_tokenizer
+from utils import cli, dist
 from utils.checkpoints import containers
 from utils.finite import check_finite
-from utils.seeding import sample_generator
 from utils.training import parallel
 from utils.training.flags import check_flags
 from utils.training.run_folder import choose_run, identity_of
-from utils.training.trainer import Backward, Trainer
+from utils.training.trainer import Trainer
 
-PREVIEW_IMAGES = 16
 DEFAULT_VOCAB = 16384
-
-
-class GPTTask:
-    """The GPT's part of the training loop: loss of a micro-batch, report, preview."""
-
-    def __init__(self, model: nn.Module, *, dtype: torch.dtype, classes: list[str] | None,
-                 tokenizer: ImageTokenizer | None, seed: int, token_noise: float, cfg_scale: float,
-                 check_codes: Callable[[dict[str, Any], Path], None] = lambda facts, path: None,
-                 controlled: tuple[np.ndarray, Tensor] | None = None) -> None:
-        """`check_codes`: raises ValueError for a checkpoint that was trained on other codes; `controlled`: labels (N,)
-        and control pictures (N, C, H, W) uint8 for previews."""
-        self.modules = {"model": model}
-        config = parallel.unwrap(model).config
-        self.token_noise, self.vocab_size, self.sample_weight = token_noise, config.vocab_size, config.block_size
-        self.dtype, self.classes, self.tokenizer, self.seed = dtype, classes, tokenizer, seed
-        self.cfg_scale, self.check_codes, self.controlled = cfg_scale, check_codes, controlled
-
-    def micro_step(self, batch: dict[str, Tensor], *, step: int, backward: Backward) -> dict[str, Tensor]:
-        """Cross-entropy of the codes (B, L) given their labels (B,)."""
-        codes, more = batch["codes"], {"orders": batch["orders"]} if "orders" in batch else {}
-        if "control" in batch:
-            more["control"] = to_signed(batch["control"])
-        inputs = corrupt(codes[:, :-1], self.token_noise, vocab_size=self.vocab_size)
-        with dist.autocast(codes.device, self.dtype):
-            loss, weight = self.modules["model"](inputs, batch["labels"], targets=codes, valid=batch.get("valid"),
-                                                 dropped=batch["dropped"], summed_loss=True, **more)
-        backward("model", loss, weight)
-        return {"loss": torch.where(weight > 0, loss / weight, 0.0)}
-
-    def check(self, facts: dict[str, Any], path: Path) -> None:
-        """Raise ValueError for a checkpoint of other classes or codes."""
-        check_same_classes(facts, path, self.classes)
-        self.check_codes(facts, path)
-
-    def report(self) -> dict[str, float]:
-        """Nothing: the steps return all there is to log."""
-        return {}
-
-    def preview(self, model: CodeModel) -> np.ndarray | None:
-        """Samples of evenly spaced classes, always from the same random streams; with control, below their pictures."""
-        if self.tokenizer is None:
-            return None
-        labels, control = np.linspace(0, model.config.num_classes - 1, PREVIEW_IMAGES).round().astype(int), None
-        if self.controlled is not None:
-            labels, control = self.controlled
-        names = [self.classes[label] if self.classes else str(label) for label in labels]
-        try:
-            samples = self.sample(model, labels, range(len(labels)), control=control)
-            if control is not None:
-                shown = images.to_uint8(to_signed(control.expand(-1, 3, -1, -1)))
-                samples, names = np.concatenate([shown, samples]), names + names
-            return images.grid(samples, columns=PREVIEW_IMAGES // 2, labels=names)
-        finally:
-            release(model)  # its memory is the training's again
-
-    def sample(self, model: CodeModel, labels: np.ndarray, indices: Iterable[int], *,
-               control: Tensor | None = None) -> np.ndarray:
-        """Labels (B,), and the index of each image in the run's stream, control pictures (B, C, H, W) uint8 → uint8 (B,
-        H, W, 3)."""
-        device = next(model.parameters()).device
-        control = None if control is None else to_signed(control).to(device)
-        codes = generate(model, torch.from_numpy(labels).to(device), model.config.block_size,
-                         cfg_scale=self.cfg_scale, control=control,
-                         generators=[sample_generator(self.seed, int(i)) for i in indices])
-        return images.to_uint8(decode_images(self.tokenizer, codes, model.config.grid))
-
-
-class SampleStream(ImageSet):
-    """The model's samples as an image set, equally many of each class; made when read and not kept."""
-
-    def __init__(self, task: GPTTask, model: CodeModel, count: int) -> None:
-        super().__init__("samples", count, tuple(side * task.tokenizer.downsample for side in model.config.grid))
-        self.task, self.model = task, model
-
-    def batches(self, size: int, *, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
-        """Batches of samples; image i is the same on any process."""
-        for start in range(rank * size, self.count, size * world_size):
-            indices = np.arange(start, min(start + size, self.count))
-            yield indices, self.task.sample(self.model, indices % self.model.config.num_classes, indices)
-
-
-def corrupt(codes: Tensor, share: float, *, vocab_size: int) -> Tensor:
-    """Codes (B, T) with a random `share` of them replaced by codes drawn uniformly."""
-    if share <= 0:
-        return codes
-    replaced = torch.rand(codes.shape, device=codes.device) < share
-    return torch.where(replaced, torch.randint_like(codes, vocab_size), codes)
 
 
 def open_codes(flags: GPTTrainFlags) -> CodeStore:
@@ -223,6 +134,8 @@ def first_weights(model: CodeModel, flags: GPTTrainFlags, content: dict[str, Any
     if new_control:
         own = {name: tensor for name, tensor in own.items() if not name.startswith(PREFIX)}
         said += f", with a new control adapter of {control.vit}"
+    if flags.init_from is None:
+        check_same_kind(state, own, f"--gpt-ckpt {flags.gpt_ckpt}")
     containers.check_fit(own, state, flags.init_from or flags.gpt_ckpt, type(model).__name__)
     check_finite(state, flags.init_from or flags.gpt_ckpt)
     for name, tensor in own.items():

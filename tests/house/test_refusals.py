@@ -111,8 +111,8 @@ def test_checkpoints_of_the_wrong_kind(refuse, image_folder, code_store, vq_ckpt
     assert "VQModel: missing encoder" in refuse("train_vq", *VQ, *data, "--finetune", "--vq-ckpt", gpt_ckpt)
     assert "does not fit" in refuse("train_vq", *VQ, *data, "--resume", gpt_ckpt)
     assert "looks like a GPT" in refuse("train_gpt", *GPT, *codes, "--vq-ckpt", gpt_ckpt)
-    assert "missing model.cls_embedding" in refuse("train_gpt", *GPT, *codes, "--gpt-ckpt", vq_ckpt)
-    assert "missing model.cls_embedding" in refuse("train_gpt", *GPT, *codes, "--resume", vq_ckpt)
+    assert "it looks like a tokenizer" in refuse("train_gpt", *GPT, *codes, "--gpt-ckpt", vq_ckpt)
+    assert "it looks like a tokenizer" in refuse("train_gpt", *GPT, *codes, "--resume", vq_ckpt)
     assert "looks like a GPT" in refuse("verify", "--code-path", code_store / "imagenet16_codes", "--vq-ckpt", gpt_ckpt)
 
 

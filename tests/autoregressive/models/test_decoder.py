@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from autoregressive.models import decoder as module
 from autoregressive.models.decoder import CodeDecoder
 from autoregressive.models.generate import generate
 from autoregressive.models.native_engine import NativeEngine
@@ -266,13 +267,16 @@ def test_room_that_could_not_be_had_is_asked_for_again(engine, monkeypatch):
     assert len(run(decoder)[0]) == 9
 
 
-@pytest.mark.parametrize("window", [1, 4])
-@pytest.mark.parametrize("failing", [1, 2, 5])
-def test_a_step_that_raised_can_be_done_again(failing, window, engine, monkeypatch):
-    model, calls, forward = tiny(grid=(3, 4)), [], engine.forward
+@pytest.mark.parametrize("plan", ["one by one", "windows", "groups"])
+@pytest.mark.parametrize("place", ["layers", "choice"])
+@pytest.mark.parametrize("failing", [1, 2, 4])
+def test_a_step_that_raised_can_be_done_again(failing, place, plan, engine, monkeypatch):
+    model, calls = (tiny_arpg if plan == "groups" else tiny)(grid=(3, 4)), []
 
     def requests():
-        return [Request(i, Raster(np.full(12, 2.0), window=window), i) for i in range(3)]
+        scales = np.full(12, 2.0)
+        return [Request(i, Groups(np.roll(range(12), i), scales, [2, 1, 4, 5]) if plan == "groups" else
+                        Raster(scales, window=4 if plan == "windows" else 1), i) for i in range(3)]
 
     decoder = CodeDecoder(model)
     decoder.reserve(3)
@@ -280,14 +284,17 @@ def test_a_step_that_raised_can_be_done_again(failing, window, engine, monkeypat
         decoder.join(request)
     expected = run(decoder)
 
-    def broken(self, x, batch):
-        logits = forward(self, x, batch)
+    home, name = (engine, "forward") if place == "layers" else (module, "choose")
+    whole = getattr(home, name)
+
+    def broken(*args, **options):
+        found = whole(*args, **options)
         calls.append(1)
         if len(calls) == failing:
             raise MemoryError("now")
-        return logits
+        return found
 
-    monkeypatch.setattr(engine, "forward", broken)
+    monkeypatch.setattr(home, name, broken)
     for request in requests():
         decoder.join(request)
     found = {}
@@ -300,8 +307,6 @@ def test_a_step_that_raised_can_be_done_again(failing, window, engine, monkeypat
 
 
 def test_a_long_prefill_is_spread_over_steps(engine, monkeypatch):
-    from autoregressive.models import decoder as module
-
     model = tiny(grid=(2, 3), model_type="t2i")
     features = torch.randn(6, TEXT, CAPTION)
 

@@ -1,11 +1,20 @@
 """ARPG's schedules, orders and guidance: the tables of its code, and what holds for any length."""
 import math
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 
-from autoregressive.models.schedule import DrawSchedule, cell_order, group_sizes, guidance, known_first
+from autoregressive.models.schedule import (
+    DrawSchedule,
+    Order,
+    SampleSchedule,
+    cell_order,
+    group_sizes,
+    guidance,
+    known_first,
+)
 
 TABLES = {  # of 256 codes
     ("arccos", 8): "21 21 21 23 25 28 35 82",
@@ -60,15 +69,40 @@ def test_guidance_rises_to_its_scale_or_stays(known):
 
 
 @pytest.mark.parametrize("grid", [(1, 1), (1, 5), (4, 1), (3, 4), (4, 4), (5, 3), (16, 16)])
-@pytest.mark.parametrize("name", ["random", "raster", "spiral-in", "spiral-out", "z-curve", "alternate"])
+@pytest.mark.parametrize("name", get_args(Order))
 def test_every_order_holds_every_cell_once(name, grid):
     assert sorted(cell_order(name, grid).tolist()) == list(range(grid[0] * grid[1]))
+
+
+@pytest.mark.parametrize("name", get_args(Order))
+@pytest.mark.parametrize("sample_schedule", get_args(SampleSchedule))
+def test_every_plan_draws_every_cell_once(sample_schedule, name):
+    """For every length up to 64, on a grid of that many cells, and every number of steps; a fifth known beforehand."""
+    for length in range(1, 65):
+        h = max(side for side in range(1, 9) if length % side == 0)
+        for steps in range(1, length + 1):
+            schedule = DrawSchedule(steps, sample_schedule, order=name)
+            schedule.check(length)
+            given = torch.arange(length) % 5 == 4
+            known = int(given.sum()) if steps % 2 else 0
+            order = cell_order(name, (h, length // h))
+            plan = schedule.plan(known_first(order, given) if known else order, cfg_scale=2.0, known=known)
+            drawn, groups = [], 0
+            while not plan.finished:
+                end, first, count = plan.next()
+                assert end == first == plan.decided and count >= 1  # all that is decided is fed
+                drawn += plan.order[first:first + count].tolist()
+                groups += 1
+                plan.settle(count)
+            whole = range(length) if known == 0 else (~given).nonzero().flatten().tolist()
+            assert sorted(drawn) == list(whole) and (groups == steps or known)
 
 
 def test_orders_by_name():
     assert cell_order("raster", (2, 3)).tolist() == [0, 1, 2, 3, 4, 5]
     assert cell_order("alternate", (3, 3)).tolist() == [0, 1, 2, 5, 4, 3, 6, 7, 8]
-    assert cell_order("spiral-in", (3, 4)).tolist() == [0, 1, 2, 3, 7, 11, 10, 9, 8, 4, 5, 6]
+    for name in ("spiral", "spiral-in"):
+        assert cell_order(name, (3, 4)).tolist() == [0, 1, 2, 3, 7, 11, 10, 9, 8, 4, 5, 6]
     assert cell_order("spiral-out", (3, 3)).tolist() == [4, 3, 6, 7, 8, 5, 2, 1, 0]
     assert cell_order("z-curve", (4, 4)).tolist() == [0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15]
     one, same, other = (cell_order("random", (4, 4), torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))

@@ -1,5 +1,6 @@
 """The sampling commands with an ARPG: its flags, its checkpoints in every container, sets that go on."""
 import json
+import re
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from safetensors.torch import save_file
 from autoregressive.models.arpg import ARPG, ARPG_models
 from autoregressive.models.decoder import CodeDecoder
 from autoregressive.models.generate import generate
+from autoregressive.models.registry import MODELS, facts_of
 from autoregressive.sample.batch_size import bytes_per_image
 from autoregressive.sample.options import SampleFlags
 from autoregressive.sample.pipeline import load_gpt, load_pipeline
@@ -72,10 +74,63 @@ def test_query_layers_of_a_training(code_store, tmp_path, capsys):
     assert "--query-layers is for ARPG" in refused(capsys, call, *command, "--gpt-model", "GPT-S", "--query-layers", 2)
 
 
+@pytest.mark.parametrize(("made", "typed", "said"), [
+    ("ARPG-L", "ARPG-XL", "an ARPG of 12+12 layers, width 1024, 16384 codes, no ARPG-XL: give --gpt-model ARPG-L"),
+    ("ARPG-XXL", "ARPG-L", "an ARPG of 24+24 layers, width 1536, 16384 codes, no ARPG-L: give --gpt-model ARPG-XXL"),
+    ("GPT-L", "ARPG-L", "a GPT of 24 layers, width 1024, 16384 codes, no ARPG-L: give --gpt-model GPT-L"),
+    ("ARPG-L", "GPT-L", "an ARPG of 12+12 layers, width 1024, 16384 codes, no GPT-L: give --gpt-model ARPG-L"),
+    ("GPT-3B", "GPT-XXL", "a GPT of 24 layers, width 3200, 16384 codes, no GPT-XXL: give --gpt-model GPT-3B")])
+def test_the_wrong_preset_is_refused_and_the_right_one_named(made, typed, said, tmp_path):
+    state = published(made)
+    torch.save(state, tmp_path / "foreign.pt")
+    torch.save({"model": state, "config": {"kind": "gpt", "gpt_model": typed}}, tmp_path / "mislabelled.pt")
+    for path, flags in ((tmp_path / "foreign.pt", {"gpt_model": typed}), (tmp_path / "mislabelled.pt", {})):
+        with pytest.raises(ValueError, match=f"^{re.escape(f'{path} is {said}')}$"):
+            loaded(path, **flags)
+    assert facts_of(state).name() == made  # so that it needs no --gpt-model
+
+
+def published(name: str) -> dict[str, torch.Tensor]:
+    """A state dict of a preset in the published layout; one number takes the place of each tensor."""
+    with torch.device("meta"):
+        own = MODELS[name]().state_dict()
+    return {key: torch.zeros(()).expand(tensor.shape) for key, tensor in own.items()}
+
+
+def test_a_training_names_the_flag_that_fits_the_file(arpg_ckpt, gpt_ckpt, code_store, capsys, tmp_path, state):
+    torch.save(state, tmp_path / "bare.pt")
+    torch.save(published("ARPG-L"), tmp_path / "large.pt")
+    deep = ARPG_models["ARPG-S"](n_layer=1, n_query_layer=3, num_classes=3, vocab_size=256).state_dict()
+    torch.save(deep, tmp_path / "deep.pt")
+    torch.save(ARPG_models["ARPG-S"](num_classes=5, vocab_size=256).state_dict(), tmp_path / "five.pt")
+    for flag in ("--gpt-ckpt", "--init-from"):
+        for name, file, said in (
+                ("ARPG-S", "deep.pt", "of 1+3 layers, width 128, 256 codes, this run's has 2+2 layers, width 128, 256 "
+                                      "codes: give --query-layers 3"),
+                ("ARPG-S", "large.pt", "codes of the same tokenizer"), ("GPT-S", "bare.pt", "give --gpt-model ARPG-S")):
+            line = refused(capsys, call, "train_gpt", "--code-path", code_store, "--gpt-model", name, flag,
+                           tmp_path / file, "--results-dir", tmp_path)
+            assert said in line and line.count("(") < 3, line  # no list of shapes
+    line = refused(capsys, call, "train_gpt", "--code-path", code_store, "--gpt-model", "ARPG-S", "--gpt-ckpt",
+                   tmp_path / "five.pt", "--results-dir", tmp_path)
+    assert "five.pt has 5 classes, this run's model 3: give --init-from in its place" in line
+
+
+@pytest.mark.parametrize(("flags", "said"), [
+    (("--gpt-model", "GPT-S"), "this run's is a GPT conditioned on classes: give --gpt-model ARPG-S"),
+    (("--gpt-model", "ARPG-S", "--query-layers", 3), "this run's has 1+3 layers, width 128, 256 codes: give "
+                                                     "--query-layers 2")])
+def test_a_training_is_not_resumed_with_another_model(flags, said, arpg_ckpt, code_store, capsys, tmp_path):
+    for resumed in ("--resume", "--gpt-ckpt"):
+        line = refused(capsys, call, "train_gpt", "--code-path", code_store, *flags, resumed, arpg_ckpt,
+                       "--results-dir", tmp_path)
+        assert said in line and "missing" not in line
+
+
 def test_the_wrong_family_is_refused(arpg_ckpt, gpt_ckpt, code_store, capsys, tmp_path):
-    with pytest.raises(ValueError, match=r"is an ARPG of 2\+2 layers, width 128, 256 codes, no GPT-B"):
+    with pytest.raises(ValueError, match=r"is an ARPG of 2\+2 layers, width 128, 256 codes, no GPT-B: give .*ARPG-S"):
         loaded(arpg_ckpt, gpt_model="GPT-B")
-    with pytest.raises(ValueError, match=r"is a GPT of 4 layers, width 128, 256 codes, no ARPG-L"):
+    with pytest.raises(ValueError, match=r"is a GPT of 4 layers, width 128, 256 codes, no ARPG-L: give .*GPT-S"):
         loaded(gpt_ckpt, gpt_model="ARPG-L")
     said = refused(capsys, call, "train_gpt", "--code-path", code_store, "--gpt-model", "GPT-S", "--init-from",
                    arpg_ckpt, "--results-dir", tmp_path)

@@ -92,7 +92,8 @@ def test_settings_are_refused_before_sampling(models, capsys):
                            (("--top-k", -1), "--top-k"), (("--image-size", 18), "not divisible by 4"),
                            (("--num-classes", 10), "--num-classes is 10"), (("--vocab-size", 9), "--vocab-size is 9"),
                            (("--downsample-size", 16), "--downsample-size is 16"), (("--from-fsdp",), "--from-fsdp"),
-                           (("--gpt-model", "GPT-B"), "does not fit"), (("--vq-model", "VQ-8"), "does not fit"),
+                           (("--gpt-model", "GPT-B"), "give --gpt-model GPT-S"),
+                           (("--vq-model", "VQ-8"), "does not fit"),
                            (("--gpt-type", "t2i"), "--gpt-type")]:
         assert message in refused(capsys, grid, *models, *flags)
     assert "--num-fid-samples" in refused(capsys, sample_set, Path("x"), *models, "--num-fid-samples", 0)

@@ -6,16 +6,17 @@ import pytest
 import torch
 
 from autoregressive.train import train
+from autoregressive.train.task import GPTTask, SampleStream, corrupt
 
 
 def test_the_share_that_is_asked_for_is_replaced():
     torch.manual_seed(0)
     codes = torch.zeros(100, 100, dtype=torch.long)
-    noisy = train.corrupt(codes, 0.3, vocab_size=10)
+    noisy = corrupt(codes, 0.3, vocab_size=10)
     assert (noisy != 0).float().mean().item() == pytest.approx(0.3 * 9 / 10, abs=0.02)
     assert torch.bincount(noisy[noisy != 0], minlength=10)[1:].min() > 200  # of 300 for each code
     assert noisy.max() == 9 and codes.max() == 0
-    assert torch.equal(train.corrupt(codes, 0.0, vocab_size=10), codes)
+    assert torch.equal(corrupt(codes, 0.0, vocab_size=10), codes)
 
 
 def test_inputs_are_replaced_and_targets_are_not():
@@ -30,7 +31,7 @@ def test_inputs_are_replaced_and_targets_are_not():
             raise StopIteration
 
     codes = torch.arange(16).repeat(2, 1) % 10
-    task = train.GPTTask(Model(), dtype=torch.float32, classes=None, tokenizer=None, seed=0, token_noise=0.5,
+    task = GPTTask(Model(), dtype=torch.float32, classes=None, tokenizer=None, seed=0, token_noise=0.5,
                          cfg_scale=1.0)
     with pytest.raises(StopIteration):
         task.micro_step({"codes": codes, "labels": torch.zeros(2, dtype=torch.long),
@@ -58,7 +59,7 @@ def test_an_evaluation_draws_every_class_equally_often():
 
     task = SimpleNamespace(sample=sample, tokenizer=SimpleNamespace(downsample=2))
     model = SimpleNamespace(config=SimpleNamespace(grid=(4, 4), num_classes=3))
-    stream = train.SampleStream(task, model, 7)
+    stream = SampleStream(task, model, 7)
     for rank in range(2):
         list(stream.batches(2, rank=rank, world_size=2))
     assert asked == {i: i % 3 for i in range(7)}

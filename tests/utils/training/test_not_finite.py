@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 
-from autoregressive.train.train import GPTTask, SampleStream
+from autoregressive.train.task import GPTTask, SampleStream
 from tests.conftest import TINY_GPT, TINY_VQ, call
 from tests.runs import OFTEN, rows
 from tokenizer.tokenizer_image.vq_train import TokenizerTask

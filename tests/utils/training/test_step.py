@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 
-from autoregressive.train.train import GPTTask
+from autoregressive.train.task import GPTTask
 from tests.conftest import TINY_GPT, TINY_VQ, call
 from tests.runs import rows, same
 from tokenizer.tokenizer_image.vq_train import TokenizerTask

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from autoregressive.train.train import GPTTask
+from autoregressive.train.task import GPTTask
 from tests.conftest import TINY_GPT, call, two_processes
 from tests.runs import last, rows, same
 from utils.checkpoints import containers
@@ -96,7 +96,7 @@ def test_the_count_survives_a_resume(command, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_one_bad_process_makes_the_step_bad_for_all(command, tmp_path):
     setup = """import math
-from autoregressive.train.train import GPTTask
+from autoregressive.train.task import GPTTask
 original = GPTTask.micro_step
 def poisoned(self, batch, *, step, backward):
     import torch.distributed
