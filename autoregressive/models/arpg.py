@@ -20,6 +20,7 @@ from autoregressive.models.batch import Batch
 from autoregressive.models.blocks import AttentionParts, Parts, RMSNorm, SplitBlock, normed_and_rotated
 from autoregressive.models.conditions import dropped as chosen_by_chance
 from autoregressive.models.lean import Dropout
+from autoregressive.models.schedule import StepAttention
 
 
 @dataclass
@@ -27,11 +28,13 @@ class ARPGArgs(ModelArgs):
     """What shapes an ARPG: `n_layer` layers over what is known, `n_query_layer` (None: as many) that ask.
 
     Rotations tell only how far cells lie apart. With `class_at_origin` the class lies where the first cell does, so
-    that cells know their own place once a code is known; in the released weights it lies nowhere.
+    that cells know their own place once a code is known; in the released weights it lies nowhere. `step_attention`:
+    that of a `DrawSchedule` which does not say.
     """
 
     n_query_layer: int | None = None
     class_at_origin: bool = False
+    step_attention: StepAttention = "block"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -69,7 +72,7 @@ class ARPG(CodeModel):
 
     def __init__(self, config: ARPGArgs) -> None:
         super().__init__(config)
-        self.prefix_at_origin = config.class_at_origin
+        self.prefix_at_origin, self.step_attention = config.class_at_origin, config.step_attention
         self.embeddings = nn.Embedding(config.vocab_size + config.num_classes + 3, config.dim)
         self.tok_dropout = Dropout(config.token_dropout_p)
         self.layers = Halves(config)
@@ -180,16 +183,16 @@ class ARPG(CodeModel):
                      tuple(layer.parts() for layer in layers.cross_dec), self.query)
 
 
-PRESETS: dict[str, dict[str, int]] = {
-    # trains in minutes on a laptop
-    "ARPG-S": {"n_layer": 2, "n_head": 2, "dim": 128, "multiple_of": 64, "class_at_origin": True},
+PRESETS: dict[str, dict[str, int | str]] = {
+    "ARPG-S": {"n_layer": 2, "n_head": 2, "dim": 128, "multiple_of": 64, "class_at_origin": True,
+               "step_attention": "causal"},  # trains in minutes on a laptop
     "ARPG-L": {"n_layer": 12, "n_head": 16, "dim": 1024},  # 320M
     "ARPG-XL": {"n_layer": 18, "n_head": 20, "dim": 1280},  # 719M
     "ARPG-XXL": {"n_layer": 24, "n_head": 24, "dim": 1536},  # 1.3B
 }
 
 
-def _build(size: dict[str, int], **options) -> ARPG:
+def _build(size: dict[str, int | str], **options) -> ARPG:
     return ARPG(ARPGArgs(**{**size, **options}))
 
 

@@ -20,6 +20,7 @@ class CodeModel(nn.Module):
 
     HEAD: ClassVar[str]  # name of the linear layer that gives the logits
     any_order: ClassVar[bool] = False  # draws cells in any order, many at once; else in raster order
+    step_attention = "block"  # of a `DrawSchedule` that does not say
     prefix_at_origin = False  # its tokens turn as the first cell does (see `rope_table`)
 
     def __init__(self, config: ModelArgs) -> None:

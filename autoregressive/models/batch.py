@@ -20,6 +20,7 @@ class Turn(NamedTuple):
     embedded: int  # how many of the tokens that it feeds are no codes: the prefix, in its first step
     fed: int  # tokens that it feeds
     count: int  # codes that it asks for
+    grouped: bool  # these are drawn independently, not after drafts
     block: bool  # codes see all that is fed with them, not only what comes before them
     guided: bool  # a second row is fed the same codes after the unconditional prefix
     like: int  # number of the turn whose unconditional row answers for its own: mostly this turn's
@@ -64,7 +65,7 @@ class StepLayout:
     slots + slot. prefix_rows: rotary rows before that of cell 0; width: places that a slot has for codes."""
 
     def __init__(self, turns: tuple[Turn, ...], *, slots: int, prefix_rows: int, width: int) -> None:
-        slot, prefix, fresh, embedded, fed, count, block, guided, like = np.array(turns).T
+        slot, prefix, fresh, embedded, fed, count, grouped, block, guided, like = np.array(turns).T
         everyone = np.arange(len(turns))
         owner = np.concatenate([everyone, np.flatnonzero((guided == 1) & (like == everyone))])  # turn of each row
         self.rows, self.sizes, self.prefix_rows = slot[owner], fed[owner], prefix_rows
@@ -85,7 +86,7 @@ class StepLayout:
         copied = np.flatnonzero((guided == 1) & (like != everyone))
         self.copies = [(int(slots + slot[source]), (slots + slot[copied[like[copied] == source]]).tolist(),
                         int(prefix[source])) for source in np.unique(like[copied])]  # (row, to rows, tokens)
-        self.fresh, self.drafts = bool(fresh.any()), bool((count[block == 0] > 1).any())
+        self.fresh, self.drafts = bool(fresh.any()), bool((count[grouped == 0] > 1).any())
 
         sizes = [5 * len(self.turn), 4 * len(self.ask_turn), 7 * drawn]
         self.whole, self.scale = np.empty(sum(sizes), np.int64), np.empty(drawn, np.float32)
@@ -94,7 +95,7 @@ class StepLayout:
         tokens, asks, draws = self.blocks  # each step writes the rest
         tokens[2] = self.rows[row]
         asks[0], asks[2] = (np.cumsum(self.sizes) - counts)[ask_row] + self.ask_within, self.rows[ask_row]
-        draws[0], draws[2], draws[6] = np.arange(drawn), slot[turn], np.arange(drawn) - within * (block[turn] == 0)
+        draws[0], draws[2], draws[6] = np.arange(drawn), slot[turn], np.arange(drawn) - within * (grouped[turn] == 0)
         self.on_host = [torch.from_numpy(part) for part in (self.whole, *self.blocks, self.scale)]
 
     def batch(self, starts: list[int], firsts: list[int], orders: np.ndarray, scales: np.ndarray, *,

@@ -153,11 +153,11 @@ class CodeDecoder:
                     continue  # its turn comes in a later step
                 spent += embedded
                 start, end = -active.prefix, end + embedded - active.prefix
-                if guided and not (plan.known or plan.block):  # prefixes differ only in which tokens are visible
+                if guided and not (plan.known or plan.grouped):  # prefixes differ only in which tokens are visible
                     like = patterns.setdefault((active.prefix, active.tokens.tobytes()), like)
             starts.append(start)
-            turns.append(Turn(slot, active.prefix, active.fresh, embedded, end - start, count, plan.block, guided,
-                              like))
+            turns.append(Turn(slot, active.prefix, active.fresh, embedded, end - start, count, plan.grouped, plan.block,
+                              guided, like))
             firsts.append(first)
         return tuple(turns), starts, firsts
 

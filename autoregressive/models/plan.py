@@ -18,6 +18,7 @@ TRIAL = 16  # windows after which a plan knows whether they pay
 class Plan:
     """Positions below `decided` hold codes for good; those below `seen` were fed to the model, with these codes."""
 
+    grouped = False  # the codes of a step are drawn independently
     block = False  # codes that are fed together see each other
     window = 1  # codes that are drawn at once, all but the first after drafts
 
@@ -82,13 +83,16 @@ class Raster(Plan):
 
 
 class Groups(Plan):
-    """Any order, in groups of any size; the codes of a group are drawn independently and then see each other."""
+    """Any order, in groups of any size; the codes of a group are drawn independently and then, as a `block`, see each
+    other."""
 
-    block = True
+    grouped = True
 
-    def __init__(self, order: ArrayLike, scales: ArrayLike, sizes: ArrayLike, *, known: int = 0) -> None:
-        """sizes: how many codes each step draws."""
+    def __init__(self, order: ArrayLike, scales: ArrayLike, sizes: ArrayLike, *, known: int = 0,
+                 block: bool = True) -> None:
+        """sizes: how many codes each step draws. block False: codes see only those before them in the order."""
         super().__init__(order, scales, known=known)
+        self.block = block
         sizes = integers("groups are", sizes).tolist()
         if min(sizes, default=0) < 1 or sum(sizes) != len(self.order) - known:
             raise ValueError(f"groups of {sizes} codes do not make up the {len(self.order) - known} that are to be "
@@ -128,7 +132,7 @@ class Request:
         check_sampling(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
         if self.plan.decided > self.plan.known:
             raise ValueError("the plan has begun: it is for one request, once")
-        if self.plan.block != queries:
+        if self.plan.grouped != queries:
             raise ValueError("models with a stream of queries draw codes in groups, others in raster order: the plan "
                              f"is {type(self.plan).__name__}")
         with_guidance = {True: "with guidance", False: "without guidance"}

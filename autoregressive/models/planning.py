@@ -53,6 +53,7 @@ def any_order_plans(model: CodeModel, schedule: DrawSchedule, given: Tensor, *, 
     schedule's. Raises ValueError for what is no order."""
     grid, (batch, length), plans = model.config.grid, given.shape, []
     schedule.check(length)
+    schedule = schedule.resolved(model.step_attention)
     if orders is not None and (orders.shape not in ((length,), (batch, length)) or not torch.equal(
             orders.sort(-1).values, torch.arange(length).expand(orders.shape))):
         raise ValueError(f"orders are of shape {tuple(orders.shape)}, expected ({length},) or ({batch}, {length}) with "

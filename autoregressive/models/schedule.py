@@ -3,7 +3,7 @@
 Schedules of "Autoregressive Image Generation with Randomized Parallel Decoding" (arXiv 2503.10568).
 """
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Literal, get_args
 
@@ -15,6 +15,7 @@ from autoregressive.models.plan import Groups
 
 SampleSchedule = Literal["arccos", "cosine"]
 CfgSchedule = Literal["linear", "constant"]
+StepAttention = Literal["block", "causal"]
 Order = Literal["random", "raster", "spiral", "spiral-in", "spiral-out", "z-curve", "alternate"]
 STEPS = 64
 
@@ -22,22 +23,29 @@ STEPS = 64
 @dataclass(frozen=True)
 class DrawSchedule:
     """The choices for an image. steps: for a whole image, at most one per code (None: 64, or the codes of a smaller
-    grid); of an image that is known in part, the same share of the steps."""
+    grid); of an image that is known in part, the same share of the steps. step_attention: the codes of a step see each
+    other ("block"), or only those before them, as in training ("causal"; None: the model's own)."""
 
     steps: int | None = None
     sample_schedule: SampleSchedule = "arccos"
     cfg_schedule: CfgSchedule = "linear"
     order: Order = "random"
+    step_attention: StepAttention | None = None
 
     def check(self, length: int) -> None:
         """Raise ValueError for what makes no sense for a grid of `length` cells."""
         for flag, value, known in (("--sample-schedule", self.sample_schedule, SampleSchedule),
-                                   ("--cfg-schedule", self.cfg_schedule, CfgSchedule), ("--order", self.order, Order)):
+                                   ("--cfg-schedule", self.cfg_schedule, CfgSchedule), ("--order", self.order, Order),
+                                   ("--step-attention", self.step_attention or "block", StepAttention)):
             if value not in get_args(known):
                 raise ValueError(f"{flag} is {value!r}, expected one of {', '.join(get_args(known))}")
         if self.steps is not None and not (isinstance(self.steps, Integral) and 1 <= self.steps <= length):
             raise ValueError(f"--step is {self.steps!r}, expected 1 to {length}, the codes of an image: every step "
                              "draws one at least")
+
+    def resolved(self, step_attention: StepAttention) -> "DrawSchedule":
+        """With a model's own `step_attention` where none was chosen."""
+        return self if self.step_attention else replace(self, step_attention=step_attention)
 
     def sizes(self, length: int, *, known: int = 0) -> list[int]:
         """How many codes each step draws of an image of `length`, of which `known` are given."""
@@ -51,7 +59,7 @@ class DrawSchedule:
         scales = np.concatenate([np.ones(known), guidance(cfg_scale, sizes, self.cfg_schedule, known=known)])
         if guided_steps is not None:
             scales[known + sum(sizes[:guided_steps]):] = 1
-        return Groups(order, scales, sizes, known=known)
+        return Groups(order, scales, sizes, known=known, block=self.step_attention != "causal")
 
 
 def group_sizes(count: int, steps: int, schedule: SampleSchedule) -> list[int]:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from autoregressive.models.base import CodeModel
-from autoregressive.models.schedule import CfgSchedule, DrawSchedule, Order, SampleSchedule
+from autoregressive.models.schedule import CfgSchedule, DrawSchedule, Order, SampleSchedule, StepAttention
 from autoregressive.train.config import GPTFlags, GuidanceFlags
 from tokenizer.build import TokenizerFlags
 from utils.cli import flag
@@ -32,19 +32,22 @@ class ScheduleFlags:
                                                   "there, or stays; None: linear", choices=get_args(CfgSchedule))
     order: Order | None = flag(None, "ARPG: which cells come first; spiral is spiral-in, from the border to the "
                                      "middle; None: random", choices=get_args(Order))
+    step_attention: StepAttention | None = flag(None, "ARPG: the codes of a step see each other (block), or only those "
+                                                      "before them, as in training (causal); None: block, of ARPG-S "
+                                                      "causal", choices=get_args(StepAttention))
     shared_order: bool = flag(False, "ARPG: one random order, fixed by the seed, for all images; else each has its own")
 
     def draw_schedule(self, model: CodeModel) -> DrawSchedule | None:
         """What the flags say; None for a GPT. Raises ValueError for flags that the model has no use for."""
         typed = {"steps": self.step, "sample_schedule": self.sample_schedule, "cfg_schedule": self.cfg_schedule,
-                 "order": self.order}
+                 "order": self.order, "step_attention": self.step_attention}
         typed = {name: value for name, value in typed.items() if value is not None}
         if not model.any_order and (typed or self.shared_order):
             named = next(iter(typed), "shared_order").replace("steps", "step").replace("_", "-")
             raise ValueError(f"--{named} is for ARPG, which draws many codes at once: leave it out for a GPT")
         if not model.any_order:
             return None
-        schedule = DrawSchedule(**typed)
+        schedule = DrawSchedule(**typed).resolved(model.step_attention)
         schedule.check(model.config.block_size)
         if self.shared_order and schedule.order != "random":
             raise ValueError(f"--shared-order is for random orders: --order {schedule.order} is the same for all "

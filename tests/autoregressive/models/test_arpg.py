@@ -181,6 +181,27 @@ def test_cached_decoding_is_the_full_forward(options, steps, sample_schedule, en
 
 
 @torch.no_grad()
+def test_steps_may_be_causal_as_training_is(engine):
+    """Then greedy codes are the best logits of the plain forward, without masks, known codes too."""
+    model, labels, known = tiny(step_attention="causal"), torch.tensor([0, 2]), torch.full((2, 12), -1)
+    known[0, [1, 7]] = torch.tensor([4, 36])
+    order, schedule = torch.randperm(12), DrawSchedule(4)
+    codes = generate(model, labels, 12, sample_logits=False, schedule=schedule, orders=order, known=known)
+    for image in range(2):
+        given = known[image, order] >= 0
+        cells, at = torch.cat([order[given], order[~given]]), int(given.sum())
+        sizes = [at, *schedule.sizes(12, known=at)] if at else schedule.sizes(12)
+        queries = block_masks(sizes)[1]  # codes of one step still do not see each other
+        logits, _ = model(codes[image, cells][None, :-1], labels[image:image + 1], masks=(None, queries), orders=cells)
+        assert torch.equal(logits.argmax(-1)[0, at:], codes[image, cells][at:])
+    block = DrawSchedule(4, step_attention="block")
+    other = generate(model, labels, 12, sample_logits=False, schedule=block, orders=order, known=known)
+    assert not torch.equal(other, codes)
+    with pytest.raises(ValueError, match="--step-attention is 'none', expected one of block, causal"):
+        generate(model, labels, 12, schedule=DrawSchedule(4, step_attention="none"))
+
+
+@torch.no_grad()
 def test_known_codes_come_back_and_are_what_the_rest_follows(engine):
     """The class in a block of its own, then all known codes at once, in any order."""
     model, labels, schedule = tiny(), torch.tensor([0, 2]), DrawSchedule(6)
