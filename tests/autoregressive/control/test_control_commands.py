@@ -259,7 +259,8 @@ def test_one_picture_for_each_class_and_photographs(controlled, vq_ckpt, image_f
 @pytest.mark.parametrize(("argv", "said"), [
     (["--control", "canny"], "--control is for --control-image"),
     (["--control-strength", "0.5"], "--control-strength is for --control-image"),
-    (["--control-image", "EDGES", "--control-strength", "nan"], "--control-strength is nan"),
+    *((["--control-image", "EDGES", "--control-strength", strength], f"--control-strength is {strength}, expected -100")
+      for strength in ("nan", "inf", "1e+300", "-100.5")),
     (["--control-image", "EDGES", "--control", "depth"], "follows canny pictures, not depth"),
     (["--control-image", "EDGES,EDGES,EDGES"], "names 3 pictures for 2 classes"),
     (["--control-image", "EDGES,EDGES", "--output", "EDGES"], "would overwrite the --control-image"),
