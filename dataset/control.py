@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dataset.augmentation import code_views, covering, cut
 from dataset.code_manifest import Column
-from dataset.pictures import PictureReader, UnreadableError
+from dataset.pictures import PictureReader, UnreadableError, endings
 from utils.cli import flag, require_package
 
 SIGMA = 1.0  # of the smoothing before edges are looked for, in pixels
@@ -95,7 +95,8 @@ class ControlMaps:
         for likely in (place.with_suffix(".png"), place):  # folders may be long to list
             if likely.is_file():
                 return likely
-        found = sorted(path for path in place.parent.glob(f"{glob.escape(place.stem)}.*") if path.stem == place.stem)
+        found = sorted(path for path in place.parent.glob(f"{glob.escape(place.stem)}.*")
+                       if path.stem == place.stem and path.suffix.lower() in endings())
         if not found:
             raise FileNotFoundError(f"--control-path has no picture for {name}: expected {place.with_suffix('')} with "
                                     "an ending such as .png")
@@ -159,7 +160,8 @@ def read_control(path: str, kind: str, size: tuple[int, int]) -> tuple[np.ndarra
 def read_picture(path: str) -> Image.Image:
     """A picture file. Raises FileNotFoundError and ValueError in one line."""
     if not Path(path).is_file():
-        raise FileNotFoundError(f"--control-image {path}: there is no such file")
+        what = "this is a folder, expected a picture" if Path(path).is_dir() else "there is no such file"
+        raise FileNotFoundError(f"--control-image {path}: {what}")
     try:
         return PictureReader()(path)
     except UnreadableError as error:

@@ -73,7 +73,8 @@ def pictures_to_follow(flags: GridFlags, pipeline: Pipeline, count: int) -> np.n
     if flags.control not in (None, "canny"):
         raise ValueError(f"--control {flags.control}: only canny edges can be found in a photograph here; give the "
                          f"{flags.control} picture itself and leave --control out")
-    paths = [flags.control_image] if Path(flags.control_image).is_file() else flags.control_image.split(",")
+    paths = [flags.control_image] if Path(flags.control_image).is_file() else [
+        path.strip() for path in flags.control_image.split(",")]
     if len(paths) not in (1, count):
         raise ValueError(f"--control-image names {len(paths)} pictures for {count} classes: expected one, or one for "
                          "each class")
@@ -88,6 +89,9 @@ def pictures_to_follow(flags: GridFlags, pipeline: Pipeline, count: int) -> np.n
             continue
         picture, own = read_control(path, kind, pipeline.image_size)
         found.append(picture)
+        if KINDS[kind].bits and picture.mean() > 127.5:
+            cli.warn(f"{path} is white in more than half of its pixels, and a model follows white lines on black: "
+                     "invert the picture, or give --control canny if it is a photograph")
         if own != pipeline.image_size:
             cli.warn(f"{path} has {cli.shown(own)} pixels: its centre is cut out and brought to "
                      f"{cli.shown(pipeline.image_size)}, the size of the images", kind="note")

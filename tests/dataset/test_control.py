@@ -96,6 +96,8 @@ def test_edges_of_one_shade(shade, tmp_path):
 def test_pictures_that_cannot_be_taken(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"--control-image .*none.png: there is no such file"):
         control.read_control(str(tmp_path / "none.png"), "canny", (16, 16))
+    with pytest.raises(FileNotFoundError, match="this is a folder, expected a picture"):
+        control.read_control(str(tmp_path), "canny", (16, 16))
     (tmp_path / "text.png").write_text("no picture")
     with pytest.raises(ValueError, match=r"--control-image: .*text.png cannot be read as an image"):
         control.read_control(str(tmp_path / "text.png"), "depth", (16, 16))
@@ -268,6 +270,10 @@ def test_a_map_that_is_missing_or_of_another_picture(image_folder, maps, vq_ckpt
     with pytest.raises(SystemExit):
         extract(image_folder, vq_ckpt, tmp_path / "two", *argv)
     assert "--control-path has no picture for" in capsys.readouterr().err
+    (maps / "red" / "05.txt").write_text("of another program: no picture")
+    with pytest.raises(SystemExit):
+        extract(image_folder, vq_ckpt, tmp_path / "two", *argv)
+    assert "red/05 with an ending such as .png" in capsys.readouterr().err
     (maps / "blue" / "00.png").unlink()
     with pytest.raises(SystemExit):
         extract(image_folder, vq_ckpt, tmp_path / "three", *argv)

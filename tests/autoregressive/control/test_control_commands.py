@@ -254,6 +254,18 @@ def test_one_picture_for_each_class_and_photographs(controlled, vq_ckpt, image_f
     assert set(np.unique(store[2:18, 2:18])) == {0, 255} and not np.array_equal(store[2:18, 2:18], store[2:18, 38:54])
     grid(*command, "--control-image", photos, "--output", tmp_path / "b.png")
     assert "has 18x18 pixels: its centre is cut out and brought to 16x16" in capsys.readouterr().err
+    grid(*command, "--control-image", photos.replace(",", " , "), "--control", "canny", "--output", tmp_path / "c.png")
+    assert np.array_equal(load_png(tmp_path / "c.png"), store)
+
+
+@pytest.mark.parametrize("black", [100, 156])  # of 256 pixels
+def test_a_drawing_of_black_lines_is_pointed_out(black, controlled, vq_ckpt, tmp_path, capsys):
+    drawing = np.full(256, 255, np.uint8)
+    drawing[:black] = 0
+    Image.fromarray(drawing.reshape(16, 16)).save(tmp_path / "drawing.png")
+    grid("--gpt-ckpt", controlled["ARPG-S"], "--vq-ckpt", vq_ckpt, "--classes", "red", "--control-image",
+         tmp_path / "drawing.png", "--output", tmp_path / "a.png")
+    assert ("white in more than half of its pixels" in capsys.readouterr().err) == (black == 100)
 
 
 @pytest.mark.parametrize(("argv", "said"), [
