@@ -167,6 +167,36 @@ def test_an_adapter_is_not_lost_by_mistake(store, controlled, tmp_path, capsys):
     assert "has a control adapter, this run has none: give --control" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("start", ["--resume", "--gpt-ckpt"])
+@pytest.mark.parametrize(("argv", "said"), [
+    ([], "has a control adapter, this run has none: give --control canny"),
+    ([*ADAPTER, "--control-mode", "replace"], "was trained with --control-mode add, this run has replace"),
+    ([*ADAPTER[:-1], 2], "was trained with --control-layers 1, this run has 2")])
+def test_a_run_goes_on_with_the_adapter_that_it_had(start, argv, said, store, controlled, tmp_path, capsys):
+    checkpoint = containers.newest(controlled["ARPG-S"] / "checkpoints")
+    with pytest.raises(SystemExit):
+        call("train_gpt", "--code-path", store, *QUICK_GPT, "--gpt-model", "ARPG-S", start, checkpoint, "--ema",
+             "--results-dir", tmp_path, *argv)
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("start", ["--resume", "--gpt-ckpt"])
+def test_a_run_without_adapter_does_not_go_on_with_one(start, store, bases, tmp_path, capsys):
+    checkpoint = containers.newest(bases["ARPG-S"] / "checkpoints")
+    with pytest.raises(SystemExit):
+        call("train_gpt", "--code-path", store, *QUICK_GPT, "--gpt-model", "ARPG-S", start, checkpoint, *ADAPTER,
+             "--results-dir", tmp_path)
+    assert "has no control adapter: a new run gets one, --init-from" in capsys.readouterr().err
+
+
+def test_an_adapter_that_adds_is_no_start_for_one_that_replaces(store, controlled, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        call("train_gpt", "--code-path", store, *QUICK_GPT, "--gpt-model", "ARPG-S", "--init-from",
+             controlled["ARPG-S"], *ADAPTER, "--control-mode", "replace", "--results-dir", tmp_path)
+    assert "was trained with --control-mode add, this run has replace" in capsys.readouterr().err
+
+
 def test_timms_weights_are_the_first_ones(store, bases, tmp_path, monkeypatch):
     import timm
 
