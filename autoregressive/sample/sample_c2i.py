@@ -107,6 +107,7 @@ def main(flags: GridFlags) -> None:
     control = pictures_to_follow(flags, pipeline, len(labels))
     start = time.perf_counter()
     if control is None:
+        pipeline.tell_null_control()
         pictures = pipeline(labels, seed=flags.seed, indices=list(range(len(labels))))
     else:
         followed = list(to_signed(torch.from_numpy(control)).to(process.device))

@@ -228,6 +228,8 @@ def main(flags: GPTTrainFlags) -> None:
             f"{config.vocab_size}, {trainer.steps} steps on {process.world_size} x {process.device}, {dtype}"
             f"{', ' + flags.data_parallel if process.world_size > 1 or flags.sharded else ''}; "
             f"run folder {trainer.folder}")
+    if monitor and control is not None:
+        cli.say("--eval-every draws without control pictures; previews follow some of the store's")
 
     def batches(start: int):
         sampler = StepSampler(len(store), global_batch=flags.global_batch_size, rank=process.rank,

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from autoregressive.models.generate import generate
-from autoregressive.sample import sample_c2i
+from autoregressive.sample import edit, sample_c2i, sample_ddp
 from autoregressive.sample.options import SampleFlags
 from autoregressive.sample.pipeline import load_pipeline
 from autoregressive.train import export
@@ -246,6 +246,28 @@ def test_without_a_picture_it_is_the_plain_model(name, store, bases, vq_ckpt, tm
     with_adapter, plain = (pipeline_of(path, vq_ckpt) for path in (tmp_path / f"000-{name}", bases[name]))
     drawn = [pipeline([0, 1, 2], seed=0, indices=[0, 1, 2]) for pipeline in (with_adapter, plain)]
     assert np.array_equal(*drawn)
+
+
+def test_drawing_without_a_picture_is_said(controlled, bases, vq_ckpt, image_folder, tmp_path, capsys):
+    photo, quick = image_folder / "red" / "00.jpg", ["--vq-ckpt", vq_ckpt, "--step", 2, "--precision", "none"]
+    commands = [(sample_c2i, sample_c2i.GridFlags, ["--classes", "red", "--output", tmp_path / "a.png"]),
+                (sample_ddp, sample_ddp.SampleSetFlags, ["--num-fid-samples", 2, "--sample-dir", tmp_path / "set"]),
+                (edit, edit.EditFlags, ["--image", photo, "--redraw", 0.5, "--output", tmp_path / "edited"])]
+    for ckpt, times in ((controlled["ARPG-S"], 1), (bases["ARPG-S"], 0)):
+        for module, flags, argv in commands:
+            cli.run(module.main, flags, [str(word) for word in ["--gpt-ckpt", ckpt, *quick, *argv]])
+            found = capsys.readouterr()
+            assert found.err.count("the model can follow canny pictures; here it draws without one") == times
+
+
+def test_an_evaluation_without_pictures_is_said(store, bases, vq_ckpt, tmp_path, capsys, stand_in, own_cache):
+    np.savez(tmp_path / "reference.npz", arr_0=np.random.default_rng(0).integers(0, 255, (9, 16, 16, 3), np.uint8))
+    command = ["train_gpt", "--code-path", store, *QUICK_GPT, "--gpt-model", "ARPG-S", "--init-from", bases["ARPG-S"],
+               "--vq-ckpt", vq_ckpt, "--results-dir", tmp_path, "--eval-every", 6, "--eval-images", 9,
+               "--eval-reference", tmp_path / "reference.npz", "--metrics", "precision"]
+    for adapter, times in ((ADAPTER, 1), ([], 0)):
+        call(*command, *adapter)
+        assert capsys.readouterr().out.count("--eval-every draws without control pictures") == times
 
 
 @pytest.fixture

@@ -386,6 +386,39 @@ def test_pictures_keep_their_size_on_request(run, tmp_path):
     assert images.load_png(tmp_path / "edited" / "000001.png").shape == (16, 30, 3)
 
 
+def test_the_batch_is_that_of_the_canvas(run, monkeypatch, tmp_path):
+    asked = []
+
+    def one(pipeline, device, *, canvas):
+        asked.append(canvas)
+        return 1
+
+    monkeypatch.setattr(command, "batch_that_fits", one)
+    run("--canvas", "16x200", "--variants", 2)
+    run("--keep-size", "--canvas", "40x70", "--output", "larger")
+    Image.fromarray(picture((5, 7))).save("photo.png")
+    run("--keep-size", "--redraw", 1, "--output", "smaller")
+    assert asked == [(16, 200), (40, 70), SIZE]  # of a small picture a whole window is drawn
+
+
+def test_the_strip_shows_the_first_results(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(command, "MOST_SHOWN", 2)
+    run("--box", "8,8,16,12", "--variants", 2)
+    run("--box", "8,8,16,12", "--variants", 3, "--output", "more")
+    assert (tmp_path / "edited" / "strip.png").read_bytes() == (tmp_path / "more" / "strip.png").read_bytes()
+    assert (tmp_path / "more" / "000002.png").is_file()
+
+
+def test_what_an_earlier_edit_left_is_pointed_out(run, capsys, tmp_path):
+    run("--redraw", 0.5, "--variants", 3)
+    assert capsys.readouterr().err == ""
+    kept = (tmp_path / "edited" / "000002.png").read_bytes()
+    run("--redraw", 0.5, "--variants", 1)
+    said = capsys.readouterr().err
+    assert "pictures of an earlier edit stay in edited (000001.png, 000002.png)" in said
+    assert said.count("\n") == 1 and (tmp_path / "edited" / "000002.png").read_bytes() == kept
+
+
 def test_a_gpt_edits_below_a_row(run, capsys, tmp_path):
     run("--box", "0,20,99,99", model="GPT-S")
     assert (tmp_path / "edited" / "strip.png").is_file()
