@@ -23,8 +23,9 @@ def covering(image: Image.Image, size: tuple[int, int]) -> tuple[Image.Image, tu
     return image, (max(height, round(image.height * scale)), max(width, round(image.width * scale)))
 
 
-def cut(image: Image.Image, whole: tuple[int, int], size: tuple[int, int], top: int, left: int) -> np.ndarray:
-    """Resize to `whole` (bicubic), then cut `size` out at (top, left).
+def cut(image: Image.Image, whole: tuple[int, int], size: tuple[int, int], top: int, left: int,
+        resample: Image.Resampling = Image.Resampling.BICUBIC) -> np.ndarray:
+    """Resize to `whole`, then cut `size` out at (top, left).
 
     Of a picture so thin that `whole` would be huge (of 1x20000 pixels at 256 resizing it takes 12.5 GB) only that part
     is resized. Not always, since Pillow then rounds otherwise than for the whole, which is what ADM resizes.
@@ -33,9 +34,9 @@ def cut(image: Image.Image, whole: tuple[int, int], size: tuple[int, int], top: 
         down, across = image.height / whole[0], image.width / whole[1]
         part = (left * across, top * down, min((left + size[1]) * across, image.width),
                 min((top + size[0]) * down, image.height))
-        return np.asarray(image.resize(size[::-1], Image.Resampling.BICUBIC, box=part))
+        return np.asarray(image.resize(size[::-1], resample, box=part))
     if whole != (image.height, image.width):
-        image = image.resize(whole[::-1], Image.Resampling.BICUBIC)
+        image = image.resize(whole[::-1], resample)
     return np.asarray(image)[top:top + size[0], left:left + size[1]]
 
 

@@ -5,7 +5,6 @@ uint8. Its shape is (H, W) for grey levels, (H, W, 3) for colours, (H, ceil(W / 
 bit per pixel, the leftmost pixel in a byte's highest bit.
 """
 import glob
-import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +15,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dataset.augmentation import MOST_RESIZED, code_views, covering
+from dataset.augmentation import code_views, covering, cut
 from dataset.code_manifest import Column
-from dataset.pictures import PictureReader, UnreadableError
+from dataset.pictures import PictureReader, UnreadableError, endings
 from utils.cli import flag, require_package
 
 SIGMA = 1.0  # of the smoothing before edges are looked for, in pixels
@@ -96,7 +95,8 @@ class ControlMaps:
         for likely in (place.with_suffix(".png"), place):  # folders may be long to list
             if likely.is_file():
                 return likely
-        found = sorted(path for path in place.parent.glob(f"{glob.escape(place.stem)}.*") if path.stem == place.stem)
+        found = sorted(path for path in place.parent.glob(f"{glob.escape(place.stem)}.*")
+                       if path.stem == place.stem and path.suffix.lower() in endings())
         if not found:
             raise FileNotFoundError(f"--control-path has no picture for {name}: expected {place.with_suffix('')} with "
                                     "an ending such as .png")
@@ -121,21 +121,17 @@ def cropped(picture: Image.Image, kind: str, size: tuple[int, int], *, like: tup
     """Views of the control picture of a picture of `like` (width, height) pixels: what `code_views` cuts out there."""
     if picture.size != like:
         picture = picture.resize(like, Image.Resampling.BICUBIC if KINDS[kind].smooth else Image.Resampling.NEAREST)
-    whole = check_whole(picture, tuple(int(side * crop_range) for side in size))
-    if not KINDS[kind].smooth:
-        picture = picture.resize(whole[::-1], Image.Resampling.NEAREST)  # so that nothing is left to interpolate
+    if not KINDS[kind].smooth:  # cut before `code_views` would interpolate
+        outer = tuple(int(side * crop_range) for side in size)
+        picture = Image.fromarray(centre(picture, outer, Image.Resampling.NEAREST))
     views = code_views(picture, size, crop_range=crop_range, **crops)
     return views if KINDS[kind].colours else grey_of(views)
 
 
-def check_whole(picture: Image.Image, size: tuple[int, int]) -> tuple[int, int]:
-    """The size (height, width) to which a picture is brought before `size` is cut out. Raises ValueError if it is huge.
-    """
-    _, whole = covering(picture, size)
-    if math.prod(whole) > MOST_RESIZED:
-        raise ValueError(f"a control picture of {picture.width}x{picture.height} pixels is too thin for a crop of "
-                         f"{size[1]}x{size[0]}")
-    return whole
+def centre(picture: Image.Image, size: tuple[int, int], resample: Image.Resampling) -> np.ndarray:
+    """The part of a picture that `center_crop` takes, resized from the picture itself, without halving it first."""
+    _, (height, width) = covering(picture, size)
+    return cut(picture, (height, width), size, (height - size[0]) // 2, (width - size[1]) // 2, resample)
 
 
 def grey_of(views: np.ndarray) -> np.ndarray:
@@ -155,8 +151,8 @@ def read_control(path: str, kind: str, size: tuple[int, int]) -> tuple[np.ndarra
         lines = np.asarray(picture.convert("L")) >= 128
         picture = Image.fromarray(np.uint8(255) * lines).convert("RGB")
         if own != size:  # a line of one pixel would be lost, were only the nearest pixels taken
-            grey = picture.convert("L").resize(check_whole(picture, size)[::-1], Image.Resampling.BOX)
-            picture = Image.fromarray(np.uint8(255) * (np.asarray(grey) > 0)).convert("RGB")
+            grey = centre(picture.convert("L"), size, Image.Resampling.BOX)
+            picture = Image.fromarray(np.uint8(255) * (grey > 0)).convert("RGB")
     views = cropped(picture, kind, size, like=picture.size, ten_crop=False, mirror=False)
     return (views[0].transpose(2, 0, 1) if views.ndim == 4 else views), own
 
@@ -164,7 +160,8 @@ def read_control(path: str, kind: str, size: tuple[int, int]) -> tuple[np.ndarra
 def read_picture(path: str) -> Image.Image:
     """A picture file. Raises FileNotFoundError and ValueError in one line."""
     if not Path(path).is_file():
-        raise FileNotFoundError(f"--control-image {path}: there is no such file")
+        what = "this is a folder, expected a picture" if Path(path).is_dir() else "there is no such file"
+        raise FileNotFoundError(f"--control-image {path}: {what}")
     try:
         return PictureReader()(path)
     except UnreadableError as error:

@@ -24,7 +24,7 @@ from autoregressive.models.planning import (
     read_conditions,
     read_known,
 )
-from autoregressive.models.sampling import check_sampling
+from autoregressive.models.sampling import check_sampling, check_strength
 from autoregressive.models.schedule import DrawSchedule
 from utils.compatible import missing_names
 from utils.finite import NotFiniteError
@@ -122,11 +122,14 @@ def generate(model: CodeModel, cond: ArrayLike, max_new_tokens: int, emb_masks: 
 def control_of(model: CodeModel, pictures: Sequence[ArrayLike | None] | Tensor | None,
                strengths: list[float]) -> list[Tensor | None]:
     """What the control picture of each image adds (places, L, D). Each goes through the adapter alone, so that it does
-    not depend on the batch. Raises ValueError for a model without an adapter and for pictures that do not fit."""
+    not depend on the batch. Raises ValueError for a model without an adapter, for pictures that do not fit and for
+    strengths that are huge."""
     if pictures is None:
         return [None] * len(strengths)
     if len(pictures) != len(strengths):
         raise ValueError(f"{len(pictures)} control pictures for {len(strengths)} samples")
+    for strength in strengths:
+        check_strength(strength)
     pictures = [None if picture is None else floats("a control picture is", picture).float() for picture in pictures]
     for picture in pictures:
         if picture is not None and picture.numel() and not picture.abs().max() <= 1:

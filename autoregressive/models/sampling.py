@@ -16,6 +16,7 @@ from torch import Tensor
 from native.build import load
 
 MIN_TEMPERATURE = 1e-5
+MOST_STRENGTH = 100  # of control, to either side: far beyond what training shows
 
 
 @dataclass
@@ -149,6 +150,13 @@ def _choose_native(kernels: ctypes.CDLL, logits: Tensor, draws: Tensor, scale: T
                                       *(first + 8 * count * i for i in range(4)), *(x.data_ptr() for x in arrays),
                                       min(torch.get_num_threads(), count))))
     return codes, finite
+
+
+def check_strength(strength: float) -> None:
+    """Raise ValueError for a strength of control that makes no sense: of a huge one nothing but the control is left."""
+    if not -MOST_STRENGTH <= strength <= MOST_STRENGTH:
+        raise ValueError(f"--control-strength is {strength}, expected {-MOST_STRENGTH} to {MOST_STRENGTH}: 1 as in "
+                         "training, 0 as without a control picture, less than 0 away from it")
 
 
 def check_sampling(*, temperature: float, top_k: int, top_p: float) -> None:

@@ -23,8 +23,12 @@ def even_batch(total: int, limit: int) -> int:
     return math.ceil(total / math.ceil(total / limit)) if total else limit
 
 
-def bytes_per_image(pipeline: Pipeline, device: torch.device) -> int:
-    """Bytes that each image of a batch adds: keys and values (twice with guidance), logits, pixels on a CPU."""
+def bytes_per_image(pipeline: Pipeline, device: torch.device, *, canvas: tuple[int, int] | None = None) -> int:
+    """Bytes that each image of a batch adds: keys and values (twice with guidance), logits, pixels on a CPU. Those of
+    control pictures are not counted: who asks here draws without.
+
+    canvas: height and width of an edit's result, drawn window by window, whose pixels are all on the device at once.
+    """
     config, weight = pipeline.gpt.config, next(pipeline.gpt.parameters())
     rows = 2 if pipeline.settings["cfg_scale"] > 1 else 1
     parts = pipeline.gpt.parts()
@@ -32,21 +36,23 @@ def bytes_per_image(pipeline: Pipeline, device: torch.device) -> int:
     drawn = 1 if pipeline.schedule is None else max(pipeline.schedule.sizes(config.block_size))  # codes in a step
     tokens = config.cls_token_num + config.block_size
     cache = 2 * caches * config.n_kv_head * (config.dim // config.n_head) * tokens * weight.element_size()
-    pixels = PIXEL_COPIES * 3 * 4 * math.prod(pipeline.image_size) if device.type == "cpu" else 0
+    kept = canvas or (pipeline.image_size if device.type == "cpu" else (0, 0))
+    pixels = PIXEL_COPIES * 3 * 4 * math.prod(kept)
     return rows * (cache + drawn * LOGIT_COPIES * 4 * config.vocab_size) + pixels
 
 
-def decoder_bytes(pipeline: Pipeline, device: torch.device) -> int:
+def decoder_bytes(pipeline: Pipeline, device: torch.device, *, canvas: tuple[int, int] | None = None) -> int:
     """Bytes that the tokenizer's decoder needs for any batch size: it takes few images at a time."""
-    config, pixels = pipeline.tokenizer.config, math.prod(pipeline.image_size)
+    config, pixels = pipeline.tokenizer.config, math.prod(canvas or pipeline.image_size)
     at_once = images_at_once(pixels, device.type, free=runs_on_kernels(pipeline.tokenizer))
     return at_once * config.ch * max(config.decoder_ch_mult[:2]) * 4 * pixels * DECODER_COPIES
 
 
-def batch_that_fits(pipeline: Pipeline, device: torch.device) -> int:
-    """The largest batch that fits into the free memory of `device`; at least 1, at most ENOUGH."""
-    room = SHARE * free_memory(device) - decoder_bytes(pipeline, device)
-    return max(1, min(ENOUGH[device.type], int(room / bytes_per_image(pipeline, device))))
+def batch_that_fits(pipeline: Pipeline, device: torch.device, *, canvas: tuple[int, int] | None = None) -> int:
+    """The largest batch that fits into the free memory of `device`; at least 1, at most ENOUGH. canvas: see
+    `bytes_per_image`."""
+    room = SHARE * free_memory(device) - decoder_bytes(pipeline, device, canvas=canvas)
+    return max(1, min(ENOUGH[device.type], int(room / bytes_per_image(pipeline, device, canvas=canvas))))
 
 
 def free_memory(device: torch.device) -> float:

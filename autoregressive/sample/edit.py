@@ -9,10 +9,11 @@ An ARPG draws any part; a GPT, which draws row by row, only the lower part: all 
 cropped and resized to the model's size as pictures for training are, its mask or box with it; with --keep-size it keeps
 its own size, and is edited in windows of the model's. An edit that would redraw nothing (an empty mask) is refused.
 
-Into the folder --output go the results, 000000.png …, strip.png (original | mask | result; in the mask white is what
-was marked, grey what was redrawn around it) and config.json with settings and numbers. There `seam_psnr` is that of the
-known pixels near what was drawn, in dB (null if there are none, or all are identical), `seam_psnr_decoded` the same
-before --paste, `known_psnr` that of all known pixels, compared with the cropped and resized picture.
+Into the folder --output go the results, 000000.png …, strip.png (original | mask | the first 64 results; in the mask
+white is what was marked, grey what was redrawn around it) and config.json with settings and numbers. What an earlier,
+longer edit left there stays, and is pointed out. In config.json `seam_psnr` is that of the known pixels near what was
+drawn, in dB (null if there are none, or all are identical), `seam_psnr_decoded` the same before --paste, `known_psnr`
+that of all known pixels, compared with the cropped and resized picture.
 """
 import re
 import sys
@@ -37,7 +38,11 @@ from dataset.build import PictureFlags
 from dataset.pictures import PictureReader, endings
 from utils import cli, dist, images
 from utils.cli import REQUIRED, flag
+from utils.files import few
 from utils.options import OutputFlags
+
+RESULT = re.compile(r"[0-9]{6,}\.png")  # names of results
+MOST_SHOWN = 64  # results in the strip, which is made as a whole
 
 
 def pixel_counts(text: str, *, names: str) -> tuple[int, ...]:
@@ -100,7 +105,8 @@ def model_view(picture: Image.Image, mask: np.ndarray, size: tuple[int, int]) ->
 def overwrites(output: str, path: str) -> bool:
     """Whether an edit into the folder `output` may write to `path`: an earlier result, edited once more, say."""
     place = Path(path).resolve()
-    return place.parent == Path(output).resolve() and re.fullmatch(r"\d{6}\.png|strip\.png", place.name) is not None
+    return place.parent == Path(output).resolve() and (
+        RESULT.fullmatch(place.name) is not None or place.name == "strip.png")
 
 
 def main(flags: EditFlags) -> None:
@@ -124,6 +130,7 @@ def main(flags: EditFlags) -> None:
     settings = {name: getattr(flags, name) for name in ("dilate", "redraw", "canvas", "place", "paste")}
     check_edit(size if flags.keep_size else None, mask, **settings)
     pipeline = load_pipeline(flags, device=process.device)
+    pipeline.tell_null_control()
     labels = [pipeline.num_classes] if flags.classes is None else pipeline.parse_classes(flags.classes)
 
     image = original = np.asarray(picture)
@@ -135,16 +142,18 @@ def main(flags: EditFlags) -> None:
         original, marked = model_view(picture, marked, pipeline.image_size)
         mask = None if mask is None else marked
     jobs = [(label, index) for label in labels for index in range(flags.variants)]
+    layout = Canvas.around(original.shape[:2], flags.canvas, flags.place)
+    drawn = tuple(map(max, layout.size, pipeline.image_size))  # a small canvas still takes a whole window
     start, parts = time.perf_counter(), []
-    step = even_batch(len(jobs), batch_that_fits(pipeline, process.device))
+    step = even_batch(len(jobs), batch_that_fits(pipeline, process.device, canvas=drawn))
     for first in range(0, len(jobs), step):
         conditions, indices = zip(*jobs[first:first + step], strict=True)
         parts.append(edit(pipeline, image, mask, conditions=conditions, seed=flags.seed, indices=indices, **settings))
     seconds = time.perf_counter() - start
-    layout = Canvas.around(original.shape[:2], flags.canvas, flags.place)
     results = write(flags, pipeline, jobs, parts, original=layout.laid(original, beyond=GREY))
     print(f"{len(jobs)} images of {layout.size[0]}x{layout.size[1]} in {seconds:.1f} s: {summary(results)}; "
           f"{flags.output}/strip.png")
+    tell_earlier(Path(flags.output), results)
 
 
 def write(flags: EditFlags, pipeline: Pipeline, jobs: list[tuple[int, int]], parts: list[Edited], *,
@@ -153,16 +162,27 @@ def write(flags: EditFlags, pipeline: Pipeline, jobs: list[tuple[int, int]], par
     each result."""
     folder = Path(flags.output)
     folder.mkdir(parents=True, exist_ok=True)
-    pictures, masks = (np.concatenate([getattr(part, name) for part in parts]) for name in ("pictures", "masks"))
+    pictures, masks = ([pixels for part in parts for pixels in getattr(part, name)] for name in ("pictures", "masks"))
     names = ["no class" if label == pipeline.num_classes else pipeline.class_name(label) for label, _ in jobs]
     numbers = [result for part in parts for result in part.results]
     results = [{"file": f"{i:06d}.png", "class": name, "index": index, **found}
                for i, (name, (_, index), found) in enumerate(zip(names, jobs, numbers, strict=True))]
     for result, picture in zip(results, pictures, strict=True):
         images.save_png(folder / result["file"], picture)
-    images.save_png(folder / "strip.png", strip(original, masks, pictures, names=names))
+    shown = [np.stack(pixels[:MOST_SHOWN]) for pixels in (masks, pictures)]
+    images.save_png(folder / "strip.png", strip(original, *shown, names=names[:MOST_SHOWN]))
     cli.save_config(folder / "config.json", flags, models=pipeline.described, results=results)
     return results
+
+
+def tell_earlier(folder: Path, results: list[dict]) -> None:
+    """Say which pictures in the folder are results of an earlier edit: they stay, but config.json says nothing of them.
+    """
+    ours = {result["file"] for result in results}
+    earlier = sorted(path.name for path in folder.iterdir() if RESULT.fullmatch(path.name) and path.name not in ours)
+    if earlier:
+        cli.warn(f"pictures of an earlier edit stay in {folder} ({few(earlier)}): config.json lists those of this one; "
+                 "another --output keeps edits apart", kind="note")
 
 
 def summary(results: list[dict]) -> str:

@@ -115,6 +115,12 @@ class Pipeline:
             pixels = F.interpolate(pixels, size=size, mode="bicubic")
         return images.to_uint8(pixels)
 
+    def tell_null_control(self) -> None:
+        """Say that images are drawn without control pictures, of a model that was trained to follow some."""
+        if self.control is not None:
+            cli.warn(f"the model can follow {self.control.get('kind')} pictures; here it draws without one "
+                     "(--control-image of sample_c2i.py)", kind="note")
+
     def class_name(self, label: int) -> str:
         """What to write under a picture."""
         return self.classes[label] if self.classes else str(label)

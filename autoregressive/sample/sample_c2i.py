@@ -8,7 +8,6 @@ Class names work too when the checkpoint knows them. The picture goes to --outpu
     python3 autoregressive/sample/sample_c2i.py --gpt-ckpt GPT.pt --vq-ckpt VQ.pt --classes dogs \\
         --control-image dog.jpg --control canny
 """
-import math
 import sys
 import time
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from autoregressive.models.sampling import check_strength
 from autoregressive.sample.options import ClassesFlags, SampleFlags
 from autoregressive.sample.pipeline import Pipeline, load_pipeline
 from dataset.augmentation import center_crop
@@ -38,7 +38,8 @@ class GridFlags(SampleFlags, ClassesFlags, ControlFlags, OutputFlags):
                                            "segments, as the model was trained with, or with --control canny a "
                                            "photograph. The centre is taken where its size is not that of the images. "
                                            "Several, comma-separated: one for each class")
-    control_strength: float = flag(1.0, "what the control picture adds is multiplied by it: 1 as in training, 0: none")
+    control_strength: float = flag(1.0, "what the control picture adds is multiplied by it, -100 to 100: 1 as in "
+                                             "training, 0: none, less: away from it")
     output: str = "sample_c2i.png"
     top_k: int = 2000
 
@@ -50,8 +51,7 @@ def default_classes(pipeline: Pipeline) -> list[int]:
 
 def check_follows(flags: GridFlags) -> None:
     """Raise ValueError for flags of control that say nothing together."""
-    if not math.isfinite(flags.control_strength):
-        raise ValueError(f"--control-strength is {flags.control_strength}, expected a finite number")
+    check_strength(flags.control_strength)
     if flags.control_image is None and (flags.control is not None or flags.control_strength != 1):
         used = "--control" if flags.control is not None else "--control-strength"
         raise ValueError(f"{used} is for --control-image: which picture should the samples follow?")
@@ -73,7 +73,8 @@ def pictures_to_follow(flags: GridFlags, pipeline: Pipeline, count: int) -> np.n
     if flags.control not in (None, "canny"):
         raise ValueError(f"--control {flags.control}: only canny edges can be found in a photograph here; give the "
                          f"{flags.control} picture itself and leave --control out")
-    paths = [flags.control_image] if Path(flags.control_image).is_file() else flags.control_image.split(",")
+    paths = [flags.control_image] if Path(flags.control_image).is_file() else [
+        path.strip() for path in flags.control_image.split(",")]
     if len(paths) not in (1, count):
         raise ValueError(f"--control-image names {len(paths)} pictures for {count} classes: expected one, or one for "
                          "each class")
@@ -88,6 +89,9 @@ def pictures_to_follow(flags: GridFlags, pipeline: Pipeline, count: int) -> np.n
             continue
         picture, own = read_control(path, kind, pipeline.image_size)
         found.append(picture)
+        if KINDS[kind].bits and picture.mean() > 127.5:
+            cli.warn(f"{path} is white in more than half of its pixels, and a model follows white lines on black: "
+                     "invert the picture, or give --control canny if it is a photograph")
         if own != pipeline.image_size:
             cli.warn(f"{path} has {cli.shown(own)} pixels: its centre is cut out and brought to "
                      f"{cli.shown(pipeline.image_size)}, the size of the images", kind="note")
@@ -103,6 +107,7 @@ def main(flags: GridFlags) -> None:
     control = pictures_to_follow(flags, pipeline, len(labels))
     start = time.perf_counter()
     if control is None:
+        pipeline.tell_null_control()
         pictures = pipeline(labels, seed=flags.seed, indices=list(range(len(labels))))
     else:
         followed = list(to_signed(torch.from_numpy(control)).to(process.device))

@@ -161,6 +161,7 @@ def main(flags: SampleSetFlags, pipeline: Pipeline | None = None) -> Path:
     if flags.num_fid_samples < 1 or flags.per_proc_batch_size < 0:
         raise ValueError("--num-fid-samples must be at least 1, --per-proc-batch-size at least 0 (what memory holds)")
     pipeline = pipeline or load_pipeline(flags, device=process.device)
+    pipeline.tell_null_control()
     size = flags.scored_size(pipeline.image_size)
     described = {**pipeline.described, "image_size_eval": list(size), "label_mode": flags.label_mode,
                  "seed": flags.global_seed}

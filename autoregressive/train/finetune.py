@@ -78,6 +78,28 @@ def check_same_tokenizer(content: dict[str, Any], source: str | Path, store: Cod
                          f"of {tokenizer_name(now)}: extract them with the tokenizer of that training")
 
 
+def check_same_control(content: dict[str, Any], source: str | Path, wanted: dict[str, Any] | None, *,
+                       begins: bool = False) -> None:
+    """Raise ValueError when a file has another control adapter than this run, whose config is `wanted` (None: none).
+
+    begins: its weights are a new run's first ones, which may get an adapter or follow another kind of pictures.
+    """
+    theirs = containers.saved_config(content).get("control")
+    if not isinstance(content.get("config"), dict) or (theirs is None and (begins or wanted is None)):
+        return
+    if theirs is None:
+        raise ValueError(f"{source} has no control adapter: a new run gets one, --init-from {source} with --control "
+                         f"{wanted['kind']}")
+    if wanted is None:
+        raise ValueError(f"{source} has a control adapter, this run has none: give --control {theirs.get('kind')} and "
+                         "the flags of its adapter as in that training")
+    for name in ("mode",) if begins else ("kind", "mode", "vit", "layers"):
+        if theirs.get(name) != wanted[name]:
+            flag_name = "--control" if name == "kind" else f"--control-{name}"
+            raise ValueError(f"{source} was trained with {flag_name} {theirs.get(name)}, this run has {wanted[name]}: "
+                             "give the flags of its adapter as in that training")
+
+
 def warn_of_other_tokenizer(content: dict[str, Any], source: str, store: CodeStore, *, code_path: str) -> None:
     """The same as a warning, for a file whose weights are a new run's first ones."""
     try:

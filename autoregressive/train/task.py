@@ -1,5 +1,5 @@
 """A model over codes in the training loop: the loss of a micro-batch, samples as previews and for an evaluation."""
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +26,15 @@ class GPTTask:
 
     def __init__(self, model: nn.Module, *, dtype: torch.dtype, classes: list[str] | None,
                  tokenizer: ImageTokenizer | None, seed: int, token_noise: float, cfg_scale: float,
-                 check_codes: Callable[[dict[str, Any], Path], None] = lambda facts, path: None,
+                 checks: Sequence[Callable[[dict[str, Any], Path], None]] = (),
                  controlled: tuple[np.ndarray, Tensor] | None = None) -> None:
-        """`check_codes`: raises ValueError for a checkpoint that was trained on other codes; `controlled`: labels (N,)
-        and control pictures (N, C, H, W) uint8 for previews."""
+        """`checks`: raise ValueError for a checkpoint that was trained on other codes or with another control adapter;
+        `controlled`: labels (N,) and control pictures (N, C, H, W) uint8 for previews."""
         self.modules = {"model": model}
         config = parallel.unwrap(model).config
         self.token_noise, self.vocab_size, self.sample_weight = token_noise, config.vocab_size, config.block_size
         self.dtype, self.classes, self.tokenizer, self.seed = dtype, classes, tokenizer, seed
-        self.cfg_scale, self.check_codes, self.controlled = cfg_scale, check_codes, controlled
+        self.cfg_scale, self.checks, self.controlled = cfg_scale, checks, controlled
 
     def micro_step(self, batch: dict[str, Tensor], *, step: int, backward: Backward) -> dict[str, Tensor]:
         """Cross-entropy of the codes (B, L) given their labels (B,)."""
@@ -49,10 +49,11 @@ class GPTTask:
         return {"loss": torch.where(weight > 0, loss / weight, 0.0)}
 
     def check(self, facts: dict[str, Any], path: Path) -> None:
-        """Raise ValueError for a checkpoint of other classes or codes, or of another model."""
+        """Raise ValueError for a checkpoint of other classes, codes or control, or of another model."""
+        for check in self.checks:
+            check(facts, path)
         check_resumed(path, parallel.unwrap(self.modules["model"]).state_dict())
         check_same_classes(facts, path, self.classes)
-        self.check_codes(facts, path)
 
     def report(self) -> dict[str, float]:
         """Nothing: the steps return all there is to log."""

@@ -24,6 +24,7 @@ from autoregressive.train.finetune import (
     add_lora,
     check_finetune,
     check_same_classes,
+    check_same_control,
     check_same_kind,
     check_same_tokenizer,
     freeze,
@@ -191,12 +192,16 @@ def main(flags: GPTTrainFlags) -> None:
     freeze(model, flags.freeze)
     lora = add_lora(model, flags.lora_rank) if flags.lora_rank else None
     control = control_adapter(model, flags, store) if flags.control is not None else None
+    adapter = None if control is None else {**control.described(), "kind": flags.control}
+    begins = flags.init_from is not None or not is_training_checkpoint(content)
+    check_same_control(content, source, adapter, begins=begins)
     parallel.apply_parallelism(model, flags, process.device, dtype=dtype, compiled=flags.compile)
     started = first_weights(model, flags, content, classes=store.classes, control=control)
     config = model.config
     task = GPTTask(parallel.apply_ddp(model, process.device), dtype=dtype, classes=store.classes, tokenizer=tokenizer,
                    seed=flags.global_seed, token_noise=flags.token_noise, cfg_scale=flags.cfg_scale,
-                   check_codes=check_codes, controlled=preview_control(flags, store))
+                   checks=(check_codes, partial(check_same_control, wanted=adapter)),
+                   controlled=preview_control(flags, store))
     saved: dict[str, Any] = {"kind": "gpt", "gpt_model": name, "gpt_type": flags.gpt_type, "grid": list(config.grid),
                              "vocab_size": config.vocab_size, "num_classes": config.num_classes,
                              "cls_token_num": config.cls_token_num, "classes": store.classes,
@@ -206,8 +211,7 @@ def main(flags: GPTTrainFlags) -> None:
         saved["lora"] = lora
     if control is not None:
         found = store.manifest.get("control", {})
-        saved["control"] = {**control.described(), **(found if found.get("kind") == flags.control else {}),
-                            "kind": flags.control}
+        saved["control"] = adapter | (found if found.get("kind") == flags.control else {})
     identity = identity_of(flags, data=store.fingerprint(), model=saved, start=source, covered=("init_from",))
     refuse = partial(refuse_other_codes, ours=identity, code_path=flags.code_path)
     trainer = Trainer(task, flags, process, choose_run(flags, name, identity, refuse=refuse), samples=len(store),
@@ -224,6 +228,8 @@ def main(flags: GPTTrainFlags) -> None:
             f"{config.vocab_size}, {trainer.steps} steps on {process.world_size} x {process.device}, {dtype}"
             f"{', ' + flags.data_parallel if process.world_size > 1 or flags.sharded else ''}; "
             f"run folder {trainer.folder}")
+    if monitor and control is not None:
+        cli.say("--eval-every draws without control pictures; previews follow some of the store's")
 
     def batches(start: int):
         sampler = StepSampler(len(store), global_batch=flags.global_batch_size, rank=process.rank,

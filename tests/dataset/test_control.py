@@ -96,12 +96,29 @@ def test_edges_of_one_shade(shade, tmp_path):
 def test_pictures_that_cannot_be_taken(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"--control-image .*none.png: there is no such file"):
         control.read_control(str(tmp_path / "none.png"), "canny", (16, 16))
+    with pytest.raises(FileNotFoundError, match="this is a folder, expected a picture"):
+        control.read_control(str(tmp_path), "canny", (16, 16))
     (tmp_path / "text.png").write_text("no picture")
     with pytest.raises(ValueError, match=r"--control-image: .*text.png cannot be read as an image"):
         control.read_control(str(tmp_path / "text.png"), "depth", (16, 16))
-    for kind in control.KINDS:
-        with pytest.raises(ValueError, match="1x20000 pixels is too thin for a crop of 256x256"):
-            control.read_control(file_of(np.zeros((20000, 1), np.uint8), tmp_path / "thin.png"), kind, (256, 256))
+
+
+@pytest.mark.parametrize("kind", control.KINDS)
+@pytest.mark.parametrize("shape", [(20000, 1), (1, 20000)])
+def test_of_a_thin_picture_only_the_crop_is_resized(kind, shape, tmp_path, monkeypatch):
+    sizes, resize = [], Image.Image.resize
+
+    def noting(image, size, *args, **options):
+        sizes.append(size)
+        return resize(image, size, *args, **options)
+
+    monkeypatch.setattr(Image.Image, "resize", noting)
+    pixels = np.zeros(shape, np.uint8)
+    pixels.ravel()[10000:] = 255  # the second half, of the whole and of its centre
+    found, own = control.read_control(file_of(pixels, tmp_path / "thin.png"), kind, (256, 256))
+    assert own == shape and max(map(max, sizes)) <= 256
+    long = found[0] if shape[0] > 1 else found[0].T
+    assert (long[:4] < 16).all() and (long[-4:] > 239).all()  # between them a smooth kind is interpolated
 
 
 # ---- with the codes of the same crop
@@ -253,11 +270,29 @@ def test_a_map_that_is_missing_or_of_another_picture(image_folder, maps, vq_ckpt
     with pytest.raises(SystemExit):
         extract(image_folder, vq_ckpt, tmp_path / "two", *argv)
     assert "--control-path has no picture for" in capsys.readouterr().err
+    (maps / "red" / "05.txt").write_text("of another program: no picture")
+    with pytest.raises(SystemExit):
+        extract(image_folder, vq_ckpt, tmp_path / "two", *argv)
+    assert "red/05 with an ending such as .png" in capsys.readouterr().err
     (maps / "blue" / "00.png").unlink()
     with pytest.raises(SystemExit):
         extract(image_folder, vq_ckpt, tmp_path / "three", *argv)
     assert "blue/00 with an ending such as .png" in capsys.readouterr().err
     assert not (tmp_path / "three").exists()
+
+
+@pytest.mark.parametrize("kind", ["depth", "segmentation"])
+def test_one_thin_picture_among_others(kind, vq_ckpt, tmp_path):
+    pixels = np.zeros((20000, 1, 3), np.uint8)
+    pixels[10000:] = 255
+    for name in ("photos", "maps"):
+        (tmp_path / name / "a").mkdir(parents=True)
+        file_of(pixels, tmp_path / name / "a" / "thin.png")
+        file_of(WHITE_SQUARE, tmp_path / name / "a" / "usual.png")
+    store = extract(tmp_path / "photos", vq_ckpt, tmp_path / "codes", "--image-size", 64, "--control", kind,
+                    "--control-path", tmp_path / "maps")
+    thin, _ = (control.unpacked(pictures, kind, 64) for pictures in store.column(kind, np.arange(2)))
+    assert (thin[..., :2, :] < 16).all() and (thin[..., -2:, :] > 239).all()
 
 
 def test_an_extraction_that_was_killed_goes_on_with_its_edges(image_folder, vq_ckpt, tmp_path, monkeypatch):

@@ -217,6 +217,9 @@ def test_strength(name):
     each = generate(model, labels, L, generators=streams(B), control=given, control_strength=[0, 1, 0.5])
     assert torch.equal(each, torch.stack([drawn[0][0], drawn[1][1], drawn[0.5][2]]))
     half, whole = (control_of(model, given, [strength] * B) for strength in (0.5, 1.0))
+    for strength in (1e300, -101, [0, 1, 1e30]):
+        with pytest.raises(ValueError, match=r"--control-strength is .*, expected -100 to 100"):
+            generate(model, labels, L, generators=streams(B), control=given, control_strength=strength)
     assert all(torch.equal(0.5 * a, b) for a, b in zip(whole, half, strict=True))
 
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from autoregressive.models.generate import generate
-from autoregressive.sample import sample_c2i
+from autoregressive.sample import edit, sample_c2i, sample_ddp
 from autoregressive.sample.options import SampleFlags
 from autoregressive.sample.pipeline import load_pipeline
 from autoregressive.train import export
@@ -167,6 +167,36 @@ def test_an_adapter_is_not_lost_by_mistake(store, controlled, tmp_path, capsys):
     assert "has a control adapter, this run has none: give --control" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("start", ["--resume", "--gpt-ckpt"])
+@pytest.mark.parametrize(("argv", "said"), [
+    ([], "has a control adapter, this run has none: give --control canny"),
+    ([*ADAPTER, "--control-mode", "replace"], "was trained with --control-mode add, this run has replace"),
+    ([*ADAPTER[:-1], 2], "was trained with --control-layers 1, this run has 2")])
+def test_a_run_goes_on_with_the_adapter_that_it_had(start, argv, said, store, controlled, tmp_path, capsys):
+    checkpoint = containers.newest(controlled["ARPG-S"] / "checkpoints")
+    with pytest.raises(SystemExit):
+        call("train_gpt", "--code-path", store, *QUICK_GPT, "--gpt-model", "ARPG-S", start, checkpoint, "--ema",
+             "--results-dir", tmp_path, *argv)
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("start", ["--resume", "--gpt-ckpt"])
+def test_a_run_without_adapter_does_not_go_on_with_one(start, store, bases, tmp_path, capsys):
+    checkpoint = containers.newest(bases["ARPG-S"] / "checkpoints")
+    with pytest.raises(SystemExit):
+        call("train_gpt", "--code-path", store, *QUICK_GPT, "--gpt-model", "ARPG-S", start, checkpoint, *ADAPTER,
+             "--results-dir", tmp_path)
+    assert "has no control adapter: a new run gets one, --init-from" in capsys.readouterr().err
+
+
+def test_an_adapter_that_adds_is_no_start_for_one_that_replaces(store, controlled, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        call("train_gpt", "--code-path", store, *QUICK_GPT, "--gpt-model", "ARPG-S", "--init-from",
+             controlled["ARPG-S"], *ADAPTER, "--control-mode", "replace", "--results-dir", tmp_path)
+    assert "was trained with --control-mode add, this run has replace" in capsys.readouterr().err
+
+
 def test_timms_weights_are_the_first_ones(store, bases, tmp_path, monkeypatch):
     import timm
 
@@ -218,6 +248,28 @@ def test_without_a_picture_it_is_the_plain_model(name, store, bases, vq_ckpt, tm
     assert np.array_equal(*drawn)
 
 
+def test_drawing_without_a_picture_is_said(controlled, bases, vq_ckpt, image_folder, tmp_path, capsys):
+    photo, quick = image_folder / "red" / "00.jpg", ["--vq-ckpt", vq_ckpt, "--step", 2, "--precision", "none"]
+    commands = [(sample_c2i, sample_c2i.GridFlags, ["--classes", "red", "--output", tmp_path / "a.png"]),
+                (sample_ddp, sample_ddp.SampleSetFlags, ["--num-fid-samples", 2, "--sample-dir", tmp_path / "set"]),
+                (edit, edit.EditFlags, ["--image", photo, "--redraw", 0.5, "--output", tmp_path / "edited"])]
+    for ckpt, times in ((controlled["ARPG-S"], 1), (bases["ARPG-S"], 0)):
+        for module, flags, argv in commands:
+            cli.run(module.main, flags, [str(word) for word in ["--gpt-ckpt", ckpt, *quick, *argv]])
+            found = capsys.readouterr()
+            assert found.err.count("the model can follow canny pictures; here it draws without one") == times
+
+
+def test_an_evaluation_without_pictures_is_said(store, bases, vq_ckpt, tmp_path, capsys, stand_in, own_cache):
+    np.savez(tmp_path / "reference.npz", arr_0=np.random.default_rng(0).integers(0, 255, (9, 16, 16, 3), np.uint8))
+    command = ["train_gpt", "--code-path", store, *QUICK_GPT, "--gpt-model", "ARPG-S", "--init-from", bases["ARPG-S"],
+               "--vq-ckpt", vq_ckpt, "--results-dir", tmp_path, "--eval-every", 6, "--eval-images", 9,
+               "--eval-reference", tmp_path / "reference.npz", "--metrics", "precision"]
+    for adapter, times in ((ADAPTER, 1), ([], 0)):
+        call(*command, *adapter)
+        assert capsys.readouterr().out.count("--eval-every draws without control pictures") == times
+
+
 @pytest.fixture
 def edges(image_folder, tmp_path):
     """A picture of edges, of the images' size."""
@@ -254,12 +306,25 @@ def test_one_picture_for_each_class_and_photographs(controlled, vq_ckpt, image_f
     assert set(np.unique(store[2:18, 2:18])) == {0, 255} and not np.array_equal(store[2:18, 2:18], store[2:18, 38:54])
     grid(*command, "--control-image", photos, "--output", tmp_path / "b.png")
     assert "has 18x18 pixels: its centre is cut out and brought to 16x16" in capsys.readouterr().err
+    grid(*command, "--control-image", photos.replace(",", " , "), "--control", "canny", "--output", tmp_path / "c.png")
+    assert np.array_equal(load_png(tmp_path / "c.png"), store)
+
+
+@pytest.mark.parametrize("black", [100, 156])  # of 256 pixels
+def test_a_drawing_of_black_lines_is_pointed_out(black, controlled, vq_ckpt, tmp_path, capsys):
+    drawing = np.full(256, 255, np.uint8)
+    drawing[:black] = 0
+    Image.fromarray(drawing.reshape(16, 16)).save(tmp_path / "drawing.png")
+    grid("--gpt-ckpt", controlled["ARPG-S"], "--vq-ckpt", vq_ckpt, "--classes", "red", "--control-image",
+         tmp_path / "drawing.png", "--output", tmp_path / "a.png")
+    assert ("white in more than half of its pixels" in capsys.readouterr().err) == (black == 100)
 
 
 @pytest.mark.parametrize(("argv", "said"), [
     (["--control", "canny"], "--control is for --control-image"),
     (["--control-strength", "0.5"], "--control-strength is for --control-image"),
-    (["--control-image", "EDGES", "--control-strength", "nan"], "--control-strength is nan"),
+    *((["--control-image", "EDGES", "--control-strength", strength], f"--control-strength is {strength}, expected -100")
+      for strength in ("nan", "inf", "1e+300", "-100.5")),
     (["--control-image", "EDGES", "--control", "depth"], "follows canny pictures, not depth"),
     (["--control-image", "EDGES,EDGES,EDGES"], "names 3 pictures for 2 classes"),
     (["--control-image", "EDGES,EDGES", "--output", "EDGES"], "would overwrite the --control-image"),

@@ -318,6 +318,13 @@ def test_the_batch_that_fits(gpt_ckpt, vq_ckpt, monkeypatch):
     room = batch_size.decoder_bytes(pipeline, CPU) + 7.5 * double
     monkeypatch.setattr(batch_size, "free_memory", lambda device: room / batch_size.SHARE)
     assert batch_that_fits(pipeline, CPU) == 7
+    assert batch_size.decoder_bytes(pipeline, CPU, canvas=(4000, 4000)) > batch_size.decoder_bytes(pipeline, CPU)
+    wide = bytes_per_image(pipeline, CPU, canvas=(16, 1600))
+    assert wide - double == 4 * 3 * 4 * 16 * (1600 - 16)
+    assert bytes_per_image(pipeline, torch.device("cuda"), canvas=(16, 1600)) == wide
+    room = batch_size.decoder_bytes(pipeline, CPU, canvas=(16, 1600)) + 3.5 * wide
+    monkeypatch.setattr(batch_size, "free_memory", lambda device: room / batch_size.SHARE)
+    assert batch_that_fits(pipeline, CPU, canvas=(16, 1600)) == 3 < batch_that_fits(pipeline, CPU)
 
 
 def test_free_memory_is_a_share_of_the_container(monkeypatch, tmp_path):
