@@ -1,6 +1,7 @@
 """All models over image codes by name, and what a state dict says about its model."""
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,6 +88,13 @@ def facts_of(state: dict[str, Tensor]) -> StateFacts | None:
         return StateFacts("ARPG", "embeddings.weight", "embeddings.weight", vocab + 1, rows - vocab - 3, vocab, width,
                           (count("layers.self_dec."), count("layers.cross_dec.")))
     return None
+
+
+def recorded_options(name: str, config: dict[str, Any]) -> dict[str, Any]:
+    """Options for building preset `name` that a checkpoint's config says and no tensor shows. An ARPG whose config does
+    not say where its class lies was trained before that could be chosen; without a config the preset says it."""
+    arpg = name in ARPG_models and config.get("gpt_model") in ARPG_models
+    return {"class_at_origin": config.get("class_at_origin", False)} if arpg else {}
 
 
 def arpg_depth(name: str, query_layers: int | None) -> dict[str, int]:

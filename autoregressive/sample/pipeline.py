@@ -20,7 +20,7 @@ from autoregressive.models.generate import generate
 from autoregressive.models.native_engine import WEIGHTS, fitting_kernels
 from autoregressive.models.planning import Decode
 from autoregressive.models.quantized import quantize_
-from autoregressive.models.registry import MODELS, facts_of
+from autoregressive.models.registry import MODELS, facts_of, recorded_options
 from autoregressive.models.sampling import check_sampling
 from autoregressive.models.schedule import DrawSchedule, cell_order
 from autoregressive.sample.options import SampleFlags
@@ -245,14 +245,16 @@ def load_gpt(flags: SampleFlags, *, device: torch.device) -> tuple[CodeModel, di
         if getattr(flags, key) not in (None, value):
             raise ValueError(f"--{key.replace('_', '-')} is {getattr(flags, key)}, but {flags.gpt_ckpt} has {value}")
     class_names(content, flags.gpt_ckpt, count=found["num_classes"])
-    name = saved["gpt_model"] = flags.gpt_model or saved.get("gpt_model") or facts.name()
+    name = flags.gpt_model or saved.get("gpt_model") or facts.name()
+    recorded = recorded_options(name, saved)
+    saved["gpt_model"] = name
     if name not in MODELS:
         raise ValueError(f"{flags.gpt_ckpt} is of model {name}, which is unknown: choose from {', '.join(MODELS)}")
     if facts.preset() not in (None, name) or not name.startswith(facts.family):
         mended = "leave --gpt-model out" if facts.preset() is None else f"give --gpt-model {facts.preset()}"
         raise ValueError(f"{flags.gpt_ckpt} is {facts.kind} of {facts.size}, no {name}: {mended}")
     with torch.device("meta"):
-        model = MODELS[name](cls_token_num=flags.cls_token_num or 1, **found, **facts.layers())
+        model = MODELS[name](cls_token_num=flags.cls_token_num or 1, **found, **facts.layers(), **recorded)
         if any(name.startswith(PREFIX) for name in state):
             attach(model, AdapterArgs.from_config(saved.get("control"), flags.gpt_ckpt))
     containers.check_fit(model.state_dict(), state, flags.gpt_ckpt, type(model).__name__)

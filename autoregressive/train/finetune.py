@@ -16,7 +16,7 @@ from torch import Tensor
 from autoregressive.control.adapter import PREFIX
 from autoregressive.models.arpg import ARPG
 from autoregressive.models.base import CodeModel
-from autoregressive.models.registry import facts_of
+from autoregressive.models.registry import facts_of, recorded_options
 from dataset.code_manifest import same_tokenizer, tokenizer_name
 from dataset.codes import CodeStore
 from utils import cli
@@ -98,6 +98,14 @@ def check_same_control(content: dict[str, Any], source: str | Path, wanted: dict
             flag_name = "--control" if name == "kind" else f"--control-{name}"
             raise ValueError(f"{source} was trained with {flag_name} {theirs.get(name)}, this run has {wanted[name]}: "
                              "give the flags of its adapter as in that training")
+
+
+def check_same_options(content: dict[str, Any], source: str | Path, *, name: str, model: CodeModel) -> None:
+    """Raise ValueError for a file whose model differs from this run's, a `name`, in what no tensor shows."""
+    for option, value in recorded_options(name, containers.saved_config(content)).items():
+        if value != getattr(model.config, option):
+            raise ValueError(f"{source} has {option} {value}, this run's model {getattr(model.config, option)}: give "
+                             "another --results-dir")
 
 
 def warn_of_other_tokenizer(content: dict[str, Any], source: str, store: CodeStore, *, code_path: str) -> None:

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from autoregressive.control.adapter import PREFIX, AdapterArgs, attach, pretrained_values
 from autoregressive.models.base import CodeModel
 from autoregressive.models.generate import release
-from autoregressive.models.registry import MODELS, arpg_depth
+from autoregressive.models.registry import MODELS, arpg_depth, recorded_options
 from autoregressive.train.config import GPTTrainFlags
 from autoregressive.train.finetune import (
     add_lora,
@@ -26,6 +26,7 @@ from autoregressive.train.finetune import (
     check_same_classes,
     check_same_control,
     check_same_kind,
+    check_same_options,
     check_same_tokenizer,
     freeze,
     initial_weights,
@@ -84,15 +85,16 @@ def open_codes(flags: GPTTrainFlags) -> CodeStore:
     return store
 
 
-def build_model(flags: GPTTrainFlags, name: str, store: CodeStore) -> CodeModel:
-    """An untrained model of preset `name` that fits the store; under torch.device("meta") without weights."""
+def build_model(flags: GPTTrainFlags, name: str, store: CodeStore, **recorded: Any) -> CodeModel:
+    """An untrained model of preset `name` that fits the store, with the `recorded_options` of the file that it starts
+    from; under torch.device("meta") without weights."""
     dropout = 0.0 if flags.drop_path_rate > 0 else flags.dropout_p
     return MODELS[name](
         grid=store.grid, vocab_size=flags.vocab_size or store.vocab_size or DEFAULT_VOCAB,
         num_classes=flags.num_classes or store.num_classes, model_type=flags.gpt_type,
         cls_token_num=flags.cls_token_num or 1, resid_dropout_p=dropout, ffn_dropout_p=dropout,
         token_dropout_p=flags.token_dropout_p, drop_path_rate=flags.drop_path_rate,
-        class_dropout_prob=flags.class_dropout, **arpg_depth(name, flags.query_layers))
+        class_dropout_prob=flags.class_dropout, **arpg_depth(name, flags.query_layers), **recorded)
 
 
 def control_adapter(model: CodeModel, flags: GPTTrainFlags, store: CodeStore) -> AdapterArgs:
@@ -186,7 +188,7 @@ def main(flags: GPTTrainFlags) -> None:
         warn_of_other_tokenizer(content, source, store, code_path=flags.code_path)
     name = flags.gpt_model or containers.saved_config(content).get("gpt_model") or "GPT-B"
     with torch.device("meta"):
-        model = build_model(flags, name, store)
+        model = build_model(flags, name, store, **recorded_options(name, containers.saved_config(content)))
     dtype = dist.compute_dtype(flags.mixed_precision, process.device,
                                weights=sum(p.numel() for p in model.parameters()))
     freeze(model, flags.freeze)
@@ -200,13 +202,16 @@ def main(flags: GPTTrainFlags) -> None:
     config = model.config
     task = GPTTask(parallel.apply_ddp(model, process.device), dtype=dtype, classes=store.classes, tokenizer=tokenizer,
                    seed=flags.global_seed, token_noise=flags.token_noise, cfg_scale=flags.cfg_scale,
-                   checks=(check_codes, partial(check_same_control, wanted=adapter)),
+                   checks=(check_codes, partial(check_same_control, wanted=adapter),
+                           partial(check_same_options, name=name, model=model)),
                    controlled=preview_control(flags, store))
     saved: dict[str, Any] = {"kind": "gpt", "gpt_model": name, "gpt_type": flags.gpt_type, "grid": list(config.grid),
                              "vocab_size": config.vocab_size, "num_classes": config.num_classes,
                              "cls_token_num": config.cls_token_num, "classes": store.classes,
                              "tokenizer": store.manifest.get("tokenizer"),
                              "image_size": store.manifest.get("image_size")}
+    if model.any_order:
+        saved["class_at_origin"] = config.class_at_origin
     if lora is not None:
         saved["lora"] = lora
     if control is not None:

@@ -73,8 +73,8 @@ def test_a_step_is_flat():
     """A window of an image in raster order, a group of another order, and a new one whose prefix has two tokens."""
     orders = np.array([[0, 1, 2, 3, 4], [4, 2, 0, 1, 3], [0, 1, 2, 3, 4]])
     scales = np.array([[2, 2, 2, 1, 1], [3, 3, 3, 3, 3], [1, 1, 1, 1, 1]], np.float32)
-    turns = (Turn(0, 1, False, 0, 3, 3, False, True, 0), Turn(1, 1, False, 0, 2, 2, True, True, 1),
-             Turn(2, 2, True, 2, 2, 1, False, False, 2))
+    turns = (Turn(0, 1, False, 0, 3, 3, False, False, True, 0), Turn(1, 1, False, 0, 2, 2, True, True, True, 1),
+             Turn(2, 2, True, 2, 2, 1, False, False, False, 2))
     layout = StepLayout(turns, slots=3, prefix_rows=2, width=5)
     batch = layout.batch([0, 1, -2], [1, 3, 0], orders, scales, device=CPU)
     code, rope, row, slot, sees = batch.fed.tolist()
@@ -83,6 +83,10 @@ def test_a_step_is_flat():
     assert code == [0, 1, 2, 7, 5, -1, -1, 0, 1, 2, 7, 5]  # places in (3, 5) codes
     assert rope == [2, 3, 4, 4, 2, 0, 0, 2, 3, 4, 4, 2]
     assert slot == [1, 2, 3, 2, 3, 0, 1, 1, 2, 3, 2, 3] and sees == [2, 3, 4, 4, 4, 1, 2, 2, 3, 4, 4, 4]
+    causal = StepLayout((turns[0], turns[1]._replace(block=False), turns[2]), slots=3, prefix_rows=2, width=5)
+    other = causal.batch([0, 1, -2], [1, 3, 0], orders, scales, device=CPU)
+    assert other.fed[4].tolist() == [2, 3, 4, 3, 4, 1, 2, 2, 3, 4, 3, 4] and torch.equal(other.asks, batch.asks)
+    assert torch.equal(other.draws, batch.draws) and torch.equal(other.fed[:4], batch.fed[:4])
     token, rope, row, sees = batch.asks.tolist()
     assert row == [0, 0, 0, 1, 1, 2, 3, 3, 3, 4, 4] and token == [0, 1, 2, 3, 4, 6, 7, 8, 9, 10, 11]
     assert rope == [3, 4, 5, 3, 5, 2, 3, 4, 5, 3, 5] and sees == [4, 4, 4, 4, 4, 2, 4, 4, 4, 4, 4]

@@ -63,6 +63,24 @@ def test_depths_and_class_counts_are_those_of_the_file(depth, tmp_path):
     assert (config.n_layer, config.n_query_layer, config.num_classes, config.vocab_size) == (*depth, 7, 64)
 
 
+def test_where_the_class_lies_is_recorded_and_goes_on(code_store, tmp_path, capsys):
+    """Checkpoints that do not say it are from before it could be chosen."""
+    command = ["train_gpt", "--code-path", code_store, "--gpt-model", "ARPG-S", "--epochs", 1, "--global-batch-size",
+               12, "--results-dir"]
+    call(*command, tmp_path)
+    content = containers.read(tmp_path / "000-ARPG-S")
+    assert content["config"].pop("class_at_origin") is True and loaded(tmp_path / "000-ARPG-S").config.class_at_origin
+    torch.save({"model": content["model"], "config": content["config"]}, tmp_path / "earlier.pt")
+    assert not loaded(tmp_path / "earlier.pt").config.class_at_origin
+    torch.save({"model": content["model"]}, tmp_path / "bare.pt")
+    assert loaded(tmp_path / "bare.pt").config.class_at_origin
+    call(*command, tmp_path / "tuned", "--init-from", tmp_path / "earlier.pt")
+    tuned = tmp_path / "tuned" / "000-ARPG-S"
+    assert not loaded(tuned).config.class_at_origin
+    assert "has class_at_origin False, this run's model True" in refused(
+        capsys, call, *command, tmp_path / "other", "--resume", tuned, "--epochs", 2)
+
+
 def test_query_layers_of_a_training(code_store, tmp_path, capsys):
     command = ["train_gpt", "--code-path", code_store, "--gpt-model", "ARPG-S", "--epochs", 1, "--global-batch-size",
                12, "--results-dir", tmp_path]
