@@ -190,7 +190,7 @@ def test_orders_are_of_the_image_or_of_the_seed(models, arpg_ckpt, vq_ckpt, monk
 def test_a_set_on_two_processes_is_that_of_one(models, tmp_path):
     command = [*models, "--num-fid-samples", 7, "--step", 6, "--order", "random", "--global-seed", 3]
     one = sample_set(tmp_path / "one", *command, "--per-proc-batch-size", 3)
-    assert "-step-6-arccos-linear-random-seed-3" in one.name
+    assert "-step-6-arccos-linear-random-causal-seed-3" in one.name
     described = json.loads((one / "config.json").read_text())
     assert (described["steps"], described["order"], described["shared_order"]) == (6, "random", False)
     two_processes([("sample", [*command, "--per-proc-batch-size", 2, "--sample-dir", tmp_path / "two"])], tmp_path)
