@@ -255,6 +255,8 @@ def load_gpt(flags: SampleFlags, *, device: torch.device) -> tuple[CodeModel, di
         raise ValueError(f"{flags.gpt_ckpt} is {facts.kind} of {facts.size}, no {name}: {mended}")
     with torch.device("meta"):
         model = MODELS[name](cls_token_num=flags.cls_token_num or 1, **found, **facts.layers(), **recorded)
+        if model.any_order:
+            saved["class_at_origin"] = model.config.class_at_origin  # for an export of a file that does not say it
         if any(name.startswith(PREFIX) for name in state):
             attach(model, AdapterArgs.from_config(saved.get("control"), flags.gpt_ckpt))
     containers.check_fit(model.state_dict(), state, flags.gpt_ckpt, type(model).__name__)

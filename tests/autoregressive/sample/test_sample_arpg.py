@@ -13,8 +13,10 @@ from autoregressive.models.registry import MODELS, facts_of
 from autoregressive.sample.batch_size import bytes_per_image
 from autoregressive.sample.options import SampleFlags
 from autoregressive.sample.pipeline import load_gpt, load_pipeline
+from autoregressive.train import export
 from tests.autoregressive.sample.test_sample_commands import contents, grid, refused, sample_set
 from tests.conftest import call, two_processes
+from utils import cli
 from utils.checkpoints import containers
 from utils.seeding import sample_generator
 
@@ -74,6 +76,10 @@ def test_where_the_class_lies_is_recorded_and_goes_on(code_store, tmp_path, caps
     assert not loaded(tmp_path / "earlier.pt").config.class_at_origin
     torch.save({"model": content["model"]}, tmp_path / "bare.pt")
     assert loaded(tmp_path / "bare.pt").config.class_at_origin
+    for name, at_origin in (("earlier", False), ("bare", True)):
+        cli.run(export.main, export.ExportFlags, ["--gpt-ckpt", str(tmp_path / f"{name}.pt"), "--output",
+                                                  str(tmp_path / name)])
+        assert loaded(tmp_path / name).config.class_at_origin == at_origin
     call(*command, tmp_path / "tuned", "--init-from", tmp_path / "earlier.pt")
     tuned = tmp_path / "tuned" / "000-ARPG-S"
     assert not loaded(tuned).config.class_at_origin
