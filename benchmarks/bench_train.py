@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from autoregressive.models.conditions import LabelEmbedder
 from autoregressive.models.gpt import GPT_models, ModelArgs, Transformer
 from autoregressive.train.config import GPTTrainFlags
-from autoregressive.train.train import GPTTask
+from autoregressive.train.task import GPTTask
 from benchmarks.machine import cpu_name
 from utils import cli, dist
 from utils.cli import flag

@@ -72,7 +72,7 @@ class ARPG(CodeModel):
 
     def __init__(self, config: ARPGArgs) -> None:
         super().__init__(config)
-        self.prefix_at_origin, self.step_attention = config.class_at_origin, config.step_attention
+        self.step_attention = config.step_attention
         self.embeddings = nn.Embedding(config.vocab_size + config.num_classes + 3, config.dim)
         self.tok_dropout = Dropout(config.token_dropout_p)
         self.layers = Halves(config)
@@ -80,6 +80,16 @@ class ARPG(CodeModel):
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
         if not self.head.weight.is_meta:
             self.init_weights(int(torch.randint(2**62, ())))
+
+    @property
+    def prefix_at_origin(self) -> bool:
+        """See `CodeModel`."""
+        return self.config.class_at_origin
+
+    def place_class(self, at_origin: bool) -> None:
+        """Say where the class lies (see `ARPGArgs`), which no weight shows."""
+        self.config.class_at_origin = at_origin
+        self._rope.clear()
 
     def blocks(self) -> list[nn.Module]:
         """The modules that training checkpoints, compiles and shards one by one (utils/training/parallel.py)."""

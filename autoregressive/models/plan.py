@@ -28,7 +28,7 @@ class Plan:
         order, scales = integers("an order is", order).numpy(), np.asarray(scales, np.float32)
         length = order.size
         if not 0 <= known < length or scales.shape != (length,) or not np.array_equal(np.sort(order), range(length)):
-            raise ValueError(f"an order of {length} cells, {len(scales)} scales and {known} known codes make no plan: "
+            raise ValueError(f"an order of {length} cells, {scales.size} scales and {known} known codes make no plan: "
                              "the order holds every cell once, every position has a scale, and one is to be drawn")
         if not np.isfinite(scales).all():
             raise ValueError("scales of guidance are not finite")

@@ -140,4 +140,3 @@ def check_call(model: CodeModel, cond: Tensor, length: int, emb_masks: Tensor | 
         raise ValueError(f"--decode is {decode!r}, expected auto, sequential or jacobi")
     if window is not None and (not isinstance(window, Integral) or window < 1):
         raise ValueError(f"the window is {window}, expected 1 or more")
-

@@ -93,8 +93,10 @@ def facts_of(state: dict[str, Tensor]) -> StateFacts | None:
 def recorded_options(name: str, config: dict[str, Any]) -> dict[str, Any]:
     """Options for building preset `name` that a checkpoint's config says and no tensor shows. An ARPG whose config does
     not say where its class lies was trained before that could be chosen; without a config the preset says it."""
-    arpg = name in ARPG_models and config.get("gpt_model") in ARPG_models
-    return {"class_at_origin": config.get("class_at_origin", False)} if arpg else {}
+    if name not in ARPG_models:
+        return {}
+    known = config if config.get("gpt_model") in ARPG_models else ARPG_SIZES[name]
+    return {"class_at_origin": bool(known.get("class_at_origin"))}
 
 
 def arpg_depth(name: str, query_layers: int | None) -> dict[str, int]:

@@ -218,6 +218,8 @@ def load_pipeline(flags: SampleFlags, *, device: torch.device) -> Pipeline:
         described["dtype"] = flags.quantize
     if schedule is not None:
         described |= {**asdict(schedule), "shared_order": flags.shared_order}
+        if schedule.step_attention == "block":  # not written, as in sets of earlier versions, which had no other
+            del described["step_attention"]
     return Pipeline(gpt, tokenizer, saved.get("classes"), settings, described, flags.decode, schedule,
                     flags.shared_order, warnings, saved.get("control") if gpt.control is not None else None)
 

@@ -63,7 +63,7 @@ def folder_name(described: dict, flags: SampleSetFlags, *, earlier: bool = False
     interval = f"-interval-{flags.cfg_interval}" if flags.cfg_interval > -1 else ""
     drawn = (f"-step-{described['steps'] or 'auto'}-{described['sample_schedule']}-{described['cfg_schedule']}-"
              f"{'shared-' * flags.shared_order}{described['order']}"
-             f"{'-causal' * (described['step_attention'] == 'causal')}" if "sample_schedule" in described else "")
+             f"{'-causal' * (described.get('step_attention') == 'causal')}" if "sample_schedule" in described else "")
     mode = f"-{flags.label_mode}" if flags.label_mode != "random" or earlier else ""
     return (f"{described['gpt_model']}-{checkpoint}-size-{cli.shown_size(described['image_size'])}"
             f"-size-{cli.shown_size(described['image_size_eval'])}-{described['vq_model']}-topk-{flags.top_k}"

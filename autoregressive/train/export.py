@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from autoregressive.models.registry import recorded_options
 from autoregressive.sample.options import SampleFlags
 from autoregressive.sample.pipeline import load_gpt
 from autoregressive.train.config import GPTFlags
@@ -63,6 +64,15 @@ def load_model(flags: ExportFlags) -> tuple[nn.Module, dict[str, Any]]:
     return gpt, config
 
 
+def check_bare(config: dict[str, Any]) -> None:
+    """Raise ValueError for a model that would be taken for another where its config is not beside its weights."""
+    name = config.get("gpt_model")
+    for option, value in recorded_options(name, {}).items():
+        if config[option] != value:
+            raise ValueError(f"--format consolidated holds weights alone, of which an {name} is taken to have {option} "
+                             f"{value}, and this one has {config[option]}: give --format safetensors or llamagen")
+
+
 def convert(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
     """The state dict with its parameters in `dtype`; buffers (such as the codes that were used last) keep theirs."""
     parameters = dict(model.named_parameters())
@@ -89,6 +99,8 @@ def write_safetensors(folder: Path, state: dict[str, Tensor], config: dict[str, 
 def main(flags: ExportFlags) -> None:
     """Load, convert, write."""
     model, config = load_model(flags)
+    if flags.format == "consolidated":
+        check_bare(config)
     source = flags.gpt_ckpt or flags.vq_ckpt
     state = convert(model, DTYPES[flags.dtype])
     config |= {"dtype": flags.dtype, "source": Path(source).name, "source_sha256": containers.content_hash(source)}

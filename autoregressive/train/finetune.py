@@ -100,12 +100,15 @@ def check_same_control(content: dict[str, Any], source: str | Path, wanted: dict
                              "give the flags of its adapter as in that training")
 
 
-def check_same_options(content: dict[str, Any], source: str | Path, *, name: str, model: CodeModel) -> None:
-    """Raise ValueError for a file whose model differs from this run's, a `name`, in what no tensor shows."""
-    for option, value in recorded_options(name, containers.saved_config(content)).items():
-        if value != getattr(model.config, option):
-            raise ValueError(f"{source} has {option} {value}, this run's model {getattr(model.config, option)}: give "
-                             "another --results-dir")
+def go_on_as_trained(content: dict[str, Any], source: str | Path, *, name: str, model: CodeModel,
+                     saved: dict[str, Any]) -> None:
+    """Let a run's model, a `name`, be what the checkpoint says from which it goes on, and no tensor shows; and `saved`,
+    which describes the model in the checkpoints to come."""
+    config = containers.saved_config(content)
+    if isinstance(model, ARPG) and config:
+        recorded = recorded_options(name, config)
+        model.place_class(recorded["class_at_origin"])
+        saved |= recorded
 
 
 def warn_of_other_tokenizer(content: dict[str, Any], source: str, store: CodeStore, *, code_path: str) -> None:

@@ -28,8 +28,9 @@ class GPTTask:
                  tokenizer: ImageTokenizer | None, seed: int, token_noise: float, cfg_scale: float,
                  checks: Sequence[Callable[[dict[str, Any], Path], None]] = (),
                  controlled: tuple[np.ndarray, Tensor] | None = None) -> None:
-        """`checks`: raise ValueError for a checkpoint that was trained on other codes or with another control adapter;
-        `controlled`: labels (N,) and control pictures (N, C, H, W) uint8 for previews."""
+        """`checks`: called with a checkpoint from which the training is to go on, to raise ValueError where that was on
+        other codes, say, or with another control adapter; `controlled`: labels (N,) and control pictures (N, C, H, W)
+        uint8 for previews."""
         self.modules = {"model": model}
         config = parallel.unwrap(model).config
         self.token_noise, self.vocab_size, self.sample_weight = token_noise, config.vocab_size, config.block_size

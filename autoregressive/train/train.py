@@ -26,9 +26,9 @@ from autoregressive.train.finetune import (
     check_same_classes,
     check_same_control,
     check_same_kind,
-    check_same_options,
     check_same_tokenizer,
     freeze,
+    go_on_as_trained,
     initial_weights,
     refuse_other_codes,
     warn_of_other_tokenizer,
@@ -200,24 +200,24 @@ def main(flags: GPTTrainFlags) -> None:
     parallel.apply_parallelism(model, flags, process.device, dtype=dtype, compiled=flags.compile)
     started = first_weights(model, flags, content, classes=store.classes, control=control)
     config = model.config
-    task = GPTTask(parallel.apply_ddp(model, process.device), dtype=dtype, classes=store.classes, tokenizer=tokenizer,
-                   seed=flags.global_seed, token_noise=flags.token_noise, cfg_scale=flags.cfg_scale,
-                   checks=(check_codes, partial(check_same_control, wanted=adapter),
-                           partial(check_same_options, name=name, model=model)),
-                   controlled=preview_control(flags, store))
     saved: dict[str, Any] = {"kind": "gpt", "gpt_model": name, "gpt_type": flags.gpt_type, "grid": list(config.grid),
                              "vocab_size": config.vocab_size, "num_classes": config.num_classes,
                              "cls_token_num": config.cls_token_num, "classes": store.classes,
                              "tokenizer": store.manifest.get("tokenizer"),
                              "image_size": store.manifest.get("image_size")}
-    if model.any_order:
-        saved["class_at_origin"] = config.class_at_origin
     if lora is not None:
         saved["lora"] = lora
     if control is not None:
         found = store.manifest.get("control", {})
         saved["control"] = adapter | (found if found.get("kind") == flags.control else {})
     identity = identity_of(flags, data=store.fingerprint(), model=saved, start=source, covered=("init_from",))
+    if model.any_order:  # no part of the identity: name and start decide it for a new run, else the checkpoint does
+        saved["class_at_origin"] = config.class_at_origin
+    task = GPTTask(parallel.apply_ddp(model, process.device), dtype=dtype, classes=store.classes, tokenizer=tokenizer,
+                   seed=flags.global_seed, token_noise=flags.token_noise, cfg_scale=flags.cfg_scale,
+                   checks=(check_codes, partial(check_same_control, wanted=adapter),
+                           partial(go_on_as_trained, name=name, model=model, saved=saved)),
+                   controlled=preview_control(flags, store))
     refuse = partial(refuse_other_codes, ours=identity, code_path=flags.code_path)
     trainer = Trainer(task, flags, process, choose_run(flags, name, identity, refuse=refuse), samples=len(store),
                       saved_config=saved)

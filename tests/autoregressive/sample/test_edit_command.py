@@ -32,7 +32,8 @@ def models(arpg, tmp_path_factory) -> dict[str, list[str]]:
     folder, flags = tmp_path_factory.mktemp("models"), {}
     torch.save({"model": arpg.tokenizer.state_dict(), "config": {"vq_model": "VQ-4-S"}}, folder / "vq.pt")
     for name, pipeline in (("ARPG-S", arpg), ("GPT-S", pipeline_of(GPT_models["GPT-S"]))):
-        config = {"gpt_model": name, "grid": list(GRID), "classes": CLASSES}
+        config = {"gpt_model": name, "grid": list(GRID), "classes": CLASSES,
+                  "class_at_origin": pipeline.gpt.prefix_at_origin}
         torch.save({"model": pipeline.gpt.state_dict(), "config": config}, folder / f"{name}.pt")
         flags[name] = ["--gpt-ckpt", str(folder / f"{name}.pt"), "--vq-ckpt", str(folder / "vq.pt"), "--precision",
                        "none", "--cfg-scale", "3.0"]

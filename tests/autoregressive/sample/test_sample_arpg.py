@@ -13,11 +13,11 @@ from autoregressive.models.registry import MODELS, facts_of
 from autoregressive.sample.batch_size import bytes_per_image
 from autoregressive.sample.options import SampleFlags
 from autoregressive.sample.pipeline import load_gpt, load_pipeline
-from autoregressive.train import export
+from autoregressive.train import export, train
 from tests.autoregressive.sample.test_sample_commands import contents, grid, refused, sample_set
 from tests.conftest import call, two_processes
 from utils import cli
-from utils.checkpoints import containers
+from utils.checkpoints import containers, sharded
 from utils.seeding import sample_generator
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -65,7 +65,7 @@ def test_depths_and_class_counts_are_those_of_the_file(depth, tmp_path):
     assert (config.n_layer, config.n_query_layer, config.num_classes, config.vocab_size) == (*depth, 7, 64)
 
 
-def test_where_the_class_lies_is_recorded_and_goes_on(code_store, tmp_path, capsys):
+def test_where_the_class_lies_is_recorded_and_goes_on(code_store, tmp_path):
     """Checkpoints that do not say it are from before it could be chosen."""
     command = ["train_gpt", "--code-path", code_store, "--gpt-model", "ARPG-S", "--epochs", 1, "--global-batch-size",
                12, "--results-dir"]
@@ -83,8 +83,27 @@ def test_where_the_class_lies_is_recorded_and_goes_on(code_store, tmp_path, caps
     call(*command, tmp_path / "tuned", "--init-from", tmp_path / "earlier.pt")
     tuned = tmp_path / "tuned" / "000-ARPG-S"
     assert not loaded(tuned).config.class_at_origin
-    assert "has class_at_origin False, this run's model True" in refused(
-        capsys, call, *command, tmp_path / "other", "--resume", tuned, "--epochs", 2)
+    call(*command, tmp_path / "other", "--resume", tuned, "--epochs", 2)
+    assert not loaded(tmp_path / "other" / "000-ARPG-S").config.class_at_origin
+
+
+def test_a_run_of_an_earlier_version_goes_on_with_its_class_where_it_was(code_store, tmp_path, monkeypatch):
+    """Its losses show it: they are those of a run that was not interrupted."""
+    command = ["train_gpt", "--code-path", code_store, "--gpt-model", "ARPG-S", "--global-batch-size", 12,
+               "--log-every", 1, "--resume", "auto", "--results-dir"]
+    for folder in ("whole", "halves"):
+        with monkeypatch.context() as earlier:
+            earlier.setattr(train, "recorded_options", lambda name, config: {"class_at_origin": False})
+            call(*command, tmp_path / folder, "--epochs", 2 if folder == "whole" else 1)
+        state = containers.newest(tmp_path / folder / "000-ARPG-S" / "checkpoints") / sharded.STATE
+        facts = json.loads(state.read_text())
+        assert facts["config"].pop("class_at_origin") is False
+        state.write_text(json.dumps(facts))
+    call(*command, tmp_path / "halves", "--epochs", 2)
+    losses = [[row["loss"] for row in map(json.loads, (tmp_path / folder / "000-ARPG-S" / "metrics.jsonl").open())]
+              for folder in ("whole", "halves")]
+    assert losses[0] == losses[1] and len(losses[0]) > 3
+    assert not loaded(tmp_path / "halves" / "000-ARPG-S").config.class_at_origin
 
 
 def test_query_layers_of_a_training(code_store, tmp_path, capsys):
@@ -206,6 +225,13 @@ def test_a_set_on_two_processes_is_that_of_one(models, tmp_path):
         name: data for name, data in pictures.items() if name.endswith("png")}
     other = sample_set(tmp_path / "other", *command[:-4], "--order", "raster", "--global-seed", 3)
     assert other.name != one.name
+
+
+def test_a_set_whose_codes_see_each_other_is_described_as_by_earlier_versions(models, tmp_path):
+    """These had no other way, and their sets go on."""
+    command = [*models, "--num-fid-samples", 2, "--step", 6, "--step-attention", "block"]
+    made = sample_set(tmp_path, *command)
+    assert "-random-seed-" in made.name and "step_attention" not in json.loads((made / "config.json").read_text())
 
 
 def test_what_flags_ask_for_is_what_is_drawn(models, arpg_ckpt, vq_ckpt):

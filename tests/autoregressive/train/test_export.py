@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file
 
 from autoregressive.sample.options import SampleFlags
-from autoregressive.sample.pipeline import load_pipeline
+from autoregressive.sample.pipeline import load_gpt, load_pipeline
 from autoregressive.train import export
 from tests.conftest import call
 from tokenizer.build import TokenizerFlags, load_tokenizer
@@ -40,6 +40,23 @@ def test_an_exported_gpt_draws_the_same_pictures(layout, gpt_ckpt, vq_ckpt, tmp_
     content = containers.read(made)
     assert same(containers.weights(content, made), containers.read(gpt_ckpt)["ema"])
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+def test_an_export_says_where_the_class_of_an_arpg_lies(layout, arpg_ckpt, tmp_path, capsys):
+    content = containers.read(arpg_ckpt)
+    for name, config, at_origin in (("named", content["config"], True), ("bare", None, True),
+                                    ("earlier", content["config"] | {"class_at_origin": False}, False)):
+        torch.save({"model": content["model"]} | ({"config": config} if config else {}), tmp_path / f"{name}.pt")
+        argv = "--gpt-ckpt", tmp_path / f"{name}.pt", "--output", tmp_path / layout / name, "--format", layout
+        if layout == "consolidated" and not at_origin:
+            with pytest.raises(SystemExit):
+                run(*argv)
+            assert "this one has False: give --format safetensors or llamagen" in capsys.readouterr().err
+        else:
+            run(*argv)
+            flags = SampleFlags(gpt_ckpt=f"{tmp_path / layout / name}{FORMATS[layout]}", precision="none")
+            assert load_gpt(flags, device=CPU)[0].config.class_at_origin == at_origin
 
 
 @pytest.mark.parametrize("layout", FORMATS)
