@@ -30,6 +30,7 @@ CONFIG_VALUES = {  # what a config in our form may say, and a stranger may have 
                     ("a whole number", lambda value: type(value) is int and value > 0)),
     "grid": ("two whole numbers", lambda value: isinstance(value, list | tuple) and len(value) == 2 and all(
         type(side) is int and side > 0 for side in value)),
+    "control": ("the settings of an adapter", lambda value: isinstance(value, dict)),
     "class_at_origin": ("true or false", lambda value: isinstance(value, bool)),
     "classes": ("a list of names", lambda value: isinstance(value, list) and all(
         isinstance(name, str) for name in value)),

@@ -193,7 +193,9 @@ def test_steps_may_be_causal_as_training_is(engine):
         sizes = [at, *schedule.sizes(12, known=at)] if at else schedule.sizes(12)
         queries = block_masks(sizes)[1]  # codes of one step still do not see each other
         logits, _ = model(codes[image, cells][None, :-1], labels[image:image + 1], masks=(None, queries), orders=cells)
-        assert torch.equal(logits.argmax(-1)[0, at:], codes[image, cells][at:])
+        best = logits[0, at:].topk(2, -1)
+        clear = best.values[:, 0] - best.values[:, 1] > 1e-3
+        assert clear.sum() > 8 and torch.equal(best.indices[clear, 0], codes[image, cells][at:][clear])
     block = DrawSchedule(4, step_attention="block")
     other = generate(model, labels, 12, sample_logits=False, schedule=block, orders=order, known=known)
     assert not torch.equal(other, codes)
