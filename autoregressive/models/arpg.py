@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autoregressive.models.args import ModelArgs
@@ -18,8 +19,10 @@ from autoregressive.models.attend import KVCache
 from autoregressive.models.base import CodeModel
 from autoregressive.models.batch import Batch
 from autoregressive.models.blocks import AttentionParts, Parts, RMSNorm, SplitBlock, normed_and_rotated
+from autoregressive.models.conditions import UNCONDITIONAL, CaptionEmbedder
 from autoregressive.models.conditions import dropped as chosen_by_chance
 from autoregressive.models.lean import Dropout
+from autoregressive.models.ragged import Unpadded
 from autoregressive.models.schedule import StepAttention
 
 
@@ -27,9 +30,9 @@ from autoregressive.models.schedule import StepAttention
 class ARPGArgs(ModelArgs):
     """What shapes an ARPG: `n_layer` layers over what is known, `n_query_layer` (None: as many) that ask.
 
-    Rotations tell only how far cells lie apart. With `class_at_origin` the class lies where the first cell does, so
-    that cells know their own place once a code is known; in the released weights it lies nowhere. `step_attention`:
-    that of a `DrawSchedule` which does not say.
+    Rotations tell only how far cells lie apart. With `class_at_origin` the class, or the text, lies where the first
+    cell does, so that cells know their own place once a code is known; in the released weights it lies nowhere.
+    `step_attention`: that of a `DrawSchedule` which does not say.
     """
 
     n_query_layer: int | None = None
@@ -42,8 +45,6 @@ class ARPGArgs(ModelArgs):
         if self.n_query_layer < 1 or self.n_layer < 0:
             raise ValueError(f"{self.n_layer} layers and {self.n_query_layer} of queries make no ARPG: it needs at "
                              "least one of queries")
-        if self.model_type != "c2i":
-            raise ValueError(f"model_type is {self.model_type!r}: ARPG is conditioned on classes (c2i)")
 
 
 class Halves(nn.Module):
@@ -61,10 +62,11 @@ class Halves(nn.Module):
 
 
 class ARPG(CodeModel):
-    """From a class and some codes to the logits of any other cells.
+    """From a class, or a caption, and some codes to the logits of any other cells.
 
-    One table holds all embeddings: V codes, the vector that every query starts from, the classes, "no class", and a row
-    that nothing uses.
+    One table holds all embeddings: V codes, the vector that every query starts from, and with classes also these, "no
+    class", and a row that nothing uses. The released models are of classes. With captions, of which the
+    paper does not say how they enter, the prefix is LlamaGen's, under its names.
     """
 
     HEAD = "head"
@@ -73,7 +75,11 @@ class ARPG(CodeModel):
     def __init__(self, config: ARPGArgs) -> None:
         super().__init__(config)
         self.step_attention = config.step_attention
-        self.embeddings = nn.Embedding(config.vocab_size + config.num_classes + 3, config.dim)
+        text = config.model_type == "t2i"
+        self.embeddings = nn.Embedding(config.vocab_size + (1 if text else config.num_classes + 3), config.dim)
+        if text:
+            self.cls_embedding = CaptionEmbedder(config.caption_dim, config.dim, token_num=config.cls_token_num,
+                                                 dropout_prob=config.class_dropout_prob)
         self.tok_dropout = Dropout(config.token_dropout_p)
         self.layers = Halves(config)
         self.norm = RMSNorm(config.dim, config.norm_eps)
@@ -90,6 +96,10 @@ class ARPG(CodeModel):
         """Say where the class lies (see `ARPGArgs`), which no weight shows."""
         self.config.class_at_origin = at_origin
         self._rope.clear()
+
+    def first_std(self, name: str) -> float:
+        """See `CodeModel.first_std`."""
+        return self.config.caption_dim ** -0.5 if name == UNCONDITIONAL else super().first_std(name)
 
     def blocks(self) -> list[nn.Module]:
         """The modules that training checkpoints, compiles and shards one by one (utils/training/parallel.py)."""
@@ -110,40 +120,59 @@ class ARPG(CodeModel):
         _, k, v = normed_and_rotated(x, layers.norm, rope, config.dim // config.n_head, None, layers.to_k, layers.to_v)
         return k, v
 
+    def embed_condition(self, conditions: Tensor, dropped: Tensor | None) -> Tensor:
+        """Labels (B,), or features (B, N, caption_dim) → the prefix (B, N, D); left out where `dropped` (B,) says."""
+        if self.config.model_type == "t2i":
+            return self.cls_embedding(conditions, drop=False if dropped is None else dropped)
+        labels = conditions.reshape(-1)
+        if dropped is not None:
+            labels = torch.where(dropped, self.config.num_classes, labels)
+        return self.embed_classes(labels)[:, None]
+
     def forward(self, idx: Tensor, cond_idx: Tensor, targets: Tensor | None = None,
                 masks: tuple[Tensor, Tensor] | None = None, valid: Tensor | None = None, *,
-                orders: Tensor | None = None, dropped: Tensor | None = None, control: Tensor | None = None,
-                summed_loss: bool = False) -> tuple[Tensor | None, Tensor | None]:
+                lengths: Tensor | None = None, orders: Tensor | None = None, dropped: Tensor | None = None,
+                control: Tensor | None = None, summed_loss: bool = False) -> tuple[Tensor | None, Tensor | None]:
         """Teacher-forced logits and loss, all tensors in the order in which the codes are drawn.
 
-        idx (B, n) codes 1 … n, n < L; cond_idx (B,) labels; targets (B, n+1) codes 1 … n+1; orders (L,) or (B, L): the
-        cell of each code (None: raster order). Query t sees the class and the codes before t: `masks` (what each input
-        sees, what each query sees; (B or 1, 1, n+1, n+1) bool) say otherwise. Nothing depends on train or eval mode but
-        dropout, and by chance the classes where `dropped` (B,) bool, whose class is left out, is None. The rest, and
-        what is returned, as in `Transformer.forward`: logits (B, n+1, V). What a control picture says of a cell is
-        added to the cell's query.
+        idx (B, n) codes 1 … n, n < L; cond_idx (B,) labels or (B, N, caption_dim) features; targets (B, n+1) codes 1 …
+        n+1; orders (L,) or (B, L): the cell of each code (None: raster order). Query t sees the prefix and the codes
+        before t: `masks` (what each input sees, what each query sees; (B or 1, 1, N+n, N+n) bool, the first N-1 queries
+        ask for nothing) say otherwise. Nothing depends on train or eval mode but dropout, and by chance the conditions
+        where `dropped` (B,) bool, whose condition is left out, is None. The rest, `lengths` too, and what is returned,
+        as in `Transformer.forward`: logits (B, n+1, V). What a control picture says of a cell is added to the cell's
+        query.
         """
         config, layers, inputs, queries = self.config, self.layers, *(masks or (None, None))
+        count = idx.shape[1] + 1
         cells = torch.arange(config.block_size, device=idx.device) if orders is None else orders
-        cells = cells[..., :idx.shape[1] + 1]
-        table = self.rope(idx.device)
-        places = table[1:][cells]  # (n+1, K/2, 2) or (B, n+1, K/2, 2): of the queries
-        fed = torch.cat([table[:1].expand_as(places[..., :1, :, :]), places[..., :-1, :, :]], dim=-3)
-        labels = cond_idx.reshape(-1)
+        cells = cells[..., :count]
         if dropped is None and self.training:
-            dropped = chosen_by_chance(labels, True, config.class_dropout_prob)
-        if dropped is not None:
-            labels = torch.where(dropped, config.num_classes, labels)
-        x = self.tok_dropout(torch.cat([self.embed_classes(labels)[:, None], self.embeddings(idx)], dim=1))
-        for layer in layers.self_dec:
-            x = layer(x, fed, None, inputs)  # (B, n+1, D)
-        shared = self.keys_and_values(x, fed)
+            dropped = chosen_by_chance(cond_idx, True, config.class_dropout_prob)
+        prefix = self.embed_condition(cond_idx, dropped)  # (B, N, D)
+        before = prefix.shape[1] - 1  # queries that ask for nothing, so that query and input t stand side by side
+        table = self.rope(idx.device)
+        places = table[config.cls_token_num:][cells]  # (n+1, K/2, 2) or (B, n+1, K/2, 2): of the queries
+        nowhere = table[:1].expand_as(places[..., :1, :, :])
+        fed = torch.cat([nowhere] * (before + 1) + [places[..., :-1, :, :]], dim=-3)  # (…, T, K/2, 2)
+        places = torch.cat([nowhere] * before + [places], dim=-3)
+        x = self.tok_dropout(torch.cat([prefix, self.embeddings(idx)], dim=1))  # (B, T, D)
         y = self.query.expand_as(x)
         if control is not None:
             terms = self.kept_control(control, dropped)[0]  # (B, L, D)
-            y = y + terms.gather(1, cells.expand(len(x), -1)[..., None].expand_as(x))
+            terms = terms.gather(1, cells.expand(len(x), -1)[..., None].expand(-1, -1, x.shape[-1]))
+            y = y + F.pad(terms, (0, 0, before, 0))
+        if lengths is not None:
+            assert masks is None, "masks are for padding that is left in"
+            unpadded = Unpadded(lengths, prefix=before + 1, tokens=x.shape[1])
+            x, fed, places = unpadded(x), unpadded.rope(fed), unpadded.rope(places)
+            y = y if control is None else unpadded(y)
+        for layer in layers.self_dec:
+            x = layer(x, fed, None, inputs)
+        shared = self.keys_and_values(x, fed)
         for layer in layers.cross_dec:
             y = layer(y, places, None, queries, 0, shared)
+        y = y[:, before:] if lengths is None else unpadded.asked(y, count)  # (B, n+1, D)
         return self.logits_and_loss(self.norm(y), targets, valid, summed_loss=summed_loss)
 
     def control_terms(self, pictures: Tensor) -> Tensor:
@@ -157,8 +186,10 @@ class ARPG(CodeModel):
         """Codes (n,) → (n, D)."""
         return self.embeddings(codes)
 
-    def prefix(self, conditions: list[int]) -> tuple[Tensor, Tensor]:
-        """Labels → prefixes (n, 1, D), and the one of no class (1, D)."""
+    def prefix(self, conditions: list[int] | list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Labels, or text features (N, caption_dim) each → prefixes (n, N, D), and the one of no condition (N, D)."""
+        if self.config.model_type == "t2i":
+            return self.cls_embedding.prefixes(conditions)
         labels = torch.tensor([*conditions, self.config.num_classes], device=self.embeddings.weight.device)
         rows = self.embed_classes(labels)[:, None]
         return rows[:-1], rows[-1]

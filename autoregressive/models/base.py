@@ -80,6 +80,8 @@ class CodeModel(nn.Module):
             raise ValueError(f"text features are {tuple(getattr(condition, 'shape', ()))}, the model takes {shape}")
         if visible is not None and visible.shape != (config.cls_token_num,):
             raise ValueError(f"the mask of the prefix is {tuple(visible.shape)}, expected ({config.cls_token_num},)")
+        if visible is not None and self.any_order and not visible.any():
+            raise ValueError("the mask hides the whole prefix: an ARPG's first codes need a token to see")
 
     @property
     def control_layers(self) -> list[int]:

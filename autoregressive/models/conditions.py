@@ -3,6 +3,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+UNCONDITIONAL = "cls_embedding.uncond_embedding"  # its name in checkpoints
+
 
 def dropped(conditions: Tensor, drop: Tensor | bool, probability: float) -> Tensor:
     """Which of the conditions (B, …) are left out, (B,) bool: as `drop` says, or with `True` by chance."""
@@ -32,6 +34,12 @@ class LabelEmbedder(nn.Module):
             labels = torch.where(dropped(labels, drop, self.dropout_prob), self.num_classes, labels)
         return self.embedding_table(labels)[:, None]
 
+    def prefixes(self, conditions: list[int]) -> tuple[Tensor, Tensor]:
+        """Labels → prefixes (n, 1, D), and the one of no class (1, D)."""
+        labels = torch.tensor([*conditions, self.num_classes], device=self.embedding_table.weight.device)
+        rows = self(labels, drop=False)
+        return rows[:-1], rows[-1]
+
 
 class CaptionMLP(nn.Module):
     """Text features to model width: fc1 → GELU(tanh) → fc2, no biases."""
@@ -55,8 +63,9 @@ class CaptionEmbedder(nn.Module):
         self.register_buffer("uncond_embedding", torch.randn(token_num, caption_dim) / caption_dim**0.5)
 
     def unconditional(self, features: Tensor) -> Tensor:
-        """The unconditional features for each of `features`, (B, N, caption_dim)."""
-        return self.uncond_embedding.to(features.dtype).expand_as(features)
+        """The unconditional features for each of `features` (B, N, caption_dim); of shorter ones, that are padded on
+        the left, the last N."""
+        return self.uncond_embedding[-features.shape[1]:].to(features.dtype).expand_as(features)
 
     def forward(self, features: Tensor, *, drop: bool | Tensor) -> Tensor:
         """Project. `drop` (B,) bool: whose whole prefix is replaced by the unconditional one; True: see `dropped`."""
@@ -64,3 +73,9 @@ class CaptionEmbedder(nn.Module):
             replaced = dropped(features, drop, self.dropout_prob)[:, None, None]
             features = torch.where(replaced, self.unconditional(features), features)
         return self.cap_proj(features)
+
+    def prefixes(self, conditions: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Text features (N, caption_dim) each → prefixes (n, N, D), and the one of no caption (N, D)."""
+        one = [features[None].to(self.uncond_embedding) for features in conditions]  # alone: independent of a batch
+        return (torch.cat([self(features, drop=False) for features in one]),
+                self(self.unconditional(one[0]), drop=False)[0])

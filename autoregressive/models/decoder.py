@@ -92,8 +92,8 @@ class CodeDecoder:
         if not self.free:
             raise RuntimeError(f"all {self.slots} slots are taken")
         visible = np.ones(config.cls_token_num, bool) if request.visible is None else request.visible.cpu().numpy() > 0
-        shown = visible.copy()
-        shown[-1] |= plan.known == 0  # prefix tokens have no position, so hidden ones are left out
+        shown = visible.copy()  # prefix tokens have no position, so hidden ones are left out
+        shown[-1] |= plan.known == 0 and not self.queries  # a token gives the first logits, or a query does
         slot = heapq.heappop(self.free)
         self.active[slot] = _Active(request, int(visible.sum()), shown.nonzero()[0])
         length = len(plan.order)

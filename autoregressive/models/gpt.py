@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from autoregressive.models.args import PRESETS, ModelArgs, find_multiple
@@ -13,12 +14,11 @@ from autoregressive.models.attend import KVCache
 from autoregressive.models.base import CodeModel
 from autoregressive.models.batch import Batch
 from autoregressive.models.blocks import Parts, RMSNorm, TransformerBlock
-from autoregressive.models.conditions import CaptionEmbedder, LabelEmbedder
+from autoregressive.models.conditions import UNCONDITIONAL, CaptionEmbedder, LabelEmbedder
 from autoregressive.models.conditions import dropped as chosen_by_chance
 from autoregressive.models.lean import Dropout
+from autoregressive.models.ragged import Unpadded
 from utils.compatible import missing_names
-
-UNCONDITIONAL = "cls_embedding.uncond_embedding"
 
 
 class Transformer(CodeModel):
@@ -75,13 +75,7 @@ class Transformer(CodeModel):
 
     def prefix(self, conditions: list[int] | list[Tensor]) -> tuple[Tensor, Tensor]:
         """Labels, or text features (N, caption_dim) each → prefixes (n, N, D), and the one of no condition (N, D)."""
-        embed, weight = self.cls_embedding, self.tok_embeddings.weight
-        if self.config.model_type == "c2i":
-            labels = torch.tensor([*conditions, self.config.num_classes], device=weight.device)
-            return embed(labels, drop=False)[:-1], embed(labels[-1:], drop=False)[0]
-        one = [condition[None].to(weight) for condition in conditions]  # alone: independent of the batch
-        return (torch.cat([embed(features, drop=False) for features in one]),
-                embed(embed.unconditional(one[0]), drop=False)[0])
+        return self.cls_embedding.prefixes(conditions)
 
     def new_cache(self, rows: int, tokens: int) -> KVCache:
         """Empty caches for `rows` rows of `tokens` tokens."""
@@ -102,30 +96,38 @@ class Transformer(CodeModel):
         return Parts([layer.parts() for layer in self.layers], self.norm, self.output)
 
     def forward(self, idx: Tensor, cond_idx: Tensor, targets: Tensor | None = None, mask: Tensor | None = None,
-                valid: Tensor | None = None, *, dropped: Tensor | None = None, control: Tensor | None = None,
-                summed_loss: bool = False) -> tuple[Tensor | None, Tensor | None]:
+                valid: Tensor | None = None, *, lengths: Tensor | None = None, dropped: Tensor | None = None,
+                control: Tensor | None = None, summed_loss: bool = False) -> tuple[Tensor | None, Tensor | None]:
         """Teacher-forced logits and loss; with `summed_loss` (sum of the tokens' losses, sum of their weights).
 
-        idx (B, n) codes x_1 … x_n, n < L; cond_idx (B,) labels or (B, N, caption_dim) features; targets (B, n+1);
-        mask (B, T, T) or (B, 1, T, T) bool, True where attended (default: causal); valid (B,), 0 for samples that
-        carry no loss; dropped (B,) bool, whose condition is left out (None: in training by chance, with
-        class_dropout_prob). Returns logits (B, n+1, V), from the last prefix position on, and the mean cross-entropy in
-        fp32, or None without targets. With `summed_loss` the logits are never made as a whole; targets must be given.
+        idx (B, n) codes x_1 … x_n, n < L; cond_idx (B,) labels or (B, N, caption_dim) features, N up to cls_token_num;
+        targets (B, n+1); lengths (B,): how many of the features are real, 1 to N, the last ones; the others are padding
+        that nothing sees, without a mask (`ragged.py`); mask (B, T, T) or (B, 1, T, T) bool, True where attended
+        (default: causal); valid (B,), 0 for samples that carry no loss; dropped (B,) bool, whose condition is left out
+        (None: in training by chance, with class_dropout_prob). Returns logits (B, n+1, V), from the last prefix
+        position on, and the mean cross-entropy in fp32, or None without targets. With `summed_loss` the logits are
+        never made as a whole; targets must be given.
         control (B, C, H, W) in [-1, 1]: pictures that the images are to follow, left out with the condition; what they
         say of a cell is added to the token that predicts it (see `CodeModel.control_terms`).
         """
         if dropped is None and self.training:
             dropped = chosen_by_chance(cond_idx, True, self.config.class_dropout_prob)
+        prefix = self.cls_embedding(cond_idx, drop=False if dropped is None else dropped)  # (B, N, D)
+        assert prefix.shape[1] <= self.config.cls_token_num, (prefix.shape, self.config.cls_token_num)
+        before, count = prefix.shape[1] - 1, idx.shape[1] + 1  # tokens before the first that predicts a code, and codes
         terms = None
         if control is not None:
-            terms = self.kept_control(control, dropped)[:, :, :idx.shape[1] + 1]  # (places, B, n+1, D)
-        prefix = self.cls_embedding(cond_idx, drop=False if dropped is None else dropped)  # (B, N, D)
-        assert prefix.shape[1] == self.config.cls_token_num, (prefix.shape, self.config.cls_token_num)
-        x = self.tok_dropout(torch.cat([prefix, self.tok_embeddings(idx)], dim=1))  # fp32 under autocast
+            terms = F.pad(self.kept_control(control, dropped)[:, :, :count], (0, 0, before, 0))  # (places, B, T, D)
+        x = self.tok_dropout(torch.cat([prefix, self.tok_embeddings(idx)], dim=1))  # (B, T, D), fp32 under autocast
+        rope = self.rope(x.device)[self.config.cls_token_num - 1 - before:][:x.shape[1]]
+        if lengths is not None:
+            assert mask is None, "a mask is for padding that is left in"
+            unpadded = Unpadded(lengths, prefix=prefix.shape[1], tokens=x.shape[1])
+            x, rope, terms = unpadded(x), unpadded.rope(rope), None if terms is None else unpadded(terms)
         if mask is not None and mask.ndim == 3:
             mask = mask[:, None]
-        x = self.hidden_states(x, mask=mask, rope=self.rope(x.device)[:x.shape[1]], control=terms)
-        x = x[:, self.config.cls_token_num - 1:]  # (B, n+1, D)
+        x = self.hidden_states(x, mask=mask, rope=rope, control=terms)
+        x = x[:, before:] if lengths is None else unpadded.asked(x, count)  # (B, n+1, D)
         return self.logits_and_loss(x, targets, valid, summed_loss=summed_loss)
 
 

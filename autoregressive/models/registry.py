@@ -10,6 +10,7 @@ from autoregressive.models.args import PRESETS as GPT_SIZES
 from autoregressive.models.arpg import PRESETS as ARPG_SIZES
 from autoregressive.models.arpg import ARPG_models
 from autoregressive.models.base import CodeModel
+from autoregressive.models.conditions import UNCONDITIONAL
 from autoregressive.models.gpt import GPT_models
 
 MODELS: dict[str, Callable[..., CodeModel]] = {**GPT_models, **ARPG_models}
@@ -83,10 +84,13 @@ def facts_of(state: dict[str, Tensor]) -> StateFacts | None:
         return StateFacts("GPT", "tok_embeddings.weight", table if table in state else None, 0, known, vocab, width,
                           (count("layers."),))
     table, head = state.get("embeddings.weight"), state.get("head.weight")
-    if table is not None and head is not None and table.ndim == head.ndim == 2 and len(table) > len(head) + 3:
-        (rows, width), vocab = table.shape, len(head)
-        return StateFacts("ARPG", "embeddings.weight", "embeddings.weight", vocab + 1, rows - vocab - 3, vocab, width,
-                          (count("layers.self_dec."), count("layers.cross_dec.")))
+    if table is None or head is None or table.ndim != 2 or head.ndim != 2:
+        return None
+    (rows, width), vocab = table.shape, len(head)
+    classes = None if UNCONDITIONAL in state else rows - vocab - 3
+    if rows == vocab + 1 if classes is None else classes > 0:
+        return StateFacts("ARPG", "embeddings.weight", None if classes is None else "embeddings.weight", vocab + 1,
+                          classes, vocab, width, (count("layers.self_dec."), count("layers.cross_dec.")))
     return None
 
 

@@ -21,13 +21,16 @@ def tiny(*, seed: int = 0, **options) -> ARPG:
     return model.eval()
 
 
-def block_masks(sizes: list[int]) -> tuple[Tensor, Tensor]:
-    """What each input and each query sees when groups of these sizes are drawn: (1, 1, L, L) bool each."""
+def block_masks(sizes: list[int], *, prefix: int = 1) -> tuple[Tensor, Tensor]:
+    """What each input and each query sees when groups of these sizes are drawn, after a prefix of N tokens: (1, 1, N +
+    L - 1, N + L - 1) bool each."""
     ends = np.cumsum(sizes)
     before = np.repeat(ends - sizes, sizes)  # codes that are there when a code is drawn
-    inputs = np.concatenate([[1], 1 + np.repeat(ends, sizes)])[:-1]  # the class, then codes with their whole group
-    seen = torch.arange(sum(sizes))[None]
-    return tuple((seen < torch.from_numpy(count)[:, None])[None, None] for count in (inputs, 1 + before))
+    first = np.arange(1, prefix + 1)  # each token of the prefix sees those before it
+    inputs = np.concatenate([first, prefix + np.repeat(ends, sizes)])[:-1]  # then codes with their whole group
+    queries = np.concatenate([first[:-1], prefix + before])
+    seen = torch.arange(len(inputs))[None]
+    return tuple((seen < torch.from_numpy(count)[:, None])[None, None] for count in (inputs, queries))
 
 
 @torch.no_grad()
