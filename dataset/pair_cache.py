@@ -82,4 +82,5 @@ def list_remote(url: str, ending: str) -> list[str]:
         raise FileNotFoundError(f"there is no {url}") from None
     except Exception as error:  # back ends raise what they like
         raise OSError(f"{url} cannot be listed ({first_line(error)[:200]})") from None
-    return sorted(files.unstrip_protocol(name) for name in names if str(name).lower().endswith(ending))
+    found = sorted(str(name).rpartition("/")[2] for name in names if str(name).lower().endswith(ending))
+    return [f"{url.rstrip('/')}/{name}" for name in found]

@@ -183,9 +183,9 @@ class Table:
             waiting = waiting[used:]
 
     def is_whole(self, content: bytes) -> bool:
-        """Whether a row of several lines has all of its columns."""
+        """Whether a row of several lines has all of its columns, with nothing beside its quotes."""
         try:
-            return not self.is_open(content) and len(self.fields(content)) == len(self.columns)
+            return len(self.fields(content, strict=True)) == len(self.columns)
         except PairProblemError:
             return False
 
@@ -200,10 +200,10 @@ class Table:
             return "end of data" in str(error)
         return False
 
-    def fields(self, content: bytes) -> list[str]:
+    def fields(self, content: bytes, *, strict: bool = False) -> list[str]:
         """The row's fields. Raises PairProblemError."""
         try:
-            rows = list(csv.reader(io.StringIO(content.decode(), newline=""), delimiter=self.delimiter))
+            rows = list(csv.reader(io.StringIO(content.decode(), newline=""), delimiter=self.delimiter, strict=strict))
         except (csv.Error, UnicodeDecodeError) as error:
             raise PairProblemError(BROKEN_LINE, first_line(error)[:80]) from None
         return rows[0] if len(rows) == 1 else []

@@ -1,4 +1,4 @@
-"""Captioned pictures: every layout gives the same pairs, every fault is counted under its kind and costs nothing else."""
+"""Captioned pictures: every layout gives the same pairs; a fault is counted under its kind and costs nothing else."""
 import csv
 import io
 import json
@@ -64,7 +64,7 @@ def test_where_pictures_of_a_list_are_looked_for(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("text", [
-    ["short", "long"], ["long"], "long", ["", "long"], [None, " long\n"], ["long", ""], ["long", None, "third"]], ids=str)
+    ["short", "long"], ["long"], "long", ["", "long"], [None, " long\n"], ["long", ""], ["long", None, "3"]], ids=str)
 def test_which_caption_is_the_long_one(tmp_path, text):
     write_jsonl(tmp_path, (1,))
     (tmp_path / "part-0.jsonl").write_text(jsonl_line(0, text=text))
@@ -94,7 +94,8 @@ def test_a_line_that_never_ends_is_one_broken_line(tmp_path, monkeypatch):
 
 def test_halves_of_surrogate_pairs_can_be_written(tmp_path):
     write_jsonl(tmp_path, (1,))
-    (tmp_path / "part-0.jsonl").write_text(r'{"image_path": "images/0.png", "text": "cut \ud83d and whole \ud83d\ude00"}')
+    line = r'{"image_path": "images/0.png", "text": "cut \ud83d and whole \ud83d\ude00"}'
+    (tmp_path / "part-0.jsonl").write_text(line)
     assert open_pairs(tmp_path).captions(0).long == "cut \ufffd and whole \U0001f600"
 
 
@@ -181,7 +182,7 @@ def test_ways_to_name_archives(tmp_path):
     assert [named.name(i) for i in range(3)] == ["00000.tar:000000000", "00000.tar:000000001",
                                                  "other/00000.tar:000000000"]
     for wrong, said in (("{00007..00009}.tar", "there is no "), ("{9..0}.tar", "expected {first..last}"),
-                        ("{0..99999999999}.tar", "at most 1000000 files"), ("none", "is not a folder"),
+                        ("{0..99999999999}.tar", "at most 1000000 files"), ("none", "there is no "),
                         ("00000.tar,other", "other is none"), ("x.zip", "expected files of one kind")):
         (tmp_path / "x.zip").touch()
         path = ",".join(str(tmp_path / name) for name in wrong.split(","))
@@ -225,7 +226,7 @@ def test_faults_within_an_archive(tmp_path):
                                      "caption that is no text": 2, "duplicate name": 2}
 
 
-@pytest.mark.parametrize("cut", [0, 100, 700, 3000, -600, -1025, "header", "zeros"], ids=str)
+@pytest.mark.parametrize("cut", [0, 100, 700, 4000, -600, -1025, "header", "zeros"], ids=str)
 def test_damaged_archives_give_what_is_whole(tmp_path, cut):
     """Cut anywhere; a header spoilt, or made zeros, in the middle."""
     whole = everything(open_pairs(write_tars(tmp_path, (6, 1))))
@@ -239,11 +240,10 @@ def test_damaged_archives_give_what_is_whole(tmp_path, cut):
     path.write_bytes(content)
     pairs = open_pairs(tmp_path)
     found = everything(pairs)
-    assert found[-1] == whole[-1] and len(found) < len(whole) or cut in (-600, -1025)
-    assert all(one in whole for one in found)
-    if not isinstance(cut, int):
-        assert [name[-1] for name, *_ in found] == list("01345") + ["6"]
-    assert pairs.problems.counts.get("missing or damaged file", 0) == (cut != "zeros" and cut != -600)
+    assert found[-1] == whole[-1] and all(one in whole for one in found)
+    kept = {0: "6", 100: "6", 700: "6", 4000: "06", -600: "0123456", -1025: "0123456"}.get(cut, "013456")
+    assert "".join(name[-1] for name, *_ in found) == kept
+    assert pairs.problems.counts["missing or damaged file"] == 1
 
 
 @pytest.mark.parametrize(("content", "said"), [
@@ -262,20 +262,18 @@ def test_pictures_that_cannot_be_used_are_refused_by_kind(tmp_path):
     (tmp_path / "images" / "0.png").unlink()
     (tmp_path / "images" / "1.png").write_bytes(png(1)[:200])
     (tmp_path / "images" / "2.png").write_bytes(png(2, size=20))
-    pairs, kinds = open_pairs(tmp_path, smallest=(24, 24)), []
-    for i in range(4):
-        try:
+    pairs = open_pairs(tmp_path, smallest=(24, 24))
+    for i, kind in enumerate(["missing image", "unreadable image", "too small"]):
+        with pytest.raises(UnreadableError, match=f"part-0.jsonl:{i}") as caught:
             pairs.image(i)
-        except UnreadableError as error:
-            kinds.append(error.kind)
-            assert f"part-0.jsonl:{i}" in str(error)
-    assert kinds == ["missing image", "unreadable image", "too small"]
+        assert caught.value.kind == kind
+    assert pairs.image(3).height == 24
     assert open_pairs(tmp_path).image(2).height == 20
 
 
 def test_nothing_left_is_one_line(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"image_path": "x.png", "text": ""}\n')
-    with pytest.raises(ValueError, match=r"holds no usable pair .*: 1 empty caption \(a.jsonl:0: the caption is empty\)"):
+    with pytest.raises(ValueError, match=r"no usable pair .*: 1 empty caption \(a.jsonl:0: the caption is empty\)"):
         open_pairs(tmp_path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no usable pair of a picture and a caption: it is empty"):
