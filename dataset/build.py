@@ -10,7 +10,9 @@ import numpy as np
 from PIL import Image
 
 from dataset import image_folders
+from dataset.pairs import Pairs
 from dataset.pictures import PictureReader
+from dataset.t2i import open_pairs
 from utils.cli import flag
 from utils.options import SizeFlags
 
@@ -36,8 +38,9 @@ class DatasetFlags:
 
     shapes_run: ClassVar[bool] = False
     dataset: str = flag("imagenet", "imagenet (a folder per class), coco or pexels (no classes), openimage (JSON "
-                        "list), emoji or emoji_heldout (embedded; emoji_without_CLASS, emoji_only_CLASS: a part of "
-                        "emoji); for codes the same with _code")
+                        "list), t2i_image (captioned pictures without their captions), t2i (with them), emoji or "
+                        "emoji_heldout (embedded; emoji_without_CLASS, emoji_only_CLASS: a part of emoji); for codes "
+                        "the same with _code")
 
 
 @dataclass(kw_only=True)
@@ -49,12 +52,45 @@ class PictureFlags:
 
 
 @dataclass(kw_only=True)
-class DataFlags(DatasetFlags, SizeFlags, PictureFlags):
+class DataPathFlags(DatasetFlags):
+    """Where the images are."""
+
+    shapes_run: ClassVar[bool] = False
+    data_path: str | None = flag(None, "folder of images (not needed for emoji); captioned ones: .jsonl, table, plain "
+                                       "files or tar archives, see dataset/t2i.py")
+
+
+@dataclass(kw_only=True)
+class DataFlags(DataPathFlags, SizeFlags, PictureFlags):
     """Which images, at which size."""
 
     shapes_run: ClassVar[bool] = False
-    data_path: str | None = flag(None, "folder of images (not needed for emoji)")
     image_size: tuple[int, int] = (256, 256)
+
+
+@dataclass(kw_only=True)
+class PairFlags(DataPathFlags):
+    """Which captioned pictures."""
+
+    shapes_run: ClassVar[bool] = False
+    dataset: str = "t2i"
+    data_start: int | None = flag(None, "number of the first .jsonl file or archive to take, in sorted order from 0")
+    data_end: int | None = flag(None, "number of the last one, which is taken too")
+
+
+@dataclass(kw_only=True)
+class PairPictureFlags(PairFlags, SizeFlags, PictureFlags):
+    """Which captioned pictures, at which size."""
+
+    shapes_run: ClassVar[bool] = False
+    image_size: tuple[int, int] = (512, 512)
+    min_size: int | None = flag(None, "leave out pictures with fewer pixels than this at a side; 0: take all, enlarged "
+                                      "where they are smaller than --image-size; None: --image-size")
+
+    @property
+    def smallest(self) -> tuple[int, int]:
+        """Height and width that a picture must have."""
+        return self.image_size if self.min_size is None else (self.min_size, self.min_size)
 
 
 def data_fingerprint(data: ImageDataset, roots: tuple[str | None, ...]) -> str:
@@ -92,15 +128,30 @@ def flagged_dataset(flags: DataFlags, *, size: tuple[int, int] | None = None) ->
                          exif_orientation=flags.exif_orientation)
 
 
+def flagged_pairs(flags: PairFlags, *, reader: PictureReader | None = None, smallest: tuple[int, int] = (0, 0),
+                  emoji_size: int = 256) -> Pairs:
+    """The captioned pictures that the flags ask for: --dataset t2i from --data-path, or emoji."""
+    emoji = flags.dataset == "emoji" or flags.dataset.startswith("emoji_")
+    if not emoji and flags.dataset not in CAPTIONED:
+        raise ValueError(f"--dataset {flags.dataset} has no captions: choose t2i or emoji")
+    if not emoji and flags.data_path is None:
+        raise ValueError(f"--dataset {flags.dataset} needs --data-path: .jsonl, a table, pictures beside .txt, or tar "
+                         "archives")
+    return open_pairs(flags.dataset if emoji else flags.data_path, reader=reader, smallest=smallest,
+                      part=(flags.data_start, flags.data_end), emoji_size=emoji_size)
+
+
 def _openimage(root: str, *, reader: PictureReader) -> ImageDataset:
     """The list that LlamaGen's tools/openimage_json.py writes: in the folder of images, or beside it."""
     inside, beside = Path(root) / "image_paths.json", Path(root).parent / "openimage_json" / "image_paths.json"
     return image_folders.listed(beside if beside.is_file() and not inside.exists() else inside, root, reader=reader)
 
 
+CAPTIONED = ("t2i", "t2i_image")
 FOLDERS: dict[str, Callable[..., ImageDataset]] = {
     "imagenet": image_folders.class_tree,
     "coco": image_folders.flat_folder,
     "pexels": image_folders.flat_folder,
     "openimage": _openimage,
+    "t2i_image": open_pairs,
 }

@@ -96,7 +96,7 @@ class NumberedPaths(Sequence[Path]):
         return self.folder / f"{index}.npy"
 
 
-def open_pairs(codes: Path, grid: tuple[int, int] | None) -> FileStore:
+def open_numbered(codes: Path, grid: tuple[int, int] | None) -> FileStore:
     """LlamaGen's layout. Raises FileNotFoundError for a gap in the numbers, ValueError for wrong names or labels."""
     codes, labels = codes.absolute(), labels_of(codes)
     index = FolderIndex([codes, labels], fits=lambda found: np.array_equal(

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from dataset import remote
 from dataset.code_check import find_damage
-from dataset.code_files import open_class_folders, open_pairs
+from dataset.code_files import open_class_folders, open_numbered
 from dataset.code_joins import Mixture, OtherViews
 from dataset.code_layouts import CodeStore, PackedStore, class_folders, find_store, is_packed
 from dataset.code_manifest import files_of_some, read_manifest
@@ -168,7 +168,7 @@ def open_store(path: str | Path, *, subfolder: str | None = None, grid: tuple[in
     if folder is not None and is_packed(folder):
         return open_packed(name, folder, {}, corrupt=corrupt, remembered=remembered)
     if folder is not None:
-        return open_pairs(folder, grid)
+        return open_numbered(folder, grid)
     if class_folders(root):
         return open_class_folders(root, grid)
     raise ValueError(f"--code-path {root} holds no code store: expected manifest.json, <name>_codes/ with "

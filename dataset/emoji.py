@@ -71,7 +71,8 @@ FIRST_PRIVATE = 0xF0000  # start of Unicode's plane 15, which the font leaves em
 class EmojiDataset:
     """Emoji of one side of a fixed split, `size` x `size` pixels on white, all drawn when the data set is made.
 
-    `classes` are the names in label order, `labels` is (N,) int64, `captions` has a few lower-case words per emoji.
+    `classes` are the names in label order, `labels` is (N,) int64, `captions` has a few lower-case words per emoji, as
+    people say them ("flag of france", "grinning face with big eyes"): Unicode's short names, in emoji_captions.txt.
     `without` leaves one class out as if it did not exist, `only` draws one alone and keeps the names of all.
     Raises FileNotFoundError when the font package is missing, ValueError for an unknown split or a size below 8.
     """
@@ -90,8 +91,9 @@ class EmojiDataset:
             members = [m for m in members if (_base(m[1]) in heldout) == (split == "heldout")]
         members = [m for m in members if only in (None, self.classes[m[0]])]
         self.labels = np.array([label for label, _ in members], dtype=np.int64)  # (N,)
-        self.captions = [_caption(sequence) for _, sequence in members]
         self._sequences = [sequence for _, sequence in members]
+        known = _captions()
+        self.captions = [known.get(self.points(i)) or _words_of(self._sequences[i]) for i in range(len(members))]
         self._images = _draw([glyphs[sequence] for sequence in self._sequences], font, size)  # (N, size, size, 3)
 
     def __len__(self) -> int:
@@ -102,8 +104,12 @@ class EmojiDataset:
         return Image.fromarray(self._images[index])
 
     def name(self, index: int) -> str:
-        """Return the code points in hexadecimal and the caption, such as "1F600 grinning face"."""
-        return f"{'-'.join(f'{point:X}' for point in self._sequences[index])} {self.captions[index]}"
+        """Return the code points in hexadecimal and Unicode's names of them, such as "1F600 grinning face"."""
+        return f"{self.points(index)} {_words_of(self._sequences[index])}"
+
+    def points(self, index: int) -> str:
+        """Return the code points in hexadecimal, such as "1F1EB-1F1F7"."""
+        return "-".join(f"{point:X}" for point in self._sequences[index])
 
 
 def open_emoji(name: str, *, size: int) -> EmojiDataset:
@@ -184,7 +190,14 @@ def _heldout_bases(members: list[tuple[int, Sequence]]) -> set[Sequence]:
     return heldout
 
 
-def _caption(sequence: Sequence) -> str:
+def _captions() -> dict[str, str]:
+    """Return what people call the emoji: {code points: caption}."""
+    lines = Path(__file__).with_name("emoji_captions.txt").read_text(encoding="utf-8").splitlines()
+    return dict(line.split(" ", 1) for line in lines if not line.startswith("#"))
+
+
+def _words_of(sequence: Sequence) -> str:
+    """Return Unicode's names of the code points."""
     if 0x1F1E6 <= sequence[0] <= 0x1F1FF:
         return "flag of " + "".join(chr(point - 0x1F1E6 + ord("a")) for point in sequence)
     return ", ".join(_words(point) for point in sequence if point not in (JOINER, COLOUR_STYLE))

@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import errno
 import functools
+import io
 import logging
 import math
 import os
@@ -20,7 +21,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from utils import cli
-from utils.files import first_line, what_it_is
+from utils.files import LOOKED_AT, first_line, kind_of, what_it_is
 
 # Pillow knows these formats by name only: they need a program or a library that it does not bring, or (EPS) would run
 # Ghostscript on a stranger's file.
@@ -36,7 +37,13 @@ TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: I
 
 
 class UnreadableError(ValueError):
-    """A picture cannot be used; the text says which and why."""
+    """A picture cannot be used; the text says which and why, `kind` what it is counted under."""
+
+    kind = "unreadable image"
+
+    def __init__(self, text: str, *, kind: str = kind) -> None:
+        super().__init__(text)
+        self.kind = kind
 
 
 @functools.cache
@@ -92,6 +99,14 @@ class PictureReader:
                 raise
             raise UnreadableError(f"{path} cannot be read as an image ({reason(error, path)})") from None
 
+    def decoded(self, content: bytes, name: str) -> Image.Image:
+        """The same of a file's content, which is called `name`."""
+        try:
+            with Image.open(io.BytesIO(content), formats=formats()) as image:
+                return self.converted(image, name)
+        except Exception as error:  # damaged data makes decoders raise anything
+            raise UnreadableError(f"{name} cannot be read as an image ({reason(error, content)})") from None
+
     def converted(self, image: Image.Image, path: str | Path) -> Image.Image:
         """8-bit RGB, opaque and upright, of an opened file."""
         key = transparent_colour(image)
@@ -128,10 +143,11 @@ class PictureReader:
                      kind="note", every_rank=True)
 
 
-def reason(error: Exception, path: str | Path) -> str:
-    """Why a picture cannot be read, in a few words that do not repeat its name."""
+def reason(error: Exception, source: str | Path | bytes) -> str:
+    """Why a picture, a file or its content, cannot be read, in a few words that do not repeat its name."""
     if isinstance(error, UnidentifiedImageError):
-        found = what_it_is(path) or "no picture that Pillow can read"
+        found = kind_of(source[:LOOKED_AT]) if isinstance(source, bytes) else what_it_is(source)
+        found = found or "no picture that Pillow can read"
         return f"it begins as {found} and is damaged" if found.endswith(" picture") else f"it is {found}"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
