@@ -79,6 +79,14 @@ class PairFlags(DataPathFlags):
 
 
 @dataclass(kw_only=True)
+class FeaturePathFlags:
+    """Text features."""
+
+    t5_feat_path: str | None = flag(None, "folder of the captions' text features: LlamaGen's layout, <folder>/<stem of "
+                                          "the .jsonl>/<line>.npy")
+
+
+@dataclass(kw_only=True)
 class PairPictureFlags(PairFlags, SizeFlags, PictureFlags):
     """Which captioned pictures, at which size."""
 
@@ -95,6 +103,8 @@ class PairPictureFlags(PairFlags, SizeFlags, PictureFlags):
 
 def data_fingerprint(data: ImageDataset, roots: tuple[str | None, ...]) -> str:
     """A hash of the names, below the folders `roots`, and labels of a data set: the same when a folder has moved."""
+    if isinstance(data, Pairs):  # names of millions are slow to ask for one by one
+        return data.states()["image_names"]
     above = tuple(str(Path(root)) + os.sep for root in roots if root is not None)
     digest = hashlib.sha256(np.asarray(data.labels).tobytes())
     for index in range(len(data)):

@@ -10,7 +10,9 @@ The manifest has `format`, `count` (N), `views`, `grid` [h, w], `image_size` [he
 `classes` (names in label order, or null), `tokenizer` {name, downsample, codebook_size, weights_sha256}
 (of a copy in fewer bits also rounded_from, the hash of the original), `labels_sha256` and `shards` [{file, rows,
 sha256}]. Where it is known: `dataset`, `images` (N and those left out),
-`image_names` (hash of the names), `crop`, `skipped` (names of unreadable images) and `columns`.
+`image_names` (hash of the names), `crop`, `skipped` (names of unreadable images) and `columns`; of captioned pictures
+`unusable` and `left_out`, {reason: how many} of what was no pair and of pictures that could not be used (`skipped` has
+the first names).
 
 A column is {name, kind, dtype, shape, offsets {file, sha256}, files [{file, rows, sha256}]}. Of kind "text" each image
 has a string (UTF-8, dtype uint8, shape []), of kind "ragged" an array (n_i, *shape) of the dtype, such as the features

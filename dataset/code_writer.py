@@ -17,6 +17,7 @@ import itertools
 import json
 import math
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ from utils.files import file_hash, replacing, sweep
 PART_ROWS = 2**10  # images
 SHARD_BYTES = 2**28
 SHARD_ROWS = 2**20  # images: a bound for narrow columns
+MOST_NAMED = 1000  # images left out that a manifest names where it counts them by kind
 NOT_COMPARED = ("columns", "image_times")  # columns are compared apart; copying images gives their files other times
 
 Values = Sequence[str] | Sequence[np.ndarray]
@@ -117,10 +119,11 @@ def is_done(folder: Path, part: int) -> bool:
 
 
 def write_part(folder: Path, part: int, codes: np.ndarray, labels: Sequence[int], skipped: Sequence[str] = (), *,
-               columns: dict[str, Values] | None = None) -> None:
+               columns: dict[str, Values] | None = None, left_out: dict[str, int] | None = None) -> None:
     """Write a part: codes (n, views, L), labels (n), names of images that could not be read, columns of n each.
 
-    A column has n strings, or n arrays (n_i, *shape) of its dtype.
+    A column has n strings, or n arrays (n_i, *shape) of its dtype. `left_out`: how many images were left out for which
+    reason; then the manifest has the sum as "left_out", and in "skipped" only the first MOST_NAMED names.
     """
     values = columns or {}
     declared = columns_of(extraction_recipe(folder))
@@ -132,7 +135,8 @@ def write_part(folder: Path, part: int, codes: np.ndarray, labels: Sequence[int]
               for name, (array, _) in arrays.items()}
     write_note(part_path(folder, part), {
         "rows": len(codes), "labels": [int(label) for label in labels], "skipped": list(skipped), "sha256": hashes,
-        "lengths": {name: lengths for name, (_, lengths) in arrays.items() if name}})
+        "lengths": {name: lengths for name, (_, lengths) in arrays.items() if name},
+        **({} if left_out is None else {"left_out": left_out})})
 
 
 def joined_values(column: Column, values: Values) -> tuple[np.ndarray, list[int]]:
@@ -243,9 +247,13 @@ def finish(folder: Path, parts: int) -> Manifest:
     labels: list[np.ndarray] = []
     lengths: dict[str, list[np.ndarray]] = {column["name"]: [np.zeros(1, np.int64)] for column in columns}
     skipped: list[str] = []
+    left_out: Counter[str] | None = None
     for note in notes(folder, parts):
         labels.append(np.array(note["labels"], np.int64))
         skipped += note["skipped"]
+        if "left_out" in note:
+            left_out = Counter(note["left_out"]) + (left_out or Counter())
+            skipped = skipped[:MOST_NAMED]
         for name, found in lengths.items():
             found.append(np.array(note["lengths"][name], np.int64))
     count = sum(map(len, labels))
@@ -254,12 +262,15 @@ def finish(folder: Path, parts: int) -> Manifest:
             piece.path.unlink()
         remove_parts(folder)
         folder.rmdir()
-        raise ValueError(f"none of the {len(skipped)} images could be read, among them {skipped[0]}")
+        total = len(skipped) if left_out is None else left_out.total()
+        raise ValueError(f"none of the {total} images could be read, among them {skipped[0]}")
     files: dict[str, list[dict[str, Any]]] = {}
     for piece in plan(folder, parts):
         files.setdefault(piece.column, []).append(json.loads(piece_note(piece).read_text()))
     manifest = {**recipe, "count": count, "labels_sha256": save_array(folder / "labels.npy", np.concatenate(labels)),
                 "skipped": skipped, "shards": files[""]}
+    if left_out is not None:
+        manifest["left_out"] = dict(sorted(left_out.items()))
     for column in columns:
         path = folder / f"{column['name']}-offsets.npy"
         sha256 = save_array(path, np.cumsum(np.concatenate(lengths[column["name"]])))

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from dataset.pairs import Pairs
 from dataset.path_list import PathList
 from dataset.pictures import PictureReader, endings
 from utils import cli
@@ -226,10 +227,36 @@ def listed(path: str | Path, root: str | Path, *, reader: PictureReader | None =
     return ImageFiles(PathList.of("", chunks(str(root / name) for name in names)), reader=reader)
 
 
-def concatenate(parts: list[ImageFiles]) -> ImageFiles:
-    """Several unlabelled data sets as one."""
-    paths = (part.name(i) for part in parts for i in range(len(part)))
-    return ImageFiles(PathList.of("", chunks(paths)), reader=parts[0].reader)
+class JoinedImages:
+    """Several data sets without classes as one, of any kinds."""
+
+    classes: list[str] | None = None
+
+    def __init__(self, parts: list["ImageFiles | Pairs"]) -> None:
+        self.parts, self.starts = parts, np.cumsum([0, *map(len, parts)])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    @property
+    def labels(self) -> np.ndarray:
+        """(N,) int64 zeros that take no memory."""
+        return np.broadcast_to(np.int64(0), (len(self),))
+
+    def place(self, index: int) -> tuple["ImageFiles | Pairs", int]:
+        """The data set that holds image `index`, and its number there."""
+        part = int(np.searchsorted(self.starts, index, side="right")) - 1
+        return self.parts[part], index - int(self.starts[part])
+
+    def image(self, index: int) -> Image.Image:
+        """The RGB image. Raises UnreadableError."""
+        part, number = self.place(index)
+        return part.image(number)
+
+    def name(self, index: int) -> str:
+        """The name in its data set."""
+        part, number = self.place(index)
+        return part.name(number)
 
 
 def chunks(names: Iterable[str], size: int = 4096) -> Iterator[list[str]]:

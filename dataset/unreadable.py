@@ -11,6 +11,15 @@ from utils import cli, dist
 MOST_TOLD = 100  # unreadable images that a process names on the screen
 
 
+class LeftOut(str):
+    """Why an image is left out; `kind` is what it is counted under."""
+
+    def __new__(cls, text: object, kind: str = UnreadableError.kind) -> "LeftOut":
+        made = super().__new__(cls, text)
+        made.kind = kind
+        return made
+
+
 class PassedOver:
     """The unreadable images that a process has met, each told once."""
 

@@ -20,6 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 ENTRIES = {  # name of a command: (module, class of its flags)
     "train_vq": ("tokenizer.tokenizer_image.vq_train", "VQTrainFlags"),
     "extract": ("autoregressive.train.extract_codes", "ExtractFlags"),
+    "extract_t2i": ("autoregressive.train.extract_codes_t2i", "TextExtractFlags"),
+    "check_pairs": ("dataset.check_pairs", "CheckFlags"),
     "verify": ("autoregressive.train.verify_codes", "VerifyFlags"),
     "train_gpt": ("autoregressive.train.train", "GPTTrainFlags"),
     "sample": ("autoregressive.sample.sample_ddp", "SampleSetFlags"),

@@ -72,8 +72,10 @@ def test_flat_folder_and_json_list(image_folder, tmp_path):
     (tmp_path / "images").symlink_to(image_folder)
     listed = build_dataset("openimage", str(tmp_path / "images"), size=(16, 16))
     assert [listed.name(i) for i in range(2)] == [str(tmp_path / "images" / name) for name in names]
-    joined = image_folders.concatenate([listed, listed])
-    assert len(joined) == len(joined.labels) == 4
+    joined = image_folders.JoinedImages([listed, build_dataset("coco", str(image_folder), size=(16, 16))])
+    assert len(joined) == len(joined.labels) == 38 and not joined.labels.any()
+    assert joined.name(1) == listed.name(1) and joined.name(2).endswith("blue/00.jpg")
+    assert joined.image(1).tobytes() == listed.image(1).tobytes()
 
 
 def test_openimage_reads_the_list_in_its_folder_first(image_folder, tmp_path):

@@ -53,7 +53,7 @@ import numpy as np
 from torch.utils.data import DataLoader
 
 def main():
-    from autoregressive.train.extract_codes import ExtractFlags, Views
+    from autoregressive.train.extract_codes import ClassViews, ExtractFlags
     from dataset.image_folders import ImageFiles, class_tree
     from dataset.loader import TrainImages
     from dataset.path_list import PathList
@@ -70,7 +70,7 @@ def main():
         sizes.append(file.tell())
 
     multiprocessing.reduction.dump = measured
-    view = Views(data, flags, 1.0)
+    view = ClassViews(data, flags, 1.0)
     loaded = DataLoader(view, batch_sampler=[[0, 150], [7]], num_workers=1, multiprocessing_context="forkserver",
                         collate_fn=list)
     for (index, (ours, _)), key in zip([pair for batch in loaded for pair in batch], [0, 150, 7], strict=True):
@@ -97,18 +97,17 @@ def test_processes_that_are_started_afresh_share_the_names(tmp_path):
 
 def test_parts_of_an_extraction_share_their_workers(image_folder, monkeypatch):
     """It was a new pool of processes for each shard."""
-    from autoregressive.train import extract_codes
+    from autoregressive.train import extract_codes, extraction
 
-    made, real = [], extract_codes.DataLoader
-    monkeypatch.setattr(extract_codes, "DataLoader", lambda *args, **rest: (made.append(rest), real(*args, **rest))[1])
+    made, real = [], extraction.DataLoader
+    monkeypatch.setattr(extraction, "DataLoader", lambda *args, **rest: (made.append(rest), real(*args, **rest))[1])
     monkeypatch.setattr("dataset.loader.os.cpu_count", lambda: 2)
-    flags = extract_codes.ExtractFlags(data_path=str(image_folder), code_path="", vq_ckpt="", image_size=(16, 16),
-                                       per_proc_batch_size=4, num_workers=2)
+    flags = extract_codes.ExtractFlags(data_path=str(image_folder), code_path="", vq_ckpt="", image_size=(16, 16))
     parts = [range(0, 10), range(20, 27), range(27, 28)]
-    data = extract_codes.Views(image_folders.class_tree(image_folder), flags, 1.0)
+    data = extract_codes.ClassViews(image_folders.class_tree(image_folder), flags, 1.0)
     found = [[[index for index, _ in batch] for batch in batches]
-             for batches in extract_codes.part_batches(data, parts)]
+             for batches in extraction.part_batches(data, parts, size=4, num_workers=2)]
     assert found == [[[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]], [[20, 21, 22, 23], [24, 25, 26]], [[27]]]
     assert [rest["num_workers"] for rest in made] == [2]
-    assert not list(extract_codes.part_batches(data, []))
+    assert not list(extraction.part_batches(data, [], size=4, num_workers=2))
     assert len(made) == 1

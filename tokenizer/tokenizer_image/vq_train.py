@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from dataset.augmentation import center_crop
 from dataset.build import DataFlags, ImageDataset, data_fingerprint, flagged_dataset
-from dataset.image_folders import concatenate, flat_folder
+from dataset.image_folders import JoinedImages, flat_folder
 from dataset.loader import StepSampler, TrainImages, loader
 from dataset.pictures import UnreadableError
 from dataset.unreadable import PassedOver, check_readable
@@ -147,7 +147,7 @@ def open_images(flags: VQTrainFlags) -> ImageDataset:
         if data.classes is not None:
             raise ValueError(f"--data-face-path joins images without classes, but --dataset {flags.dataset} has "
                              "classes")
-        data = concatenate([data, flat_folder(flags.data_face_path, reader=data.reader)])
+        data = JoinedImages([data, flat_folder(flags.data_face_path, reader=data.reader)])
     check_readable(data)
     return data
 
