@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from autoregressive.models.conditions import LabelEmbedder
 from autoregressive.models.gpt import GPT_models, ModelArgs, Transformer
+from autoregressive.train.conditions import Classes
 from autoregressive.train.config import GPTTrainFlags
 from autoregressive.train.task import GPTTask
 from benchmarks.machine import cpu_name
@@ -192,10 +193,17 @@ def plain_step(model: nn.Module, flags: GPTTrainFlags, dtype: torch.dtype) -> Ca
 # ---- measuring
 
 
+class LabelsOnly(Classes):
+    """Labels without a store."""
+
+    def __init__(self) -> None:
+        pass
+
+
 def our_step(model: Transformer, flags: GPTTrainFlags, process: dist.Process,
              dtype: torch.dtype) -> Callable[[dict[str, Tensor]], None]:
     """One step of our training."""
-    task = GPTTask(model, dtype=dtype, classes=None, tokenizer=None, seed=0, token_noise=0.0, cfg_scale=1.0)
+    task = GPTTask(model, LabelsOnly(), dtype=dtype, tokenizer=None, seed=0, token_noise=0.0, cfg_scale=1.0)
     run = RunFolder(Path(tempfile.mkdtemp()), {}, known=True)
     trainer = Trainer(task, flags, process, run, samples=10**9, saved_config={})
     trainer.checkpoints.claim()

@@ -8,7 +8,7 @@ import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -18,6 +18,15 @@ from utils.seeding import hash_choice
 
 INT64 = np.dtype(np.int64)
 MOST_CLASSES = 2**24  # a table of more would not fit into memory: such labels are damage
+
+
+class Attached(Protocol):
+    """A column that lies elsewhere."""
+
+    identity: str  # tells its contents from others
+
+    def read(self, rows: np.ndarray) -> list[np.ndarray]:
+        """Its arrays (n_i, *shape) for rows (B,) of the store's files."""
 
 
 @dataclass(kw_only=True)
@@ -35,6 +44,8 @@ class CodeStore:
     columns: dict[str, Column] = field(default_factory=dict)  # what rows have beside codes and label
     damaged: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))  # rows that cannot be read
     kept: np.ndarray | None = None  # rows of the files that are left when some are left out
+    attached: dict[str, "Attached"] = field(default_factory=dict)  # columns that lie elsewhere
+    may_lose: bool = False  # rows may turn out unreadable only when they are read; their codes are then -1
 
     def __len__(self) -> int:
         """Samples per epoch."""
@@ -47,7 +58,8 @@ class CodeStore:
 
     def fingerprint(self) -> str:
         """A hash of what it holds, by its labels and `contents`."""
-        described = json.dumps([self.contents(), self.views, self.grid, len(self)], sort_keys=True)
+        elsewhere = [{name: column.identity for name, column in self.attached.items()}] if self.attached else []
+        described = json.dumps([self.contents(), self.views, self.grid, len(self), *elsewhere], sort_keys=True)
         return hashlib.sha256(described.encode() + np.ascontiguousarray(self.labels).tobytes()).hexdigest()
 
     def contents(self) -> Any:
@@ -73,10 +85,13 @@ class CodeStore:
     def column(self, name: str, rows: np.ndarray) -> list[str] | list[np.ndarray]:
         """A column at the rows (B,): strings, or arrays (n_i, *shape). Raises ValueError if there is none of the name.
         """
+        rows = rows if self.kept is None else self.kept[rows]
+        if name in self.attached:
+            return self.attached[name].read(rows)
         if name not in self.columns:
             there = ", ".join(self.columns) or "none at all"
             raise ValueError(f"the store has no column {name!r}: there is {there}")
-        return self.column_files(name, rows if self.kept is None else self.kept[rows])
+        return self.column_files(name, rows)
 
     def column_files(self, name: str, rows: np.ndarray) -> list[str] | list[np.ndarray]:
         """`column` before any row was left out."""

@@ -31,6 +31,7 @@ import numpy as np
 from utils.files import LOOKED_AT, kind_of
 
 FORMAT = "llamagen-codes-1"
+FEATURES = "llamagen-features-1"  # a store of columns alone: see text_features.py
 Manifest = dict[str, Any]
 
 
@@ -104,6 +105,9 @@ FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "labels_sha256": (is_text, "a text"),
     "shards": (are_files, "a list of {file, rows, sha256}"),
 }
+FEATURE_FIELDS = {"count": FIELDS["count"], "text_encoder": (record(name=is_text), "a name and more"),
+                  "captions": (record(source=is_text), "what the rows belong to")}
+FORMATS = {FORMAT: (FIELDS, "extract the codes again"), FEATURES: (FEATURE_FIELDS, "extract the features again")}
 OPTIONAL: dict[str, tuple[Callable[[Any], bool], str]] = {
     "image_names": (is_text, "a text"),
     "skipped": (list_of(is_text), "a list of names"),
@@ -112,33 +116,34 @@ OPTIONAL: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a packed store. Raises ValueError when it is damaged or of another format."""
+def read_manifest(folder: Path, *, kind: str = FORMAT) -> Manifest:
+    """The manifest of a packed store, of format `kind`. Raises ValueError when it is damaged or of another format."""
     path = folder / "manifest.json"
-    return parse_manifest(path.read_text(errors="replace"), path)
+    return parse_manifest(path.read_text(errors="replace"), path, kind=kind)
 
 
-def parse_manifest(text: str, source: str | Path) -> Manifest:
+def parse_manifest(text: str, source: str | Path, *, kind: str = FORMAT) -> Manifest:
     """A manifest's content. Raises ValueError, one line that names it, when it is damaged or of another format."""
+    fields, remedy = FORMATS[kind]
     try:
         manifest = json.loads(text)
     except (ValueError, RecursionError) as error:
         found = None if text.lstrip().startswith("{") else kind_of(text.encode(errors="replace")[:LOOKED_AT])
         if found is not None:
             raise ValueError(f"{source} is {found}") from None
-        raise ValueError(f"{source} is damaged ({error}): extract the codes again") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise ValueError(f"{source} is of another format, expected {FORMAT!r}")
-    for name, (fits, expected) in (FIELDS | OPTIONAL).items():
-        if name in FIELDS and name not in manifest:
-            raise ValueError(f"{source} is damaged: {name} is missing, expected {expected}; extract the codes again")
+        raise ValueError(f"{source} is damaged ({error}): {remedy}") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != kind:
+        raise ValueError(f"{source} is of another format, expected {kind!r}")
+    for name, (fits, expected) in (fields | OPTIONAL).items():
+        if name in fields and name not in manifest:
+            raise ValueError(f"{source} is damaged: {name} is missing, expected {expected}; {remedy}")
         if name in manifest and not fits(manifest[name]):
-            raise ValueError(f"{source} is damaged: {name} should be {expected}; extract the codes again")
-    check_named_files(manifest, source)
+            raise ValueError(f"{source} is damaged: {name} should be {expected}; {remedy}")
+    check_named_files(manifest, source, remedy)
     return manifest
 
 
-def check_named_files(manifest: Manifest, source: str | Path) -> None:
+def check_named_files(manifest: Manifest, source: str | Path, remedy: str) -> None:
     """Raise ValueError for files outside the folder, named twice, or with another number of rows in all."""
     names = ["labels.npy", *(file["file"] for file in files_of_all(manifest)),
              *(file["file"] for _, file in files_of_some(manifest))]
@@ -147,17 +152,17 @@ def check_named_files(manifest: Manifest, source: str | Path) -> None:
         raise ValueError(f"{source} names the file {outside[0]!r}, expected one beside it")
     columns = [column["name"] for column in manifest.get("columns", [])]
     if len(set(names)) < len(names) or len(set(columns)) < len(columns):
-        raise ValueError(f"{source} is damaged: it names a file or a column twice; extract the codes again")
+        raise ValueError(f"{source} is damaged: it names a file or a column twice; {remedy}")
     for title, files in row_files(manifest).items():
         rows = sum(file["rows"] for file in files)
         if rows != manifest["count"]:
-            raise ValueError(f"{source} is damaged: {title} have {rows} rows, count is {manifest['count']}; extract "
-                             "the codes again")
+            raise ValueError(f"{source} is damaged: {title} have {rows} rows, count is {manifest['count']}; "
+                             f"{remedy}")
 
 
 def row_files(manifest: Manifest) -> dict[str, list[dict[str, Any]]]:
     """{what it is: files} of all that is cut by rows: the shards, and each column."""
-    return {"shards": manifest["shards"],
+    return {**({"shards": manifest["shards"]} if "shards" in manifest else {}),
             **{f"files of column {column['name']}": column["files"] for column in manifest.get("columns", [])}}
 
 
@@ -177,7 +182,7 @@ def files_of_some(manifest: Manifest) -> list[tuple[slice, dict[str, Any]]]:
 
 def file_hashes(manifest: Manifest) -> dict[str, str]:
     """{file: SHA-256} of all but the manifest itself."""
-    return {"labels.npy": manifest["labels_sha256"],
+    return {**({"labels.npy": manifest["labels_sha256"]} if "labels_sha256" in manifest else {}),
             **{file["file"]: file["sha256"] for file in files_of_all(manifest)},
             **{file["file"]: file["sha256"] for _, file in files_of_some(manifest)}}
 

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from dataset.code_manifest import Column, Manifest, columns_of, read_manifest
+from dataset.code_manifest import FORMAT, Column, Manifest, columns_of, read_manifest
 from utils.files import file_hash, replacing, sweep
 
 PART_ROWS = 2**10  # images
@@ -62,7 +62,7 @@ def begin(folder: Path, recipe: dict[str, Any]) -> None:
         with replacing(folder / "recipe.json") as temporary:
             temporary.write_text(json.dumps({**recipe, "layout": layout({})}, indent=1))
         return
-    existing = read_manifest(folder) if made else extraction_recipe(folder)
+    existing = read_manifest(folder, kind=recipe["format"]) if made else extraction_recipe(folder)
     differs = [key for key, value in recipe.items() if key not in NOT_COMPARED and existing.get(key, value) != value]
     declared, columns = (columns_of(content) for content in (existing, recipe))
     if differs == ["image_sizes"]:
@@ -118,9 +118,11 @@ def is_done(folder: Path, part: int) -> bool:
     return part_path(folder, part).with_suffix(".json").is_file()
 
 
-def write_part(folder: Path, part: int, codes: np.ndarray, labels: Sequence[int], skipped: Sequence[str] = (), *,
-               columns: dict[str, Values] | None = None, left_out: dict[str, int] | None = None) -> None:
-    """Write a part: codes (n, views, L), labels (n), names of images that could not be read, columns of n each.
+def write_part(folder: Path, part: int, codes: np.ndarray | None, labels: Sequence[int],
+               skipped: Sequence[str] = (), *, columns: dict[str, Values] | None = None,
+               left_out: dict[str, int] | None = None) -> None:
+    """Write a part: codes (n, views, L), labels (n), names of images that could not be read, columns of n each. A store
+    of columns alone has neither codes (None) nor labels.
 
     A column has n strings, or n arrays (n_i, *shape) of its dtype. `left_out`: how many images were left out for which
     reason; then the manifest has the sum as "left_out", and in "skipped" only the first MOST_NAMED names.
@@ -128,13 +130,15 @@ def write_part(folder: Path, part: int, codes: np.ndarray, labels: Sequence[int]
     values = columns or {}
     declared = columns_of(extraction_recipe(folder))
     assert declared.keys() == values.keys(), (list(declared), list(values))
-    assert len({len(codes), len(labels), *map(len, values.values())}) == 1, "as many labels and values as codes"
-    arrays = {"": (np.ascontiguousarray(codes), []),
+    rows = len(next(iter(values.values()))) if codes is None else len(codes)
+    given = [*values.values(), *([] if codes is None else [labels])]
+    assert all(len(one) == rows for one in given), "as many labels and values as codes"
+    arrays = {**({} if codes is None else {"": (np.ascontiguousarray(codes), [])}),
               **{name: joined_values(declared[name], values[name]) for name in values}}
     hashes = {part_path(folder, part, name).name: save_array(part_path(folder, part, name), array)
               for name, (array, _) in arrays.items()}
     write_note(part_path(folder, part), {
-        "rows": len(codes), "labels": [int(label) for label in labels], "skipped": list(skipped), "sha256": hashes,
+        "rows": rows, "labels": [int(label) for label in labels], "skipped": list(skipped), "sha256": hashes,
         "lengths": {name: lengths for name, (_, lengths) in arrays.items() if name},
         **({} if left_out is None else {"left_out": left_out})})
 
@@ -164,7 +168,8 @@ def plan(folder: Path, parts: int) -> list[Piece]:
     """Which parts become which files, as the parts' notes and the recipe say."""
     recipe = extraction_recipe(folder)
     columns = columns_of(recipe)
-    kinds = {"": (np.dtype(recipe["dtype"]), (recipe["views"], math.prod(recipe["grid"]))),
+    codes = {"": (np.dtype(recipe["dtype"]), (recipe["views"], math.prod(recipe["grid"])))} if has_codes(recipe) else {}
+    kinds = {**codes,
              **{name: (np.dtype(column.dtype), column.shape) for name, column in columns.items()}}
     rows: list[int] = []
     lengths: dict[str, list[int]] = {name: [] for name in kinds}
@@ -179,6 +184,11 @@ def plan(folder: Path, parts: int) -> list[Piece]:
             pieces.append(Piece(folder / f"{name or 'shard'}-{i:05d}.npy", name, mine, sum(rows[part] for part in mine),
                                 dtype, (sum(lengths[name][part] for part in mine), *shape)))
     return pieces
+
+
+def has_codes(recipe: dict[str, Any]) -> bool:
+    """Whether the store is one of codes, not of columns alone."""
+    return recipe["format"] == FORMAT
 
 
 def notes(folder: Path, parts: int) -> Iterator[dict[str, Any]]:
@@ -247,8 +257,10 @@ def finish(folder: Path, parts: int) -> Manifest:
     labels: list[np.ndarray] = []
     lengths: dict[str, list[np.ndarray]] = {column["name"]: [np.zeros(1, np.int64)] for column in columns}
     skipped: list[str] = []
+    count = 0
     left_out: Counter[str] | None = None
     for note in notes(folder, parts):
+        count += note["rows"]
         labels.append(np.array(note["labels"], np.int64))
         skipped += note["skipped"]
         if "left_out" in note:
@@ -256,7 +268,6 @@ def finish(folder: Path, parts: int) -> Manifest:
             skipped = skipped[:MOST_NAMED]
         for name, found in lengths.items():
             found.append(np.array(note["lengths"][name], np.int64))
-    count = sum(map(len, labels))
     if not count:
         for piece in plan(folder, parts):
             piece.path.unlink()
@@ -267,8 +278,10 @@ def finish(folder: Path, parts: int) -> Manifest:
     files: dict[str, list[dict[str, Any]]] = {}
     for piece in plan(folder, parts):
         files.setdefault(piece.column, []).append(json.loads(piece_note(piece).read_text()))
-    manifest = {**recipe, "count": count, "labels_sha256": save_array(folder / "labels.npy", np.concatenate(labels)),
-                "skipped": skipped, "shards": files[""]}
+    manifest = {**recipe, "count": count}
+    if has_codes(recipe):
+        manifest |= {"labels_sha256": save_array(folder / "labels.npy", np.concatenate(labels)), "skipped": skipped,
+                     "shards": files[""]}
     if left_out is not None:
         manifest["left_out"] = dict(sorted(left_out.items()))
     for column in columns:

@@ -76,28 +76,36 @@ class CodeBatches(Dataset):
 
     def __getitems__(self, keys: np.ndarray) -> dict[str, Any]:
         """{"codes" (B, L) int64, "labels" (B,) int64, "dropped" (B,) bool, and of each column a list (B)}; in any order
-        also "orders" (B, L) int64, the cells that the codes are of; with control pictures "control" (B, C, H, W) uint8.
+        also "orders" (B, L) int64, the cells that the codes are of; with control pictures "control" (B, C, H, W) uint8;
+        of a store that may lose rows "valid" (B,) bool, false for those that could not be read.
 
         Keys (B, 2) are an epoch and an index each. Raises ValueError for a code >= vocab_size.
         """
         epochs, indices = np.asarray(keys).T
         rows, views = self.store.choose(epochs, indices, seed=self.seed)
-        codes, labels = self.store.read(rows, views), self.store.labels[rows]
+        codes, labels, more = self.store.read(rows, views), self.store.labels[rows], {}
+        if self.store.may_lose:
+            read = codes[:, 0] >= 0
+            codes[~read], more["valid"] = 0, torch.from_numpy(read)
         if codes.min() < 0 or codes.max() >= self.vocab_size:
             place = int(((codes < 0) | (codes >= self.vocab_size)).any(1).argmax())
             wrong = min(codes[place].min(), 0) or codes[place].max()
             raise ValueError(f"{self.store.where(int(rows[place]), int(views[place]))} holds code {wrong}, but the "
                              f"model's vocabulary is {self.vocab_size}: give the tokenizer's size by --vocab-size")
         chance = hash_choice(derive_seed(self.seed, CONDITION_DROPOUT), epochs, indices, options=2**24) / 2**24
-        more = {}
         if self.any_order:
             cells = random_orders(self.seed, epochs, indices, length=codes.shape[1])
-            codes, more = np.take_along_axis(codes, cells, 1), {"orders": torch.from_numpy(cells)}
-        if self.control is not None:
-            more["control"] = control_pictures(self.store, self.control, rows, views)
+            codes, more["orders"] = np.take_along_axis(codes, cells, 1), torch.from_numpy(cells)
+        beside = self.beside(rows, views, epochs, indices)
+        if "valid" in beside and "valid" in more:
+            beside["valid"] &= more["valid"]
         return {"codes": torch.from_numpy(codes), "labels": torch.from_numpy(labels),
-                "dropped": torch.from_numpy(chance < self.condition_dropout), **more,
-                **{name: self.store.column(name, rows) for name in self.columns}}
+                "dropped": torch.from_numpy(chance < self.condition_dropout), **more, **beside}
+
+    def beside(self, rows: np.ndarray, views: np.ndarray, epochs: np.ndarray, indices: np.ndarray) -> dict[str, Any]:
+        """What comes with the codes of rows (B,) in the views (B,), drawn for epochs and indices (B,)."""
+        control = {} if self.control is None else {"control": control_pictures(self.store, self.control, rows, views)}
+        return control | {name: self.store.column(name, rows) for name in self.columns}
 
 
 def control_pictures(store: CodeStore, kind: str, rows: np.ndarray, views: np.ndarray) -> torch.Tensor:

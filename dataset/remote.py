@@ -16,7 +16,7 @@ from typing import Any
 from tqdm import tqdm
 
 from dataset.code_check import codes_cache, local_place
-from dataset.code_manifest import file_hashes, parse_manifest
+from dataset.code_manifest import FORMAT, file_hashes, parse_manifest
 from utils import dist
 from utils.files import file_hash, first_line, replacing
 
@@ -34,14 +34,15 @@ def is_url(path: str) -> bool:
     return "://" in path
 
 
-def fetch_store(url: str, *, subfolder: str | None = None) -> tuple[Path, dict[str, str]]:
-    """Copy the packed store at `url`, or in its `subfolder`, to the cache → (folder, {file: what is wrong with it}).
+def fetch_store(url: str, *, subfolder: str | None = None, kind: str = FORMAT) -> tuple[Path, dict[str, str]]:
+    """Copy the packed store, of format `kind`, at `url` or in its `subfolder` to the cache → (folder, {file: what is
+    wrong with it}).
 
     All processes call this together. Raises ValueError or OSError, one line that names what cannot be had.
     """
     files, root = filesystem(url)
     root, text = find_manifest(files, root, url=url, subfolder=subfolder)
-    manifest = parse_manifest(text, f"{url}: manifest.json")
+    manifest = parse_manifest(text, f"{url}: manifest.json", kind=kind)
     folder = codes_cache() / hashlib.sha256(text.encode()).hexdigest()[:32]
     hashes = file_hashes(manifest)
     rank, workers = local_place()

@@ -24,6 +24,7 @@ ENTRIES = {  # name of a command: (module, class of its flags)
     "check_pairs": ("dataset.check_pairs", "CheckFlags"),
     "verify": ("autoregressive.train.verify_codes", "VerifyFlags"),
     "train_gpt": ("autoregressive.train.train", "GPTTrainFlags"),
+    "train_t2i": ("autoregressive.train.train_t2i", "T2ITrainFlags"),
     "sample": ("autoregressive.sample.sample_ddp", "SampleSetFlags"),
     "reconstruct": ("tokenizer.reconstruct", "ReconstructFlags"),
     "evaluate": ("evaluations.c2i.evaluator", "EvaluatorFlags"),

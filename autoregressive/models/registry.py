@@ -28,6 +28,13 @@ class StateFacts:
     vocab_size: int
     width: int
     depth: tuple[int, ...]  # layers; of an ARPG, also those of queries
+    caption_dim: int | None = None  # width of the text features that it takes; None: it takes none
+    prefix: int = 1  # tokens that say what to draw
+
+    @property
+    def condition(self) -> str | None:
+        """What it takes, as --gpt-type calls it; None: neither classes nor text."""
+        return "t2i" if self.caption_dim is not None else "c2i" if self.classes is not None else None
 
     @property
     def kind(self) -> str:
@@ -82,16 +89,25 @@ def facts_of(state: dict[str, Tensor]) -> StateFacts | None:
         table = "cls_embedding.embedding_table.weight"
         known = len(state[table]) - 1 if table in state else None
         return StateFacts("GPT", "tok_embeddings.weight", table if table in state else None, 0, known, vocab, width,
-                          (count("layers."),))
+                          (count("layers."),), **text_facts(state))
     table, head = state.get("embeddings.weight"), state.get("head.weight")
     if table is None or head is None or table.ndim != 2 or head.ndim != 2:
         return None
     (rows, width), vocab = table.shape, len(head)
-    classes = None if UNCONDITIONAL in state else rows - vocab - 3
-    if rows == vocab + 1 if classes is None else classes > 0:
-        return StateFacts("ARPG", "embeddings.weight", None if classes is None else "embeddings.weight", vocab + 1,
-                          classes, vocab, width, (count("layers.self_dec."), count("layers.cross_dec.")))
+    text = text_facts(state)
+    classes = None if text else rows - vocab - 3
+    if rows == vocab + 1 if text else classes > 0:
+        return StateFacts("ARPG", "embeddings.weight", None if text else "embeddings.weight", vocab + 1, classes, vocab,
+                          width, (count("layers.self_dec."), count("layers.cross_dec.")), **text)
     return None
+
+
+def text_facts(state: dict[str, Tensor]) -> dict[str, int]:
+    """What the projection of text features says about them, in the fields of `StateFacts`; nothing of a class model."""
+    projection, without = state.get("cls_embedding.cap_proj.fc1.weight"), state.get(UNCONDITIONAL)
+    if projection is None or without is None or projection.ndim != 2 or without.ndim != 2:
+        return {}
+    return {"caption_dim": projection.shape[1], "prefix": len(without)}
 
 
 def recorded_options(name: str, config: dict[str, Any]) -> dict[str, Any]:

@@ -5,10 +5,11 @@ from typing import ClassVar, Literal
 from autoregressive.control.adapter import AdapterFlags
 from autoregressive.models.registry import MODELS
 from autoregressive.train.finetune import FinetuneFlags
-from dataset.build import DatasetFlags
+from dataset.build import DatasetFlags, PairFlags, PictureFlags
 from dataset.codes import StoreFlags
 from dataset.control import ControlFlags
 from evaluations.c2i.monitor import MonitorFlags
+from language.text_encoder import TextEncoderFlags
 from tokenizer.build import TokenizerFlags
 from utils.cli import flag
 from utils.options import SizeFlags
@@ -62,3 +63,39 @@ class GPTTrainFlags(TrainFlags, ParallelFlags, GPTFlags, FinetuneFlags, ControlF
     query_layers: int | None = flag(None, "ARPG: how many of its layers are in the second half, whose queries ask for "
                                           "cells; None: half of them")
     class_dropout: float = flag(0.1, "how often the condition is dropped, for classifier-free guidance")
+
+    @property
+    def source(self) -> str:
+        """Where the codes come from, for messages."""
+        return self.code_path
+
+
+@dataclass(kw_only=True)
+class TextFlags(TextEncoderFlags):
+    """Where the captions' features come from."""
+
+    t5_feat_path: str | None = flag(None, "features of the captions, as language/extract_t5_feature.py writes them; of "
+                                          "several stores in --data-path one for each, with commas between")
+    short_t5_feat_path: str | None = flag(None, "features of short captions, which take the place of the long ones "
+                                                "with --short-caption-share")
+    short_caption_share: float = flag(0.3, "how often a short caption is taken, of pictures that have one")
+    text_features: Literal["stored", "online"] = flag(
+        "stored", "features are read from --t5-feat-path, or made in the loop by the text encoder",
+        choices=("stored", "online"))
+
+
+@dataclass(kw_only=True)
+class T2ITrainFlags(GPTTrainFlags, TextFlags, PairFlags, PictureFlags):
+    """The text-to-image training command. --data-path is a store of codes with captions, as extract_codes_t2i.py writes
+    it; or captioned pictures, whose codes --vq-ckpt makes in the loop."""
+
+    data_path: str | None = None
+    code_path: str | None = None
+    gpt_type: Literal["c2i", "t2i"] = "t2i"
+    dataset: str = "t2i"
+    cfg_scale: float = 7.5
+
+    @property
+    def source(self) -> str:
+        """See `GPTTrainFlags`."""
+        return self.code_path or self.data_path or self.dataset

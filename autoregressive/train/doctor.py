@@ -24,8 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from autoregressive.train.config import GPTSizeFlags, GPTTrainFlags
 from autoregressive.train.log_checks import FIRST_LOSS, Finding, Run, against, check_rate, check_run, conclusion
+from autoregressive.train.open_data import open_classes
 from autoregressive.train.published_losses import PUBLISHED
-from autoregressive.train.train import DEFAULT_VOCAB, build_model, open_codes
+from autoregressive.train.train import DEFAULT_VOCAB, build_model
 from dataset.build import DatasetFlags
 from dataset.code_manifest import same_tokenizer, tokenizer_name
 from dataset.codes import CodeStore, CorruptShards, StoreFlags
@@ -175,7 +176,8 @@ def check_codes(sample: Sample) -> Iterator[Finding]:
 def check_untrained(flags: GPTTrainFlags, name: str, store: CodeStore, sample: Sample, device: torch.device) -> Finding:
     """Loss and gradient of a new model, on real codes."""
     torch.manual_seed(flags.global_seed)
-    model = build_model(flags, name, store)
+    classes = flags.num_classes or store.num_classes
+    model = build_model(flags, name, store, num_classes=classes)
     if next(model.parameters()).is_meta:
         model.to_empty(device=device)
         model.init_weights(flags.global_seed)
@@ -278,7 +280,7 @@ def main(doctor_flags: DoctorFlags) -> None:
     process = dist.setup()
     run = None if doctor_flags.run_folder is None else open_run(Path(doctor_flags.run_folder))
     flags = training_flags(doctor_flags, run.config if run else {})
-    store = open_codes(flags)
+    store, _ = open_classes(flags)
     tokenizer = None if flags.vq_ckpt is None else load_tokenizer(flags, device=process.device)[1]
     sample = draw_sample(store, vocab=flags.vocab_size or store.vocab_size or DEFAULT_VOCAB, seed=flags.global_seed)
     name = flags.gpt_model or (run and run.model["gpt_model"]) or "GPT-B"

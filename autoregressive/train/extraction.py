@@ -18,9 +18,10 @@ from tqdm import tqdm
 
 from dataset import code_writer
 from dataset.build import ImageDataset
-from dataset.code_manifest import Manifest, read_manifest
+from dataset.code_manifest import Manifest
 from dataset.loader import worker_count
 from dataset.pairs import PairProblemError
+from dataset.part_work import Part, complete_store
 from dataset.pictures import UnreadableError
 from dataset.remote import is_url
 from dataset.unreadable import LeftOut, PassedOver, split_readable
@@ -108,37 +109,27 @@ def extract(views: Views, folder: Path, *, recipe: dict[str, Any], tokenizer: VQ
     data, (height, width) = views.data, recipe["grid"]
     recipe = recipe | {"dtype": str(code_writer.code_dtype(tokenizer.codebook_size)),
                        "tokenizer": describe_tokenizer(name, tokenizer)}
-    if process.is_main:
-        code_writer.begin(folder, recipe)
-    dist.barrier()
-    if (folder / "manifest.json").is_file():
-        if process.is_main:
-            tell_complete(read_manifest(folder), recipe, folder)
-        return None
-    begun = code_writer.extraction_recipe(folder)
-    if process.is_main:
-        tell_other_times(begun, recipe)
-    rows, columns = code_writer.layout(begun)["part_rows"], [column["name"] for column in recipe.get("columns", [])]
-    parts = [range(first, min(first + rows, len(data))) for first in range(0, len(data), rows)]
-    mine = [i for i in range(process.rank, len(parts), process.world_size) if not code_writer.is_done(folder, i)]
-    with tqdm(total=sum(len(parts[i]) for i in mine), desc=f"{name} codes", unit="image", mininterval=1.0,
-              disable=not process.is_main) as bar:
-        passed_over = PassedOver()
-        loaded = part_batches(views, [parts[i] for i in mine], size=batch_size, num_workers=num_workers)
-        for i, batches in zip(mine, loaded, strict=True):
-            done = encode_part(tokenizer, batches, columns=columns, device=process.device, bar=bar,
-                               passed_over=passed_over)
-            codes = np.concatenate(done.codes) if done.codes else np.empty((0, 0, 0))
-            codes = codes.astype(recipe["dtype"]).reshape(len(done.read), recipe["views"], height * width)
-            code_writer.write_part(folder, i, codes, data.labels[done.read].tolist(),
-                                   [data.name(index) for index in done.left_out], columns=done.columns,
-                                   left_out=dict(done.kinds) if by_kind else None)
-    dist.barrier()
-    code_writer.join(folder, len(parts), rank=process.rank, workers=process.world_size)
-    dist.barrier()
-    with dist.failing_together():
-        manifest = code_writer.finish(folder, len(parts)) if process.is_main else None
-    return manifest
+    columns = [column["name"] for column in recipe.get("columns", [])]
+
+    def write_parts(parts: list[Part]) -> None:
+        with tqdm(total=sum(len(rows) for _, rows in parts), desc=f"{name} codes", unit="image", mininterval=1.0,
+                  disable=not process.is_main) as bar:
+            passed_over = PassedOver()
+            loaded = part_batches(views, [rows for _, rows in parts], size=batch_size, num_workers=num_workers)
+            for (i, _), batches in zip(parts, loaded, strict=True):
+                done = encode_part(tokenizer, batches, columns=columns, device=process.device, bar=bar,
+                                   passed_over=passed_over)
+                codes = np.concatenate(done.codes) if done.codes else np.empty((0, 0, 0))
+                codes = codes.astype(recipe["dtype"]).reshape(len(done.read), recipe["views"], height * width)
+                code_writer.write_part(folder, i, codes, data.labels[done.read].tolist(),
+                                       [data.name(index) for index in done.left_out], columns=done.columns,
+                                       left_out=dict(done.kinds) if by_kind else None)
+
+    manifest, new = complete_store(folder, recipe, len(data), write_parts=write_parts,
+                                   tell_begun=lambda begun: tell_other_times(begun, recipe))
+    if not new and process.is_main:
+        tell_complete(manifest, recipe, folder)
+    return manifest if new and process.is_main else None
 
 
 def tell_complete(made: dict[str, Any], recipe: dict[str, Any], folder: Path) -> None:

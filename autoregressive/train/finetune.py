@@ -246,6 +246,12 @@ def check_same_kind(state: dict[str, Tensor], expected: dict[str, Tensor], sourc
             if theirs.preset() == ours.preset():
                 mended = f"give --query-layers {theirs.depth[-1]}"
         raise ValueError(f"{source} is {theirs.kind} of {theirs.size}, this run's has {ours.size}: {mended}")
+    if theirs.caption_dim != ours.caption_dim:
+        raise ValueError(f"{source} takes text features that are {theirs.caption_dim} numbers wide, those here are "
+                         f"{ours.caption_dim} wide: give features of the encoder that it was trained with")
+    if theirs.prefix != ours.prefix:
+        raise ValueError(f"{source} takes captions of {theirs.prefix} tokens, this run's model {ours.prefix}: give "
+                         f"--cls-token-num {theirs.prefix}")
     if theirs.num_classes != ours.num_classes and not new_classes:
         raise ValueError(f"{source} has {theirs.num_classes} classes, this run's model {ours.num_classes}: give "
                          "--init-from in its place, which fits the class table")

@@ -19,11 +19,11 @@ from autoregressive.control.adapter import PREFIX, AdapterArgs, attach, pretrain
 from autoregressive.models.base import CodeModel
 from autoregressive.models.generate import release
 from autoregressive.models.registry import MODELS, arpg_depth, recorded_options
-from autoregressive.train.config import GPTTrainFlags
+from autoregressive.train.conditions import Condition
+from autoregressive.train.config import GPTTrainFlags, T2ITrainFlags
 from autoregressive.train.finetune import (
     add_lora,
     check_finetune,
-    check_same_classes,
     check_same_control,
     check_same_kind,
     check_same_tokenizer,
@@ -32,10 +32,11 @@ from autoregressive.train.finetune import (
     initial_weights,
     refuse_other_codes,
     warn_of_other_tokenizer,
-    without_classes,
 )
+from autoregressive.train.open_data import open_classes, open_texts
 from autoregressive.train.task import PREVIEW_IMAGES, GPTTask, SampleStream
-from dataset.codes import CodeBatches, CodeStore, control_pictures, open_stores
+from dataset.code_layouts import CodeStore
+from dataset.codes import control_pictures
 from dataset.control import check_column
 from dataset.loader import StepSampler, loader
 from evaluations.c2i.monitor import Monitor
@@ -51,68 +52,32 @@ from utils.training.trainer import Trainer
 DEFAULT_VOCAB = 16384
 
 
-def open_codes(flags: GPTTrainFlags) -> CodeStore:
-    """The store of --code-path, checked against the flags that describe it."""
-    grid = subfolder = None
-    if flags.image_size is not None:
-        height, width = flags.image_size
-        size = f"{height}x{width}" if height != width else str(height)
-        subfolder = f"{flags.dataset.removesuffix('_code')}{size}_codes"
-        p = flags.downsample_size or 16
-        grid = (height // p, width // p) if height != width else None
-    store = open_stores(flags.code_path, subfolder=subfolder, grid=grid, weights=flags.store_weights,
-                        corrupt=flags.corrupt_shards)
-    if flags.num_classes == 1:
-        store = without_classes(store)
-    made = store.manifest
-    if made and flags.image_size is not None and list(flags.image_size) != made["image_size"]:
-        raise ValueError(f"--image-size is {flags.image_size}, but the codes are of {tuple(made['image_size'])} images")
-    if made and flags.downsample_size not in (None, made["tokenizer"]["downsample"]):
-        raise ValueError(f"--downsample-size is {flags.downsample_size}, but the codes were made with "
-                         f"{made['tokenizer']['downsample']}")
-    if not made and flags.image_size is not None:
-        tokens = tuple(side // (flags.downsample_size or 16) for side in flags.image_size)
-        if tokens != store.grid:
-            raise ValueError(f"--image-size and --downsample-size mean {tokens[0]}x{tokens[1]} tokens, the codes are "
-                             f"{store.grid[0]}x{store.grid[1]}")
-    if flags.num_classes is not None and int(store.labels.max()) >= flags.num_classes:
-        raise ValueError(f"--num-classes is {flags.num_classes}, but the store has label {store.labels.max()}")
-    if store.classes and flags.num_classes not in (None, len(store.classes)):
-        raise ValueError(f"--num-classes is {flags.num_classes}, but the store names {len(store.classes)} classes: "
-                         "leave it out (or give 1 to train without classes)")
-    if store.vocab_size is not None and (flags.vocab_size or store.vocab_size) < store.vocab_size:
-        raise ValueError(f"--vocab-size is {flags.vocab_size}, but the codes are of a codebook of {store.vocab_size}")
-    return store
-
-
-def build_model(flags: GPTTrainFlags, name: str, store: CodeStore, **recorded: Any) -> CodeModel:
-    """An untrained model of preset `name` that fits the store, with the `recorded_options` of the file that it starts
-    from; under torch.device("meta") without weights."""
+def build_model(flags: GPTTrainFlags, name: str, store: CodeStore, **options: Any) -> CodeModel:
+    """An untrained model of preset `name` that fits the store, with the options of its condition and the
+    `recorded_options` of the file that it starts from; under torch.device("meta") without weights."""
     dropout = 0.0 if flags.drop_path_rate > 0 else flags.dropout_p
     return MODELS[name](
-        grid=store.grid, vocab_size=flags.vocab_size or store.vocab_size or DEFAULT_VOCAB,
-        num_classes=flags.num_classes or store.num_classes, model_type=flags.gpt_type,
-        cls_token_num=flags.cls_token_num or 1, resid_dropout_p=dropout, ffn_dropout_p=dropout,
-        token_dropout_p=flags.token_dropout_p, drop_path_rate=flags.drop_path_rate,
-        class_dropout_prob=flags.class_dropout, **arpg_depth(name, flags.query_layers), **recorded)
+        grid=store.grid, vocab_size=flags.vocab_size or store.vocab_size or DEFAULT_VOCAB, resid_dropout_p=dropout,
+        ffn_dropout_p=dropout, token_dropout_p=flags.token_dropout_p, drop_path_rate=flags.drop_path_rate,
+        class_dropout_prob=flags.class_dropout, **arpg_depth(name, flags.query_layers), **options)
 
 
 def control_adapter(model: CodeModel, flags: GPTTrainFlags, store: CodeStore) -> AdapterArgs:
     """Give the model the adapter of --control, which fits the store. Raises ValueError for a store that has no such
     pictures."""
     made = store.manifest
-    check_column(store.columns, flags.control, made.get("image_size"), flags.code_path)
+    check_column(store.columns, flags.control, made.get("image_size"), flags.source)
     args = flags.adapter_args(model, patch=made["tokenizer"]["downsample"], image_size=made["image_size"])
     attach(model, args)
     return args
 
 
-def preview_control(flags: GPTTrainFlags, store: CodeStore) -> tuple[np.ndarray, Tensor] | None:
-    """Labels and control pictures of evenly spaced images of the store, for previews; None without --control."""
+def preview_control(flags: GPTTrainFlags, store: CodeStore, condition: Condition) -> tuple[np.ndarray, Tensor] | None:
+    """Conditions and control pictures of evenly spaced images of the store, for previews; None without --control."""
     if flags.control is None:
         return None
     rows = np.linspace(0, len(store.labels) - 1, PREVIEW_IMAGES // 2).round().astype(int)
-    return store.labels[rows], control_pictures(store, flags.control, rows, np.zeros_like(rows))
+    return condition.of_rows(rows), control_pictures(store, flags.control, rows, np.zeros_like(rows))
 
 
 def first_weights(model: CodeModel, flags: GPTTrainFlags, content: dict[str, Any], *, classes: list[str] | None,
@@ -162,16 +127,16 @@ def main(flags: GPTTrainFlags) -> None:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(flags, name)}, expected a share from 0 to 1")
     check_finetune(flags, gpt_ckpt=flags.gpt_ckpt, resume=flags.resume)
     flags.check_adapter(flags.control)
-    if flags.gpt_type != "c2i":
-        raise ValueError("--gpt-type t2i: this command trains on classes, the store holds no captions")
-    store = open_codes(flags)
-    tokenizer = None
-    if flags.vq_ckpt is not None:
-        vq_name, tokenizer = load_tokenizer(flags, device=process.device)
+    vq_name, tokenizer = load_tokenizer(flags, device=process.device) if flags.vq_ckpt is not None else (None, None)
+    if isinstance(flags, T2ITrainFlags):
+        store, condition = open_texts(flags, tokenizer and (vq_name, tokenizer), device=process.device)
+    else:
+        store, condition = open_classes(flags)
+    if tokenizer is not None:
         if store.vocab_size not in (None, tokenizer.codebook_size):
             raise ValueError(f"{flags.vq_ckpt} has {tokenizer.codebook_size} codes, the store {store.vocab_size}")
         other = other_tokenizer(store.manifest.get("tokenizer"), vq_name, tokenizer, source=flags.vq_ckpt,
-                                codes=f"the codes in {flags.code_path} are")
+                                codes=f"the codes in {flags.source} are")
         if other:
             cli.warn(other)
     if flags.eval_every > 0 and tokenizer is None:
@@ -179,16 +144,17 @@ def main(flags: GPTTrainFlags) -> None:
     monitor = Monitor.wanted(flags, process)
     source = flags.init_from or flags.gpt_ckpt
     content = {} if source is None else containers.read(source)
-    check_codes = partial(check_same_tokenizer, store=store, code_path=flags.code_path)
+    check_codes = partial(check_same_tokenizer, store=store, code_path=flags.source)
     if flags.init_from is None:
-        check_same_classes(content, source, store.classes)
+        condition.check(content, source)
     if is_training_checkpoint(content) and flags.init_from is None:
         check_codes(content, source)
     else:
-        warn_of_other_tokenizer(content, source, store, code_path=flags.code_path)
+        warn_of_other_tokenizer(content, source, store, code_path=flags.source)
     name = flags.gpt_model or containers.saved_config(content).get("gpt_model") or "GPT-B"
     with torch.device("meta"):
-        model = build_model(flags, name, store, **recorded_options(name, containers.saved_config(content)))
+        model = build_model(flags, name, store, **condition.model_options(),
+                            **recorded_options(name, containers.saved_config(content)))
     dtype = dist.compute_dtype(flags.mixed_precision, process.device,
                                weights=sum(p.numel() for p in model.parameters()))
     freeze(model, flags.freeze)
@@ -201,9 +167,8 @@ def main(flags: GPTTrainFlags) -> None:
     started = first_weights(model, flags, content, classes=store.classes, control=control)
     config = model.config
     saved: dict[str, Any] = {"kind": "gpt", "gpt_model": name, "gpt_type": flags.gpt_type, "grid": list(config.grid),
-                             "vocab_size": config.vocab_size, "num_classes": config.num_classes,
-                             "cls_token_num": config.cls_token_num, "classes": store.classes,
-                             "tokenizer": store.manifest.get("tokenizer"),
+                             "vocab_size": config.vocab_size, "cls_token_num": config.cls_token_num,
+                             **condition.described(), "tokenizer": store.manifest.get("tokenizer"),
                              "image_size": store.manifest.get("image_size")}
     if lora is not None:
         saved["lora"] = lora
@@ -213,12 +178,12 @@ def main(flags: GPTTrainFlags) -> None:
     identity = identity_of(flags, data=store.fingerprint(), model=saved, start=source, covered=("init_from",))
     if model.any_order:  # no part of the identity: name and start decide it for a new run, else the checkpoint does
         saved["class_at_origin"] = config.class_at_origin
-    task = GPTTask(parallel.apply_ddp(model, process.device), dtype=dtype, classes=store.classes, tokenizer=tokenizer,
+    task = GPTTask(parallel.apply_ddp(model, process.device), condition, dtype=dtype, tokenizer=tokenizer,
                    seed=flags.global_seed, token_noise=flags.token_noise, cfg_scale=flags.cfg_scale,
-                   checks=(check_codes, partial(check_same_control, wanted=adapter),
+                   checks=(check_codes, condition.check, partial(check_same_control, wanted=adapter),
                            partial(go_on_as_trained, name=name, model=model, saved=saved)),
-                   controlled=preview_control(flags, store))
-    refuse = partial(refuse_other_codes, ours=identity, code_path=flags.code_path)
+                   controlled=preview_control(flags, store, condition))
+    refuse = partial(refuse_other_codes, ours=identity, code_path=flags.source)
     trainer = Trainer(task, flags, process, choose_run(flags, name, identity, refuse=refuse), samples=len(store),
                       saved_config=saved)
     if content and not started:
@@ -229,7 +194,7 @@ def main(flags: GPTTrainFlags) -> None:
     if started and trainer.step == 0:
         cli.say(started)
     cli.say(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {len(store)} images x "
-            f"{store.views} views, {config.num_classes} classes, {config.grid[0]}x{config.grid[1]} tokens of "
+            f"{store.views} views, {condition.summary}, {config.grid[0]}x{config.grid[1]} tokens of "
             f"{config.vocab_size}, {trainer.steps} steps on {process.world_size} x {process.device}, {dtype}"
             f"{', ' + flags.data_parallel if process.world_size > 1 or flags.sharded else ''}; "
             f"run folder {trainer.folder}")
@@ -240,10 +205,11 @@ def main(flags: GPTTrainFlags) -> None:
         sampler = StepSampler(len(store), global_batch=flags.global_batch_size, rank=process.rank,
                               accumulation=flags.gradient_accumulation_steps, world_size=process.world_size,
                               seed=flags.global_seed, start_step=start, end_step=trainer.steps)
-        data = CodeBatches(store, vocab_size=config.vocab_size, seed=flags.global_seed,
-                           condition_dropout=flags.class_dropout, any_order=model.any_order,
-                           control=flags.control)
-        workers = 0 if store.packed else flags.num_workers  # a packed batch is one gather: faster than asking a process
+        data = condition.batches(vocab_size=config.vocab_size, seed=flags.global_seed,
+                                 condition_dropout=flags.class_dropout, any_order=model.any_order,
+                                 control=flags.control)
+        # a packed batch is one gather, faster than asking a process; codes made when they are read need the tokenizer
+        workers = 0 if store.packed or store.may_lose else flags.num_workers
         return loader(data, sampler, num_workers=workers, pin_memory=process.device.type == "cuda")
 
     def evaluate(model: CodeModel) -> dict[str, float]:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from autoregressive.train.train import open_codes
+from autoregressive.train.open_data import open_classes
 from dataset import codes as stores
 from dataset.code_joins import Mixture, OtherViews
 from dataset.code_writer import code_dtype
@@ -53,7 +53,7 @@ def test_other_layouts_may_hold_grids_that_are_not_square(tmp_path):
 
     def opened(*argv):
         words = map(str, ["--code-path", tmp_path, *argv])
-        return open_codes(flags(**vars(build_parser(flags).parse_args(list(words)))))
+        return open_classes(flags(**vars(build_parser(flags).parse_args(list(words)))))[0]
 
     assert opened("--image-size", "64x96").grid == (4, 6)
     assert opened("--image-size", "32x48", "--downsample-size", 8).grid == (4, 6)

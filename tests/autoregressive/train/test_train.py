@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from autoregressive.train import train
+from autoregressive.train.conditions import Classes
 from autoregressive.train.task import GPTTask, SampleStream, corrupt
 
 
@@ -26,13 +27,13 @@ def test_inputs_are_replaced_and_targets_are_not():
     class Model(torch.nn.Module):
         config = type("Config", (), {"vocab_size": 10, "block_size": 16, "grid": (4, 4)})
 
-        def forward(self, inputs, labels, targets=None, **options):
+        def forward(self, inputs, cond_idx, targets=None, **options):
             seen.update(inputs=inputs, targets=targets)
             raise StopIteration
 
     codes = torch.arange(16).repeat(2, 1) % 10
-    task = GPTTask(Model(), dtype=torch.float32, classes=None, tokenizer=None, seed=0, token_noise=0.5,
-                         cfg_scale=1.0)
+    condition = Classes(SimpleNamespace(classes=None), num_classes=3, cls_token_num=None)
+    task = GPTTask(Model(), condition, dtype=torch.float32, tokenizer=None, seed=0, token_noise=0.5, cfg_scale=1.0)
     with pytest.raises(StopIteration):
         task.micro_step({"codes": codes, "labels": torch.zeros(2, dtype=torch.long),
                          "dropped": torch.zeros(2, dtype=torch.bool)}, step=0, backward=None)
@@ -44,8 +45,8 @@ def test_inputs_are_replaced_and_targets_are_not():
 @pytest.mark.parametrize(("rate", "dropout"), [(0.0, 0.3), (0.2, 0.0)])
 def test_stochastic_depth_takes_the_place_of_dropout_in_blocks(rate, dropout):
     flags = train.GPTTrainFlags(code_path="", dropout_p=0.3, token_dropout_p=0.4, drop_path_rate=rate)
-    store = SimpleNamespace(grid=(4, 4), vocab_size=10, num_classes=3)
-    config = train.build_model(flags, "GPT-S", store).config
+    store = SimpleNamespace(grid=(4, 4), vocab_size=10)
+    config = train.build_model(flags, "GPT-S", store, num_classes=3).config
     assert (config.resid_dropout_p, config.ffn_dropout_p, config.drop_path_rate) == (dropout, dropout, rate)
     assert config.token_dropout_p == 0.4
 
@@ -57,8 +58,8 @@ def test_an_evaluation_draws_every_class_equally_often():
         asked.update(zip(indices.tolist(), labels.tolist(), strict=True))
         return np.zeros((len(labels), 8, 8, 3), np.uint8)
 
-    task = SimpleNamespace(sample=sample, tokenizer=SimpleNamespace(downsample=2))
-    model = SimpleNamespace(config=SimpleNamespace(grid=(4, 4), num_classes=3))
+    task = SimpleNamespace(sample=sample, tokenizer=SimpleNamespace(downsample=2), condition=SimpleNamespace(count=3))
+    model = SimpleNamespace(config=SimpleNamespace(grid=(4, 4)))
     stream = SampleStream(task, model, 7)
     for rank in range(2):
         list(stream.batches(2, rank=rank, world_size=2))

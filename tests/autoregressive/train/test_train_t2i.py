@@ -1,0 +1,162 @@
+"""Training on captions: stored features, one process, two, sharded, cut off; both families; previews, refusals."""
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from dataset import code_writer
+from dataset.code_manifest import FORMAT
+from dataset.codes import open_store
+from dataset.text_batches import TextBatches, TextColumns
+from tests.conftest import TINY_GPT, call, two_processes
+from tests.runs import QUICK, interrupt, last, rows, same
+from utils.checkpoints import containers
+
+WIDTH, COUNT = 8, 24
+ENCODER = {"name": "a toy", "sha256": "0" * 64, "dim": WIDTH, "max_tokens": 6}
+QUICK_T2I = ["train_t2i", *TINY_GPT, "--dropout-p", 0, "--token-dropout-p", 0, *QUICK, "--cls-token-num", 6]
+
+
+def write_store(folder, *, width=WIDTH, short=True, count=COUNT):
+    """A packed store of 4x4 codes with captions of 1 to 6 words and random features of these."""
+    rng = np.random.default_rng(0)
+    kinds = {"name": ("text", "uint8", []), "caption": ("text", "uint8", []),
+             "features": ("ragged", "float32", [width])}
+    if short:
+        kinds["short_features"] = kinds["features"]
+    code_writer.begin(folder, {
+        "format": FORMAT, "dataset": "t2i", "images": count, "image_size": [16, 16], "grid": [4, 4], "views": 1,
+        "classes": None, "dtype": "uint16", "tokenizer": {"name": "VQ-4-S", "downsample": 4, "codebook_size": 256,
+                                                          "weights_sha256": "1" * 64},
+        "columns": [{"name": name, "kind": kind, "dtype": dtype, "shape": shape}
+                    for name, (kind, dtype, shape) in kinds.items()]})
+    words = [int(n) for n in rng.integers(1, 7, count)]
+    values = {"name": [f"a.jsonl:{i}" for i in range(count)],
+              "caption": [f"{'word ' * n}{i}" for i, n in enumerate(words)],
+              "features": [rng.standard_normal((n, width)).astype(np.float32) for n in words],
+              "short_features": [np.full((i % 2, width), i, np.float32) for i in range(count)]}
+    codes = rng.integers(0, 256, (count, 1, 16)).astype(np.uint16)
+    code_writer.write_part(folder, 0, codes, [0] * count, columns={name: values[name] for name in kinds})
+    code_writer.finish(folder, 1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return write_store(tmp_path_factory.mktemp("codes") / "t2i16_codes")
+
+
+def losses(folder) -> list[float]:
+    return [row["loss"] for row in rows(folder)]
+
+
+# ---- batches
+
+
+def test_short_captions_come_as_often_as_asked_where_there_are_some(store):
+    opened = open_store(store)
+    keys = np.stack([np.repeat(np.arange(200), COUNT), np.tile(np.arange(COUNT), 200)], axis=1)
+    text = TextColumns(opened, features=True, short_share=0.3)
+    batch = TextBatches(opened, text, vocab_size=256, seed=1).__getitems__(keys)
+    plain = TextColumns(opened, features=True).long(np.arange(COUNT))
+    taken = np.array([len(found) == 1 and bool((found == i % COUNT).all())
+                      for i, found in enumerate(batch["texts"])]).reshape(200, COUNT)
+    assert not taken[:, ::2].any()  # an empty short caption: the long one is taken
+    assert 0.25 < taken[:, 1::2].mean() < 0.35
+    long = [found for i, found in enumerate(batch["texts"]) if not taken.ravel()[i]]
+    wanted = [plain[i % COUNT] for i in range(len(keys)) if not taken.ravel()[i]]
+    assert all(torch.equal(a, b) for a, b in zip(long, wanted, strict=True))
+    again = TextBatches(opened, text, vocab_size=256, seed=1).__getitems__(keys[37:40])  # alone: the same
+    assert all(torch.equal(a, b) for a, b in zip(again["texts"], batch["texts"][37:40], strict=True))
+
+
+# ---- runs
+
+
+@pytest.mark.parametrize("name", ["GPT-S", "ARPG-S"])
+def test_a_run_learns_and_its_checkpoint_says_what_it_takes(name, store, vq_ckpt, tmp_path):
+    call(*QUICK_T2I, "--data-path", store, "--gpt-model", name, "--epochs", 12, "--lr", 3e-3, "--results-dir", tmp_path,
+         "--short-caption-share", 0, "--vq-ckpt", vq_ckpt, "--class-dropout", 0)
+    found = losses(tmp_path / f"000-{name}")
+    assert abs(found[0] - np.log(256)) < 1e-4 and found[-1] < found[0] - 0.05
+    config = containers.read(tmp_path / f"000-{name}")["config"]
+    assert (config["gpt_type"], config["cls_token_num"], config["caption_dim"]) == ("t2i", 6, WIDTH)
+    assert (config["num_classes"], config["classes"]) == (None, None)
+    assert list((tmp_path / f"000-{name}").rglob("*.png"))  # a preview, of captions
+
+
+@pytest.fixture(scope="module")
+def two(store, tmp_path_factory):
+    """Runs on two processes: DDP, FSDP2, in parts."""
+    folder = tmp_path_factory.mktemp("two")
+    jobs = {"ddp": [], "fsdp": ["--data-parallel", "fsdp"], "parts": ["--gradient-accumulation-steps", 3]}
+    two_processes([("train_t2i", [*QUICK_T2I[1:], "--data-path", store, "--epochs", 2, "--results-dir", folder / name,
+                                  "--ema", *more, *model])
+                   for name, more in jobs.items() for model in ([], ["--gpt-model", "ARPG-S"])], folder)
+    return folder
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("name", ["GPT-S", "ARPG-S"])
+@pytest.mark.parametrize("how", ["ddp", "fsdp", "parts"])
+def test_two_processes_train_as_one(how, name, two, store, tmp_path):
+    """Captions of different length on each process."""
+    call(*QUICK_T2I, "--data-path", store, "--epochs", 2, "--results-dir", tmp_path, "--gpt-model", name, "--ema")
+    run = next((two / how).glob(f"*-{name}"))
+    np.testing.assert_allclose(losses(run), losses(tmp_path / f"000-{name}"), atol=2e-5)
+    one, other = (containers.read(folder)["ema"] for folder in (tmp_path / f"000-{name}", run))
+    for key, value in one.items():
+        torch.testing.assert_close(other[key], value, atol=1e-4, rtol=0, msg=key)
+
+
+def test_a_run_cut_off_goes_on_as_the_uninterrupted_one(store, tmp_path, monkeypatch):
+    command = [*QUICK_T2I, "--data-path", store, "--epochs", 3, "--ema", "--resume", "auto", "--results-dir"]
+    call(*command, tmp_path / "whole")
+    with monkeypatch.context() as patched:
+        interrupt(patched, at=6)
+        with pytest.raises(SystemExit):
+            call(*command, tmp_path / "cut")
+    call(*command, tmp_path / "cut")
+    assert same(last(tmp_path / "cut" / "000-GPT-S"), last(tmp_path / "whole" / "000-GPT-S"))
+
+
+def test_stage_two_begins_with_the_weights_of_stage_one(store, tmp_path, capsys):
+    call(*QUICK_T2I, "--data-path", store, "--results-dir", tmp_path / "one")
+    larger = tmp_path / "larger_codes"
+    manifest = json.loads((write_store(larger) / "manifest.json").read_text())
+    manifest["grid"], manifest["image_size"] = [2, 8], [8, 32]
+    (larger / "manifest.json").write_text(json.dumps(manifest))
+    call(*QUICK_T2I, "--data-path", larger, "--init-from", tmp_path / "one" / "000-GPT-S", "--lr", 0, "--results-dir",
+         tmp_path / "two")
+    assert "starting from the weights of" in capsys.readouterr().out
+    one, other = (containers.read(tmp_path / part / "000-GPT-S") for part in ("one", "two"))
+    assert other["config"]["grid"] == [2, 8] and same(one["model"], other["model"])
+
+
+# ---- refusals
+
+
+def said(capsys, *argv) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        call(*argv)
+    assert stopped.value.code == 2
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_features_of_another_width_are_refused_with_both_widths(store, tmp_path, capsys):
+    call(*QUICK_T2I, "--data-path", store, "--results-dir", tmp_path / "run")
+    wide = write_store(tmp_path / "wide_codes", width=12)
+    message = said(capsys, *QUICK_T2I, "--data-path", wide, "--init-from", tmp_path / "run" / "000-GPT-S",
+                   "--results-dir", tmp_path / "other")
+    assert "12" in message and "8" in message and "text features" in message
+
+
+def test_what_does_not_fit_is_one_line(store, code_store, tmp_path, capsys):
+    command = [*QUICK_T2I, "--results-dir", tmp_path]
+    assert "--t5-feat-path is missing" in said(capsys, *command, "--data-path", code_store)
+    assert "train.py on classes" in said(capsys, *command, "--data-path", store, "--gpt-type", "c2i")
+    assert "expected a share from 0 to 1" in said(capsys, *command, "--data-path", store, "--short-caption-share", 2)
+    assert "give --vq-ckpt" in said(capsys, *command, "--data-path", tmp_path)
+    assert "train_t2i.py takes captions" in said(capsys, "train_gpt", *QUICK_T2I[1:-2], "--code-path", code_store,
+                                                 "--gpt-type", "t2i", "--results-dir", tmp_path)
