@@ -3,7 +3,9 @@ import csv
 import io
 import json
 import os
+import pickle
 import tarfile
+from multiprocessing import reduction
 
 import numpy as np
 import pytest
@@ -359,3 +361,15 @@ def test_captioned_pictures_train_a_tokenizer(tmp_path):
     data = build_dataset("t2i_image", str(write_jsonl(tmp_path)), size=(16, 16))
     assert data.classes is None and np.array_equal(data.labels, np.zeros(7)) and data.image(3).height == 24
     assert io.BytesIO(data.image(0).tobytes()).read() == picture(0).tobytes()
+
+
+@pytest.mark.parametrize("write", [write_jsonl, write_plain, write_tars], ids=lambda write: write.__name__)
+@pytest.mark.parametrize("kept_from", [0, 2**24], ids=["index in the cache", "index in memory"])
+def test_pairs_go_to_processes_that_are_started_afresh(tmp_path, monkeypatch, write, kept_from):
+    """Python 3.14 sends what workers read, which is not to hold open files or maps."""
+    monkeypatch.setattr(pair_index, "KEPT_FROM", kept_from)
+    pairs = open_pairs(write(tmp_path / "data"))
+    whole = everything(pairs)
+    buffer = io.BytesIO()
+    reduction.ForkingPickler(buffer).dump(pairs)
+    assert everything(pickle.loads(buffer.getvalue())) == whole
