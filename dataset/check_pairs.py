@@ -101,6 +101,9 @@ def check_asked(flags: CheckFlags) -> None:
         raise ValueError(f"--dry-run is {flags.dry_run}, expected 0 to {MOST_DRAWN}")
     if flags.t5_feat_path is not None and not Path(flags.t5_feat_path).is_dir():
         raise FileNotFoundError(f"--t5-feat-path {flags.t5_feat_path} is not a folder")
+    if flags.t5_feat_path is not None and (Path(flags.t5_feat_path) / "manifest.json").is_file():
+        raise ValueError(f"--t5-feat-path {flags.t5_feat_path} is a packed feature store: which captions it lacks is "
+                         "told when it is opened with its codes; here numbered files are counted")
 
 
 def main(flags: CheckFlags) -> None:
