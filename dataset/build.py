@@ -10,9 +10,11 @@ import numpy as np
 from PIL import Image
 
 from dataset import image_folders
+from dataset.emoji import open_emoji
 from dataset.pairs import Pairs
+from dataset.pairs_plain import EmojiPairs
 from dataset.pictures import PictureReader
-from dataset.t2i import open_pairs
+from dataset.t2i import open_pairs, refuse_part
 from utils.cli import flag
 from utils.options import SizeFlags
 
@@ -82,8 +84,8 @@ class PairFlags(DataPathFlags):
 class FeaturePathFlags:
     """Text features."""
 
-    t5_feat_path: str | None = flag(None, "folder of the captions' text features: LlamaGen's layout, <folder>/<stem of "
-                                          "the .jsonl>/<line>.npy")
+    t5_feat_path: str | None = flag(None, "features of the captions, as language/extract_t5_feature.py writes them, or "
+                                          "LlamaGen's, <folder>/<stem of the .jsonl>/<line>.npy")
 
 
 @dataclass(kw_only=True)
@@ -97,7 +99,9 @@ class PairPictureFlags(PairFlags, SizeFlags, PictureFlags):
 
     @property
     def smallest(self) -> tuple[int, int]:
-        """Height and width that a picture must have."""
+        """Height and width that a picture must have. Raises ValueError for a wrong --min-size."""
+        if self.min_size is not None and self.min_size < 0:
+            raise ValueError(f"--min-size is {self.min_size}, expected pixels, at least 0")
         return self.image_size if self.min_size is None else (self.min_size, self.min_size)
 
 
@@ -122,8 +126,6 @@ def build_dataset(name: str, data_path: str | None, *, size: tuple[int, int],
     `size` is that of the emoji, which are drawn; files are read as they are, turned by their EXIF orientation.
     """
     if name == "emoji" or name.startswith("emoji_"):
-        from dataset.emoji import open_emoji
-
         return open_emoji(name, size=max(size))
     if name not in FOLDERS:
         raise ValueError(f"--dataset {name} is unknown: choose from {', '.join([*FOLDERS, 'emoji', 'emoji_heldout'])}")
@@ -147,8 +149,11 @@ def flagged_pairs(flags: PairFlags, *, reader: PictureReader | None = None, smal
     if not emoji and flags.data_path is None:
         raise ValueError(f"--dataset {flags.dataset} needs --data-path: .jsonl, a table, pictures beside .txt, or tar "
                          "archives")
-    return open_pairs(flags.dataset if emoji else flags.data_path, reader=reader, smallest=smallest,
-                      part=(flags.data_start, flags.data_end), emoji_size=emoji_size)
+    part = flags.data_start, flags.data_end
+    if emoji:
+        refuse_part(part, f"--dataset {flags.dataset}")
+        return EmojiPairs(open_emoji(flags.dataset, size=emoji_size))
+    return open_pairs(flags.data_path, reader=reader, smallest=smallest, part=part)
 
 
 def _openimage(root: str, *, reader: PictureReader) -> ImageDataset:

@@ -84,7 +84,7 @@ def read_pairs(pairs: Pairs, indices: Sequence[int], *, features: Path | None, t
     return sound
 
 
-def summary(report: dict[str, Any]) -> str:
+def counts_table(report: dict[str, Any]) -> str:
     """The report as a small table."""
     found = report["pairs"] + sum(report["unusable"]["counts"].values())
     lines = [f"{count:>12,}  {title}" for count, title in (
@@ -95,17 +95,20 @@ def summary(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def check_flags(flags: CheckFlags) -> None:
+def check_asked(flags: CheckFlags) -> None:
     """Raise ValueError or FileNotFoundError for flags that make no sense."""
     if not 0 <= flags.dry_run <= MOST_DRAWN:
         raise ValueError(f"--dry-run is {flags.dry_run}, expected 0 to {MOST_DRAWN}")
     if flags.t5_feat_path is not None and not Path(flags.t5_feat_path).is_dir():
         raise FileNotFoundError(f"--t5-feat-path {flags.t5_feat_path} is not a folder")
+    if flags.t5_feat_path is not None and (Path(flags.t5_feat_path) / "manifest.json").is_file():
+        raise ValueError(f"--t5-feat-path {flags.t5_feat_path} is a packed feature store: which captions it lacks is "
+                         "told when it is opened with its codes; here numbered files are counted")
 
 
 def main(flags: CheckFlags) -> None:
     """Count, print, write, draw."""
-    check_flags(flags)
+    check_asked(flags)
     pairs = flagged_pairs(flags, reader=PictureReader(exif_orientation=flags.exif_orientation),
                           smallest=flags.smallest, emoji_size=max(flags.image_size))
     features = None if flags.t5_feat_path is None else Path(flags.t5_feat_path)
@@ -127,7 +130,7 @@ def main(flags: CheckFlags) -> None:
     target = Path(flags.output)
     with replacing(target) as temporary:
         temporary.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    print(summary(report))
+    print(counts_table(report))
     sheet = target.with_suffix(".png")
     if sound:
         with replacing(sheet) as temporary:

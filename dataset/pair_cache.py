@@ -3,6 +3,7 @@ import contextlib
 import hashlib
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import BinaryIO
 
@@ -12,6 +13,7 @@ from utils.files import cache_folder, first_line, replacing
 
 MOST_CACHED = 2**36  # bytes, 64 GiB: about 130 archives of img2dataset's 10,000 pairs; less if the disk is nearly full
 
+ABANDONED = 86_400.0  # seconds without a byte: who wrote it has ended
 MARKS = ("ETag", "etag", "md5Hash", "sha256", "LastModified", "mtime", "created")  # of a version, by several back ends
 
 
@@ -28,10 +30,15 @@ def open_local(path: str, *, size: int, changed: str) -> BinaryIO:
             if not copy.is_file():
                 make_room(copy.parent, size)
                 fetch_whole(path, copy, size=size)
+                make_room(copy.parent, 0)  # others were fetched at the same time
 
 
 def make_room(folder: Path, size: int) -> None:
-    """Remove the copies that were used longest ago until a file of `size` bytes has room."""
+    """Remove the copies that were used longest ago until a file of `size` bytes has room, and what kills have left."""
+    for path in folder.glob(".*.tmp"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > ABANDONED:
+                path.unlink()
     used = []
     for path in folder.glob("*.tar"):
         with contextlib.suppress(OSError):  # another process has removed it
@@ -47,7 +54,7 @@ def make_room(folder: Path, size: int) -> None:
 
 def fetch_whole(url: str, copy: Path, *, size: int) -> None:
     """Copy a file, whole or not at all. Raises OSError."""
-    files, place = filesystem(url)
+    files, place = filesystem(url, flag="--data-path")
     try:
         with replacing(copy) as temporary:
             with files.open(place, "rb") as incoming, open(temporary, "wb") as outgoing:
@@ -61,7 +68,7 @@ def fetch_whole(url: str, copy: Path, *, size: int) -> None:
 
 def remote_state(url: str) -> tuple[int, str]:
     """(bytes, what tells the file's versions apart) of a URL. Raises FileNotFoundError, OSError or ValueError."""
-    files, place = filesystem(url)
+    files, place = filesystem(url, flag="--data-path")
     try:
         found = files.info(place)
     except FileNotFoundError:
@@ -75,7 +82,7 @@ def remote_state(url: str) -> tuple[int, str]:
 
 def list_remote(url: str, ending: str) -> list[str]:
     """The files with the ending in a remote folder, sorted. Raises OSError."""
-    files, place = filesystem(url)
+    files, place = filesystem(url, flag="--data-path")
     try:
         names = files.ls(place, detail=False)
     except FileNotFoundError:

@@ -70,21 +70,21 @@ def fetch_store(url: str, *, subfolder: str | None = None, kind: str = FORMAT) -
     return folder, {name: said for part in dist.gather_lists([damaged]) for name, said in part.items() if said}
 
 
-def filesystem(url: str) -> tuple[Any, str]:
-    """(fsspec file system, path in it) of a URL. Raises ValueError that names the package that is missing."""
+def filesystem(url: str, *, flag: str = "--code-path") -> tuple[Any, str]:
+    """(fsspec file system, path in it) of a URL, which `flag` gave. Raises ValueError that names a missing package."""
     try:
         import fsspec
     except ImportError:
-        raise ValueError(f"--code-path {url} needs fsspec: pip install fsspec") from None
+        raise ValueError(f"{flag} {url} needs fsspec: pip install fsspec") from None
     protocol = url.partition("://")[0]
     try:
         files, root = fsspec.core.url_to_fs(url)
     except ImportError as error:
         package = PACKAGES.get(protocol)
-        raise ValueError(f"--code-path {url}: " + (f"{protocol}:// needs {package}: pip install {package}" if package
+        raise ValueError(f"{flag} {url}: " + (f"{protocol}:// needs {package}: pip install {package}" if package
                                                    else first_line(error))) from None
     except ValueError as error:  # no such protocol
-        raise ValueError(f"--code-path {url}: {first_line(error)}") from None
+        raise ValueError(f"{flag} {url}: {first_line(error)}") from None
     return files, root.rstrip("/")
 
 

@@ -43,16 +43,16 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from dataset.emoji import open_emoji
 from dataset.image_folders import existing_folder, is_hidden
 from dataset.pair_cache import list_remote, remote_state
 from dataset.pair_index import THREADS, Source
 from dataset.pairs import DAMAGED_FILE, Pairs, Problems
 from dataset.pairs_lines import LinePairs
-from dataset.pairs_plain import EmojiPairs, PlainPairs
+from dataset.pairs_plain import PlainPairs
 from dataset.pairs_tar import TarPairs
 from dataset.pictures import PictureReader
 from dataset.remote import is_url
+from utils import cli
 from utils.files import few
 
 TABLES = (".csv", ".tsv")
@@ -60,17 +60,14 @@ MOST_FILES = 10**6  # that a pattern may name
 
 
 def open_pairs(path: str | Path, *, reader: PictureReader | None = None, smallest: tuple[int, int] = (0, 0),
-               part: tuple[int | None, int | None] = (None, None), emoji_size: int = 256) -> Pairs:
-    """Open captioned pictures of any layout; `path` may also be "emoji", "emoji_heldout", ….
+               part: tuple[int | None, int | None] = (None, None)) -> Pairs:
+    """Open captioned pictures of any layout.
 
     `smallest`: height and width in pixels below which `image` refuses a picture; `part`: the first and the last, both
     included, of the .jsonl files or archives in sorted order; None: from the beginning, to the end.
     Raises FileNotFoundError or ValueError that says what was found instead, also if nothing usable is there.
     """
     path = str(path)
-    if re.fullmatch("emoji(_[a-z_]+)?", path):
-        refuse_part(part, path)
-        return EmojiPairs(open_emoji(path, size=emoji_size))
     options = {"reader": reader, "smallest": smallest}
     files, problems = listed_files(path), Problems()
     if files is None:
@@ -116,6 +113,10 @@ def files_in(folder: str) -> list[str] | None:
     names = sorted(name for name in os.listdir(existing_folder(folder)) if not is_hidden(name))
     for endings in ((".jsonl",), (".tar",), TABLES):
         found = [os.path.join(folder, name) for name in names if name.lower().endswith(endings)]
+        others = [name for name in names if found and name.lower().endswith((".tar", *TABLES)) and
+                  not name.lower().endswith(endings)]
+        if others:
+            cli.warn(f"--data-path {folder}: its *{endings[0]} are read; not {few(others)}", kind="note")
         if endings == TABLES and len(found) > 1:
             raise ValueError(f"--data-path {folder} holds several tables ({few(found)}): give the path of one")
         if found:

@@ -77,9 +77,10 @@ def check_usable(pairs: Pairs, *, seed: int) -> None:
 
 
 def pair_recipe(flags: TextExtractFlags, pairs: Pairs, *, grid: tuple[int, int]) -> dict[str, Any]:
-    """What a store of these pairs is made by, for its manifest; without the tokenizer."""
+    """What a store of these pairs is made by, for its manifest; without the tokenizer. Only rank 0 asks the disk."""
     columns = ["name", "caption", *["short_caption"] * pairs.has_short]
-    return {"format": FORMAT, "dataset": flags.dataset, "images": len(pairs), **pairs.states(),
+    states = pairs.states() if dist.env_rank() == 0 else {}
+    return {"format": FORMAT, "dataset": flags.dataset, "images": len(pairs), **states,
             "unusable": dict(sorted(pairs.problems.counts.items())), "smallest": list(flags.smallest),
             "image_size": list(flags.image_size), "exif_orientation": flags.exif_orientation, "grid": list(grid),
             "views": 1, "crop": {"ten_crop": False, "range": 1.0, "mirror": False}, "classes": None,
@@ -98,8 +99,6 @@ def main(flags: TextExtractFlags) -> None:
     """Extract the codes of captioned pictures."""
     process = dist.setup()
     check_extraction(flags.code_path, flags.per_proc_batch_size)
-    if flags.min_size is not None and flags.min_size < 0:
-        raise ValueError(f"--min-size is {flags.min_size}, expected pixels, at least 0")
     pairs = flagged_pairs(flags, reader=PictureReader(exif_orientation=flags.exif_orientation),
                           smallest=flags.smallest, emoji_size=max(flags.image_size))
     check_usable(pairs, seed=flags.global_seed)

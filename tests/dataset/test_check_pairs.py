@@ -99,6 +99,7 @@ def test_letters_that_the_font_lacks_are_spelt_out():
 @pytest.mark.parametrize(("flags", "said"), [
     (["--dry-run", 999], "--dry-run is 999, expected 0 to 256"),
     (["--t5-feat-path", "nowhere"], "--t5-feat-path nowhere is not a folder"),
+    (["--min-size", -1], "--min-size is -1, expected pixels, at least 0"),
     (["--t5-feat-path", "."], "features in numbered files belong to the lines")], ids=str)
 def test_wrong_flags(tmp_path, capsys, flags, said):
     assert not check(write_tars(tmp_path / "data"), *flags, code=2)

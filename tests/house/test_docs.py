@@ -20,6 +20,8 @@ CONFIGS = {
     "tokenizer/tokenizer_image/vq_train.py": "VQTrainFlags",
     "tokenizer/reconstruct.py": "ReconstructFlags",
     "autoregressive/train/extract_codes.py": "ExtractFlags",
+    "autoregressive/train/extract_codes_t2i.py": "TextExtractFlags",
+    "dataset/check_pairs.py": "CheckFlags",
     "autoregressive/train/verify_codes.py": "VerifyFlags",
     "autoregressive/train/train.py": "GPTTrainFlags",
     "autoregressive/train/doctor.py": "DoctorFlags",

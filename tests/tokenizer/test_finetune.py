@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from tests.conftest import TINY_VQ, call
+from tests.dataset.captioned import write_jsonl, write_tars
 from tests.tokenizer.test_losses import losses_of
 from tokenizer.tokenizer_image.vq_loss import LossFlags, VQLoss
 from utils.checkpoints import containers
@@ -74,3 +75,19 @@ def test_the_discriminator_trains_alone_first_and_resuming_is_exact(vq_ckpt, ima
     assert [row["loss"] for row in read_metrics(warm / "metrics.jsonl")] == [row["loss"] for row in rows]
     again = containers.read(warm / "checkpoints" / "0000006")["model"]
     assert all(torch.equal(value, again[name]) for name, value in late[0].items())
+
+
+@pytest.mark.parametrize("write", [write_jsonl, write_tars], ids=lambda write: write.__name__)
+def test_captioned_pictures_fine_tune_a_tokenizer(vq_ckpt, image_folder, tmp_path, write, own_cache, capsys):
+    """LlamaGen's --dataset t2i_image; a broken line and a damaged picture cost only themselves."""
+    data = write(tmp_path / "data")
+    if write is write_jsonl:
+        (data / "images" / "2.png").write_bytes(b"no picture")
+        with open(data / "part-1.jsonl", "a") as file:
+            file.write("no json\n")
+    call("train_vq", "--dataset", "t2i_image", "--data-path", data, "--data-face-path", image_folder, *FINETUNE,
+         "--vq-ckpt", vq_ckpt, "--results-dir", tmp_path / "runs")
+    said = capsys.readouterr()
+    assert "43 images" in said.out and len(read_metrics(tmp_path / "runs" / "000-VQ-4-S" / "metrics.jsonl")) >= 7
+    if write is write_jsonl:
+        assert "1 broken line (part-1.jsonl:3:" in said.err and "passed over: part-0.jsonl:2" in said.err
