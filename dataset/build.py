@@ -85,7 +85,8 @@ class FeaturePathFlags:
     """Text features."""
 
     t5_feat_path: str | None = flag(None, "features of the captions, as language/extract_t5_feature.py writes them, or "
-                                          "LlamaGen's, <folder>/<stem of the .jsonl>/<line>.npy")
+                                          "LlamaGen's, <folder>/<stem of the .jsonl>/<line>.npy; in training, of "
+                                          "several stores in --data-path one for each, with commas between")
 
 
 @dataclass(kw_only=True)

@@ -28,8 +28,8 @@ from dataset.build import FeaturePathFlags, PairPictureFlags, flagged_pairs
 from dataset.loader import worker_count
 from dataset.pair_sheet import captioned_sheet
 from dataset.pairs import TOO_SMALL, Captions, PairProblemError, Pairs, Problems
-from dataset.pairs_lines import LinePairs
 from dataset.pictures import PictureReader, UnreadableError
+from dataset.text_features import lacks_features
 from utils import cli
 from utils.cli import flag
 from utils.files import few, plain, replacing
@@ -50,31 +50,29 @@ class CheckFlags(PairPictureFlags, FeaturePathFlags, OutputFlags, SeedFlags, Wor
                            "<output>.png; 0: read all")
 
 
-def problem_of(pairs: Pairs, index: int, features: Path | None) -> tuple[str, str] | tuple[Image.Image, Captions]:
+def problem_of(pairs: Pairs, index: int, lacks: np.ndarray | None) -> tuple[str, str] | tuple[Image.Image, Captions]:
     """(kind, what is wrong) of a pair, or its picture and captions."""
     try:
         found = pairs.image(index), pairs.captions(index)
     except (UnreadableError, PairProblemError) as error:
         return error.kind, str(error)
-    if features is not None:
-        listed, line = pairs.line(index)
-        path = features / Path(listed).stem / f"{line}.npy"
-        if not path.is_file():
-            return NO_FEATURES, f"{pairs.name(index)}: there is no {path}"
+    if lacks is not None and lacks[index]:
+        return NO_FEATURES, pairs.name(index)
     return found
 
 
-def read_pairs(pairs: Pairs, indices: Sequence[int], *, features: Path | None, threads: int, problems: Problems,
+def read_pairs(pairs: Pairs, indices: Sequence[int], *, lacks: np.ndarray | None, threads: int, problems: Problems,
                crop: tuple[int, int] | None) -> list[tuple[str, Image.Image, Captions]]:
     """Read pairs, in threads; what is wrong is added to `problems`.
 
-    With `crop` the sound ones are returned as a training sees them: name, centre crop, captions.
+    `lacks` (N,): which have no features. With `crop` the sound ones are returned as a training sees them: name, centre
+    crop, captions.
     """
     sound, waiting = [], iter(indices)
     with ThreadPoolExecutor(threads) as pool, tqdm(total=len(indices), unit="pair", desc="reading pairs",
                                                    mininterval=1.0) as bar:
         while part := list(islice(waiting, AHEAD * threads)):
-            found = pool.map(lambda index: problem_of(pairs, index, features), part)
+            found = pool.map(lambda index: problem_of(pairs, index, lacks), part)
             for index, (first, second) in zip(part, found, strict=True):
                 if isinstance(first, str):
                     problems.add(first, plain(second))
@@ -96,14 +94,9 @@ def counts_table(report: dict[str, Any]) -> str:
 
 
 def check_asked(flags: CheckFlags) -> None:
-    """Raise ValueError or FileNotFoundError for flags that make no sense."""
+    """Raise ValueError for flags that make no sense."""
     if not 0 <= flags.dry_run <= MOST_DRAWN:
         raise ValueError(f"--dry-run is {flags.dry_run}, expected 0 to {MOST_DRAWN}")
-    if flags.t5_feat_path is not None and not Path(flags.t5_feat_path).is_dir():
-        raise FileNotFoundError(f"--t5-feat-path {flags.t5_feat_path} is not a folder")
-    if flags.t5_feat_path is not None and (Path(flags.t5_feat_path) / "manifest.json").is_file():
-        raise ValueError(f"--t5-feat-path {flags.t5_feat_path} is a packed feature store: which captions it lacks is "
-                         "told when it is opened with its codes; here numbered files are counted")
 
 
 def main(flags: CheckFlags) -> None:
@@ -111,16 +104,14 @@ def main(flags: CheckFlags) -> None:
     check_asked(flags)
     pairs = flagged_pairs(flags, reader=PictureReader(exif_orientation=flags.exif_orientation),
                           smallest=flags.smallest, emoji_size=max(flags.image_size))
-    features = None if flags.t5_feat_path is None else Path(flags.t5_feat_path)
-    if features is not None and not isinstance(pairs, LinePairs):
-        raise ValueError("--t5-feat-path: features in numbered files belong to the lines of .jsonl files")
+    lacks = None if flags.t5_feat_path is None else lacks_features(flags.t5_feat_path, pairs)
     indices: Sequence[int] = range(len(pairs))
     if flags.dry_run:
         drawn = np.random.default_rng(flags.global_seed).choice(
             len(pairs), min(flags.dry_run, len(pairs)), replace=False)
         indices = np.sort(drawn).tolist()
     left_out = Problems()
-    sound = read_pairs(pairs, indices, features=features, threads=max(1, worker_count(flags.num_workers)),
+    sound = read_pairs(pairs, indices, lacks=lacks, threads=max(1, worker_count(flags.num_workers)),
                        problems=left_out, crop=flags.image_size if flags.dry_run else None)
     usable = len(indices) - sum(left_out.counts.values())
     report = {"data_path": flags.data_path, "dataset": flags.dataset, "image_size": list(flags.image_size),

@@ -25,6 +25,7 @@ from torch import Tensor
 from dataset.code_check import find_damage
 from dataset.code_layouts import CodeStore, ColumnValues
 from dataset.code_manifest import FEATURES, Column, read_manifest
+from dataset.pairs import Pairs
 from dataset.remote import fetch_store, is_url
 from utils import cli
 from utils.files import few
@@ -133,7 +134,7 @@ def attach_features(store: CodeStore, path: str, *, column: str) -> None:
         what = "are left out" if column == "features" else "have long captions only"
         cli.warn(f"{path} lacks features of {len(lost)} of {len(store.labels)} captions, such as {named}: these {what}")
     store.attached[column], store.columns[column] = found, replace(found.column, name=column)
-    check_agreement(store)
+    check_same_encoder(store)
     if column == "features":
         store.damaged = np.union1d(store.damaged, lost)
 
@@ -159,6 +160,25 @@ def open_features(path: str, store: CodeStore) -> StoredFeatures | NumberedFeatu
     return StoredFeatures(folder, manifest, places)
 
 
+class PairNames:
+    """Captioned pictures as `open_features` sees a store: their names alone."""
+
+    kept, manifest = None, {}
+
+    def __init__(self, pairs: Pairs) -> None:
+        self.pairs, self.labels = pairs, pairs.labels
+
+    def column_files(self, name: str, rows: np.ndarray) -> list[str]:
+        """The names."""
+        return [self.pairs.name(row) for row in rows.tolist()]
+
+
+def lacks_features(path: str, pairs: Pairs) -> np.ndarray:
+    """Which of the pairs have no features at `path`, (N,) bool."""
+    places = open_features(path, PairNames(pairs)).places
+    return np.zeros(len(pairs), bool) if places is None else places < 0
+
+
 def rows_hash(store: CodeStore) -> str | None:
     """A hash of the names of a packed store's rows and their order, from its manifest; None of another store."""
     names = next((column for column in store.manifest.get("columns", []) if column["name"] == "name"), None)
@@ -170,7 +190,7 @@ def rows_hash(store: CodeStore) -> str | None:
 
 def find_names(store: CodeStore, names: ColumnValues, count: int) -> np.ndarray:
     """Where the names of a store's rows are among `count` others, (N,) int64; -1: nowhere."""
-    hashes = np.concatenate([hashes_of(names.read(rows)) for rows in chunks(count)])
+    hashes = np.concatenate([hashes_of(names.read(rows)) for rows in row_chunks(count)])
     order = np.argsort(hashes, kind="stable")
     ordered, found = hashes[order], []
     for mine in chunks_of_names(store):
@@ -185,17 +205,17 @@ def hashes_of(names: list[str]) -> np.ndarray:
     return np.fromiter(map(hash, names), np.int64, len(names))
 
 
-def chunks(count: int) -> Iterator[np.ndarray]:
+def row_chunks(count: int) -> Iterator[np.ndarray]:
     """0 … count - 1, some at a time."""
     return (np.arange(first, min(first + CHUNK, count)) for first in range(0, count, CHUNK))
 
 
 def chunks_of_names(store: CodeStore) -> Iterator[list[str]]:
     """The names of all rows of a store's files, some at a time."""
-    return (store.column_files("name", rows) for rows in chunks(len(store.labels)))
+    return (store.column_files("name", rows) for rows in row_chunks(len(store.labels)))
 
 
-def check_agreement(store: CodeStore) -> None:
+def check_same_encoder(store: CodeStore) -> None:
     """Raise ValueError if long and short captions have features of different encoders."""
     known = {column: found.facts for column, found in store.attached.items()}
     dims = {facts.dim for facts in known.values()}

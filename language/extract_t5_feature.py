@@ -33,7 +33,7 @@ from dataset.text_features import as_stored, rows_hash
 from language.text_encoder import TextEncoder, TextEncoderFlags, load_text_encoder
 from utils import cli, dist
 from utils.cli import flag
-from utils.dist import Precision
+from utils.options import PrecisionFlags
 
 AT_ONCE = 256  # captions between two steps of the bar
 SENTENCE = re.compile(r"[^.!?]*[.!?](?=\s|$)", re.DOTALL)
@@ -41,7 +41,7 @@ CaptionKey = Literal["blip", "llava", "llava_first"]
 
 
 @dataclass(kw_only=True)
-class FeatureFlags(PairFlags, TextEncoderFlags):
+class TextFeatureFlags(PairFlags, TextEncoderFlags, PrecisionFlags):
     """The feature extraction command."""
 
     t5_path: str = cli.REQUIRED
@@ -50,8 +50,6 @@ class FeatureFlags(PairFlags, TextEncoderFlags):
                                            "long one; llava_first: the first sentence of the long one",
                                    choices=("blip", "llava", "llava_first"))
     trunc_caption: bool = flag(False, "the first sentence of the caption only")
-    precision: Precision = flag("bf16", "type of the encoder's weights and of the features; none is fp32",
-                                choices=("none", "fp16", "bf16"))
 
 
 class StoreCaptions:
@@ -108,7 +106,7 @@ def first_sentence(text: str) -> str:
     return found[0] if found and found[0].strip(" .!?") else text
 
 
-def open_captions(flags: FeatureFlags) -> StoreCaptions | PairCaptions:
+def open_captions(flags: TextFeatureFlags) -> StoreCaptions | PairCaptions:
     """The captions of --data-path."""
     path = flags.data_path
     store = path is not None and ((is_url(path) and not path.endswith(".tar"))
@@ -122,7 +120,7 @@ def open_captions(flags: FeatureFlags) -> StoreCaptions | PairCaptions:
 
 
 def write_features(captions: StoreCaptions | PairCaptions, encoder: TextEncoder, folder: Path, parts: list[Part], *,
-                   flags: FeatureFlags) -> None:
+                   flags: TextFeatureFlags) -> None:
     """Write this process's parts."""
     with tqdm(total=sum(len(rows) for _, rows in parts), desc=f"{encoder.described['name']} features", unit="caption",
               mininterval=1.0, disable=dist.env_rank() > 0) as bar:
@@ -139,7 +137,7 @@ def write_features(captions: StoreCaptions | PairCaptions, encoder: TextEncoder,
 
 
 @torch.inference_mode()
-def main(flags: FeatureFlags) -> None:
+def main(flags: TextFeatureFlags) -> None:
     """Make the features that are not there yet."""
     process = dist.setup()
     if is_url(flags.t5_path):
@@ -171,4 +169,4 @@ def main(flags: FeatureFlags) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, FeatureFlags)
+    cli.run(main, TextFeatureFlags)

@@ -3,6 +3,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from utils.cli import flag, image_size
+from utils.dist import Precision
 from utils.seeding import seed_number
 
 SCORED_AT = 256  # pixels: LlamaGen's default of --image-size-eval
@@ -89,3 +90,11 @@ class RecipeFlags:
     recipe_in_part: ClassVar[bool] = False  # they are another command's: leave those out that this one does not take
     recipe: str | None = flag(None, "a name in scripts/recipes, or a JSON file like those: its flags where you type "
                                     "none")
+
+
+@dataclass(kw_only=True)
+class PrecisionFlags:
+    """Type of the weights."""
+
+    precision: Precision = flag("bf16", "type of the weights (of text features too); none is fp32, as is fp16 on a CPU",
+                                choices=("none", "fp16", "bf16"))

@@ -8,8 +8,7 @@ from autoregressive.models.schedule import CfgSchedule, DrawSchedule, Order, Sam
 from autoregressive.train.config import GPTFlags, GuidanceFlags
 from tokenizer.build import TokenizerFlags
 from utils.cli import flag
-from utils.dist import Precision
-from utils.options import CompileFlags
+from utils.options import CompileFlags, PrecisionFlags
 from utils.seeding import seed_number
 
 
@@ -66,13 +65,11 @@ class ClassesFlags:
 
 
 @dataclass(kw_only=True)
-class SampleFlags(GPTFlags, TokenizerFlags, GuidanceFlags, CompileFlags, ScheduleFlags):
+class SampleFlags(GPTFlags, TokenizerFlags, GuidanceFlags, PrecisionFlags, CompileFlags, ScheduleFlags):
     """Which models, and how codes are drawn."""
 
     from_fsdp: bool = flag(False, "--gpt-ckpt is a bare state dict, or of an FSDP training of ours (read without this "
                                   "flag too; with it, demanded)")
-    precision: Precision = flag("bf16", "type of the GPT's weights; none is fp32, as is fp16 on a CPU",
-                                choices=("none", "fp16", "bf16"))
     quantize: Literal["int8", "int4"] | None = flag(None, "keep the GPT's weights in fewer bits: faster for few images "
                                                           "on a CPU, but no longer the same model",
                                                     choices=("int8", "int4"))

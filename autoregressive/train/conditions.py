@@ -19,7 +19,7 @@ class Condition(Protocol):
     """A condition is a number: a label, or the row of the store that has the caption."""
 
     count: int  # conditions are 0 to count - 1
-    summary: str  # what there is, in some words
+    what_there_is: str  # in some words
 
     def model_options(self) -> dict[str, Any]:
         """Options with which a model for it is built."""
@@ -52,7 +52,7 @@ class Classes:
     def __init__(self, store: CodeStore, *, num_classes: int | None, cls_token_num: int | None) -> None:
         self.store, self.classes, self.prefix = store, store.classes, cls_token_num or 1
         self.count = num_classes or store.num_classes
-        self.summary = f"{self.count} classes"
+        self.what_there_is = f"{self.count} classes"
 
     def model_options(self) -> dict[str, Any]:
         """See `Condition`."""
@@ -97,7 +97,7 @@ class Texts:
         self.tokens, self.width, self.encoder_described = cls_token_num, caption_dim, described
         self.count = len(store.labels)
         name = (described or {}).get("name", "an unnamed encoder")
-        self.summary = f"captions of up to {cls_token_num} x {caption_dim} features of {name}"
+        self.what_there_is = f"captions of up to {cls_token_num} x {caption_dim} features of {name}"
 
     def model_options(self) -> dict[str, Any]:
         """See `Condition`."""

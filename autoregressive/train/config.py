@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 from autoregressive.control.adapter import AdapterFlags
 from autoregressive.models.registry import MODELS
 from autoregressive.train.finetune import FinetuneFlags
-from dataset.build import DatasetFlags, PairFlags, PictureFlags
+from dataset.build import DatasetFlags, FeaturePathFlags, PairFlags, PictureFlags
 from dataset.codes import StoreFlags
 from dataset.control import ControlFlags
 from evaluations.c2i.monitor import MonitorFlags
@@ -71,11 +71,9 @@ class GPTTrainFlags(TrainFlags, ParallelFlags, GPTFlags, FinetuneFlags, ControlF
 
 
 @dataclass(kw_only=True)
-class TextFlags(TextEncoderFlags):
+class TextFlags(TextEncoderFlags, FeaturePathFlags):
     """Where the captions' features come from."""
 
-    t5_feat_path: str | None = flag(None, "features of the captions, as language/extract_t5_feature.py writes them; of "
-                                          "several stores in --data-path one for each, with commas between")
     short_t5_feat_path: str | None = flag(None, "features of short captions, which take the place of the long ones "
                                                 "with --short-caption-share")
     short_caption_share: float = flag(0.3, "how often a short caption is taken, of pictures that have one")

@@ -194,7 +194,7 @@ def main(flags: GPTTrainFlags) -> None:
     if started and trainer.step == 0:
         cli.say(started)
     cli.say(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters, {len(store)} images x "
-            f"{store.views} views, {condition.summary}, {config.grid[0]}x{config.grid[1]} tokens of "
+            f"{store.views} views, {condition.what_there_is}, {config.grid[0]}x{config.grid[1]} tokens of "
             f"{config.vocab_size}, {trainer.steps} steps on {process.world_size} x {process.device}, {dtype}"
             f"{', ' + flags.data_parallel if process.world_size > 1 or flags.sharded else ''}; "
             f"run folder {trainer.folder}")
