@@ -130,7 +130,7 @@ def write_features(captions: StoreCaptions | PairCaptions, encoder: TextEncoder,
                 found = captions.read(np.arange(first, min(first + AT_ONCE, rows.stop)))
                 names += [name for name, _, _ in found]
                 made = encoder([chosen_caption(long, short, flags.caption_key, trunc=flags.trunc_caption)
-                                for _, long, short in found], together=True)
+                                for _, long, short in found])
                 features += [as_stored(one) for one in made]
                 bar.update(len(found))
             code_writer.write_part(folder, number, None, [], columns={"name": names, "features": features})

