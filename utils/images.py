@@ -5,11 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 from tqdm import tqdm
 
-from utils.files import plain, replacing
+from utils.files import replacing
+from utils.lettering import Lettering
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
@@ -23,11 +24,14 @@ def to_float(images: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 127.5 - 1.0
 
 
-def grid(images: np.ndarray, *, columns: int, labels: Sequence[str] | None = None, gap: int = 2) -> np.ndarray:
-    """Lay uint8 images (N, H, W, 3) out row by row on white, each above its label if given → (H', W', 3) uint8."""
+def grid(images: np.ndarray, *, columns: int, labels: Sequence[str] | None = None, gap: int = 2,
+         lines: int = 1) -> np.ndarray:
+    """Lay uint8 images (N, H, W, 3) out row by row on white, each above its label if given, which is wrapped to at most
+    `lines` lines and then cut with "…" → (H', W', 3) uint8."""
     count, height, width = images.shape[:3]
-    font = ImageFont.load_default(size=max(9, min(14, width // 8)))
-    caption = int(font.size * 1.5) if labels else 0
+    lettering = Lettering(max(9, min(14, width // 8)))
+    wrapped = [lettering.wrapped(label, width, lines) for label in labels or ()]
+    caption = lettering.line * max(map(len, wrapped), default=0)
     rows = -(-count // columns)
     cell_h, cell_w = height + caption + gap, width + gap
     sheet = Image.new("RGB", (columns * cell_w + gap, rows * cell_h + gap), "white")
@@ -35,11 +39,9 @@ def grid(images: np.ndarray, *, columns: int, labels: Sequence[str] | None = Non
     for i, image in enumerate(images):
         x, y = gap + (i % columns) * cell_w, gap + (i // columns) * cell_h
         sheet.paste(Image.fromarray(image), (x, y))
-        if labels:
-            text = plain(labels[i])
-            while text and pen.textlength(text, font=font) > width:
-                text = text[:-1]
-            pen.text((x, y + height), text, fill="black", font=font)
+        for row, text in enumerate(wrapped[i] if labels else ()):
+            lettering.draw(pen, (x, y + height + row * lettering.line), text)
+    lettering.tell_lacking()
     return np.asarray(sheet)
 
 
