@@ -1,4 +1,5 @@
 """Writing images: 8-bit conversion, grids, PNG files and the npz that ADM's evaluator reads."""
+import os
 import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -11,6 +12,8 @@ from tqdm import tqdm
 
 from utils.files import replacing
 from utils.lettering import Lettering
+
+PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"\0\0\0\0IEND\xaeB`\x82"  # the last chunk is always the same
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
@@ -55,6 +58,14 @@ def load_png(path: Path) -> np.ndarray:
     """Read a PNG as uint8 (H, W, 3)."""
     with Image.open(path) as image:
         return np.asarray(image.convert("RGB"))
+
+
+def is_whole_png(path: Path) -> bool:
+    """Whether a file begins as a PNG does and ends as one, so that it was not cut short; its pixels are not read."""
+    with open(path, "rb") as file:
+        start = file.read(len(PNG_START))
+        file.seek(-min(len(PNG_END), file.seek(0, os.SEEK_END)), os.SEEK_END)
+        return start == PNG_START and file.read() == PNG_END
 
 
 def save_npz(path: Path, images: Iterable[np.ndarray], *, count: int, shape: tuple[int, int],
