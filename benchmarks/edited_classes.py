@@ -58,8 +58,8 @@ def main(flags: EditedClassesFlags) -> None:
     pipeline = load_pipeline(flags, device=process.device)
     (known, kinds), (pictures, old) = (stack_images(build_dataset(name, None, size=pipeline.image_size),
                                                     pipeline.image_size) for name in DATASETS)
-    judge = train_classifier(known, kinds, num_classes=pipeline.num_classes, device=process.device)
-    new = other_classes(old, pipeline.num_classes)
+    judge = train_classifier(known, kinds, num_classes=pipeline.conditions.count, device=process.device)
+    new, nothing = other_classes(old, pipeline.conditions.count), np.full_like(old, pipeline.conditions.nothing)
 
     def tell(name: str, made: list[np.ndarray]) -> None:
         seen = np.stack([predict(judge, part, device=process.device)[0] for part in made])  # (seeds, N)
@@ -68,7 +68,7 @@ def main(flags: EditedClassesFlags) -> None:
 
     tell("the pictures as they are", [pictures])
     for name, share in SHARES.items():
-        for how, labels in (("as the new class", new), ("without a class", np.full_like(new, pipeline.num_classes))):
+        for how, labels in (("as the new class", new), ("without a class", nothing)):
             tell(f"{name}, {how}", [edited(pipeline, pictures, labels, share=share, seed=seed)
                                     for seed in range(flags.seeds)])
     tell("whole pictures of the new classes", [pipeline(new.tolist(), seed=seed, indices=list(range(len(new))))

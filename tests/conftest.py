@@ -26,6 +26,8 @@ ENTRIES = {  # name of a command: (module, class of its flags)
     "train_gpt": ("autoregressive.train.train", "GPTTrainFlags"),
     "train_t2i": ("autoregressive.train.train_t2i", "T2ITrainFlags"),
     "sample": ("autoregressive.sample.sample_ddp", "SampleSetFlags"),
+    "sample_prompts": ("autoregressive.sample.sample_t2i_ddp", "PromptSetFlags"),
+    "prompt_grid": ("autoregressive.sample.sample_t2i", "PromptGridFlags"),
     "reconstruct": ("tokenizer.reconstruct", "ReconstructFlags"),
     "evaluate": ("evaluations.c2i.evaluator", "EvaluatorFlags"),
     "reference": ("evaluations.c2i.reference", "ReferenceFlags"),

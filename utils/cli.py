@@ -34,13 +34,14 @@ OLDEST_TORCH = (2, 8)  # the oldest that the test suite was run with: see CONTRI
 
 
 def flag(default: Any, help: str, *, choices: tuple | None = None, parse: Callable[[str], Any] | None = None,
-         positional: bool = False) -> Any:
+         positional: bool = False, repeated: bool = False) -> Any:
     """Declare a flag: a dataclass field with its help. `REQUIRED` as the default makes it mandatory.
 
-    `positional`: it is given without its name, in the order of declaration.
+    `positional`: it is given without its name, in the order of declaration. `repeated`: it may be given many times, and
+    the field holds a list of the values, or its default, None.
     """
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "parse": parse,
-                                                        "positional": positional})
+                                                        "positional": positional, "repeated": repeated})
 
 
 def build_parser(config_class: type, *, described_in: str | None = None) -> argparse.ArgumentParser:
@@ -69,7 +70,7 @@ def build_parser(config_class: type, *, described_in: str | None = None) -> argp
 
 
 def add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field, hint: Any, *, help: str, choices: tuple | None,
-             parse: Callable[[str], Any] | None, positional: bool) -> list[str]:
+             parse: Callable[[str], Any] | None, positional: bool, repeated: bool) -> list[str]:
     """Add a field as a flag. Returns how to give it on the command line when it must be given, else nothing."""
     required = field.default is dataclasses.MISSING
     text = help + ("" if required or field.default is None else f" (default: {shown(field.default)})")
@@ -84,7 +85,7 @@ def add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field, hint: Any
     if kind is bool:
         options["action"] = argparse.BooleanOptionalAction
     else:
-        options |= {"type": checked(parse or kind), "choices": choices}
+        options |= {"type": checked(parse or kind), "choices": choices} | ({"action": "append"} if repeated else {})
     name = "--" + field.name.replace("_", "-")
     group.add_argument(name, **options)
     return [f"{name} {field.name.upper()}"] if required else []
@@ -274,9 +275,11 @@ def hyphenated(word: str) -> str:
 
 
 def scalar(hint: Any) -> type:
-    """The type inside `X | None`; str for Literal."""
+    """The type inside `X | None` or `list[X]`; str for Literal."""
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         hint = next(kind for kind in typing.get_args(hint) if kind is not type(None))
+    if typing.get_origin(hint) is list:
+        hint, = typing.get_args(hint)
     return str if typing.get_origin(hint) is typing.Literal else hint
 
 

@@ -1,15 +1,19 @@
 """Writing images: 8-bit conversion, grids, PNG files and the npz that ADM's evaluator reads."""
+import os
 import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 from tqdm import tqdm
 
-from utils.files import plain, replacing
+from utils.files import replacing
+from utils.lettering import Lettering
+
+PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"\0\0\0\0IEND\xaeB`\x82"  # the last chunk is always the same
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
@@ -23,11 +27,14 @@ def to_float(images: np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 127.5 - 1.0
 
 
-def grid(images: np.ndarray, *, columns: int, labels: Sequence[str] | None = None, gap: int = 2) -> np.ndarray:
-    """Lay uint8 images (N, H, W, 3) out row by row on white, each above its label if given → (H', W', 3) uint8."""
+def grid(images: np.ndarray, *, columns: int, labels: Sequence[str] | None = None, gap: int = 2,
+         lines: int = 1) -> np.ndarray:
+    """Lay uint8 images (N, H, W, 3) out row by row on white, each above its label if given, which is wrapped to at most
+    `lines` lines and then cut with "…" → (H', W', 3) uint8."""
     count, height, width = images.shape[:3]
-    font = ImageFont.load_default(size=max(9, min(14, width // 8)))
-    caption = int(font.size * 1.5) if labels else 0
+    lettering = Lettering(max(9, min(14, width // 8)))
+    wrapped = [lettering.wrapped(label, width, lines) for label in labels or ()]
+    caption = lettering.line * max(map(len, wrapped), default=0)
     rows = -(-count // columns)
     cell_h, cell_w = height + caption + gap, width + gap
     sheet = Image.new("RGB", (columns * cell_w + gap, rows * cell_h + gap), "white")
@@ -35,11 +42,9 @@ def grid(images: np.ndarray, *, columns: int, labels: Sequence[str] | None = Non
     for i, image in enumerate(images):
         x, y = gap + (i % columns) * cell_w, gap + (i // columns) * cell_h
         sheet.paste(Image.fromarray(image), (x, y))
-        if labels:
-            text = plain(labels[i])
-            while text and pen.textlength(text, font=font) > width:
-                text = text[:-1]
-            pen.text((x, y + height), text, fill="black", font=font)
+        for row, text in enumerate(wrapped[i] if labels else ()):
+            lettering.draw(pen, (x, y + height + row * lettering.line), text)
+    lettering.tell_lacking()
     return np.asarray(sheet)
 
 
@@ -53,6 +58,14 @@ def load_png(path: Path) -> np.ndarray:
     """Read a PNG as uint8 (H, W, 3)."""
     with Image.open(path) as image:
         return np.asarray(image.convert("RGB"))
+
+
+def is_whole_png(path: Path) -> bool:
+    """Whether a file begins as a PNG does and ends as one, so that it was not cut short; its pixels are not read."""
+    with open(path, "rb") as file:
+        start = file.read(len(PNG_START))
+        file.seek(-min(len(PNG_END), file.seek(0, os.SEEK_END)), os.SEEK_END)
+        return start == PNG_START and file.read() == PNG_END
 
 
 def save_npz(path: Path, images: Iterable[np.ndarray], *, count: int, shape: tuple[int, int],

@@ -66,10 +66,16 @@ class OutputFlags:
 
 
 @dataclass(kw_only=True)
-class SetFlags:
-    """The set of images that is written."""
+class SampleDirFlags:
+    """Where sets of images go."""
 
     sample_dir: str = flag("samples", "folder for image sets; each is named by its settings")
+
+
+@dataclass(kw_only=True)
+class SetFlags(SampleDirFlags):
+    """The set of images that is written."""
+
     image_size_eval: tuple[int, int] | None = flag(
         None, "resize (bicubic) to this for scoring; None: squares of more than 256 pixels to 256, as LlamaGen does "
         "(samples, and reconstructions by vq), all else stays as made", parse=image_size)

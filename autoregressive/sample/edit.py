@@ -131,7 +131,7 @@ def main(flags: EditFlags) -> None:
     check_edit(size if flags.keep_size else None, mask, **settings)
     pipeline = load_pipeline(flags, device=process.device)
     pipeline.tell_null_control()
-    labels = [pipeline.num_classes] if flags.classes is None else pipeline.parse_classes(flags.classes)
+    labels = [pipeline.conditions.nothing] if flags.classes is None else pipeline.conditions.parse(flags.classes)
 
     image = original = np.asarray(picture)
     if not flags.keep_size:
@@ -163,7 +163,7 @@ def write(flags: EditFlags, pipeline: Pipeline, jobs: list[tuple[int, int]], par
     folder = Path(flags.output)
     folder.mkdir(parents=True, exist_ok=True)
     pictures, masks = ([pixels for part in parts for pixels in getattr(part, name)] for name in ("pictures", "masks"))
-    names = ["no class" if label == pipeline.num_classes else pipeline.class_name(label) for label, _ in jobs]
+    names = [pipeline.conditions.name(label) for label, _ in jobs]
     numbers = [result for part in parts for result in part.results]
     results = [{"file": f"{i:06d}.png", "class": name, "index": index, **found}
                for i, (name, (_, index), found) in enumerate(zip(names, jobs, numbers, strict=True))]

@@ -28,13 +28,13 @@ class Edited:
 
 
 def edit(pipeline: Pipeline, image: np.ndarray, mask: np.ndarray | None = None, *,
-         conditions: Sequence[int] | Tensor | None = None, seed: int = 0, indices: Sequence[int] = (0,),
+         conditions: Sequence[int] | Sequence[Tensor] | None = None, seed: int = 0, indices: Sequence[int] = (0,),
          dilate: int = 1, redraw: float | None = None, canvas: tuple[int, int] | None = None,
          place: tuple[int, int] | None = None, paste: int | None = None) -> Edited:
     """Draw parts of a picture anew, once for each of `indices`: image (seed, index) does not depend on the others.
 
     image: uint8 (H, W, 3) of any size; mask: bool or uint8 (H, W), true or white where it is redrawn, see `as_mask`.
-    conditions: a label for each image (num_classes for none), or what else the model takes; None: no class.
+    conditions: a label for each image, or the text features of its prompt; None: the pipeline's `nothing` for all.
     canvas (height, width), place (x, y), dilate, redraw, paste: as the flags of edit.py.
 
     The cells that are not drawn keep the picture's codes. So that these know nothing of the hole, it is blurred away
@@ -44,7 +44,7 @@ def edit(pipeline: Pipeline, image: np.ndarray, mask: np.ndarray | None = None, 
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
         raise ValueError(f"the image is {image.dtype} of shape {image.shape}, expected uint8 (height, width, 3)")
     if conditions is None:
-        conditions = [pipeline.num_classes] * len(indices)
+        conditions = [pipeline.conditions.nothing] * len(indices)
     if not len(conditions) == len(indices) > 0:
         raise ValueError(f"{len(conditions)} conditions for {len(indices)} images: expected one for each, and an image")
     size = image.shape[:2]
@@ -80,8 +80,8 @@ def edit(pipeline: Pipeline, image: np.ndarray, mask: np.ndarray | None = None, 
     return Edited(pictures, masks, codes, drawn, results)
 
 
-def draw_windows(pipeline: Pipeline, codes: np.ndarray, cells: np.ndarray, conditions: Sequence[int] | Tensor, *,
-                 seed: int, indices: Sequence[int]) -> Tensor:
+def draw_windows(pipeline: Pipeline, codes: np.ndarray, cells: np.ndarray,
+                 conditions: Sequence[int] | Sequence[Tensor], *, seed: int, indices: Sequence[int]) -> Tensor:
     """Draw what is -1 in codes (B, rows, columns), in windows that cover the true `cells` (rows, columns), so that the
     windows are the same for all images. Returns all codes, on the CPU."""
     codes, generators = torch.from_numpy(codes).long(), [sample_generator(seed, index) for index in indices]

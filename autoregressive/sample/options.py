@@ -55,13 +55,27 @@ class ScheduleFlags:
 
 
 @dataclass(kw_only=True)
-class ClassesFlags:
+class DrawSeedFlags:
+    """Randomness, in the commands that make a few pictures."""
+
+    seed: int = flag(0, "image i of a seed is always the same", parse=seed_number)
+
+
+@dataclass(kw_only=True)
+class ClassesFlags(DrawSeedFlags):
     """What to draw, in the commands that make a few pictures."""
 
     classes: str | None = flag(None, "class names or numbers, comma-separated; a name with a comma goes in double "
                                      "quotes ('\"tench, Tinca tinca\",3'); None: sample_c2i draws a few classes, an "
                                      "edit has none")
-    seed: int = flag(0, "image i of a seed is always the same", parse=seed_number)
+
+
+@dataclass(kw_only=True)
+class SampleCountFlags:
+    """How many, in the commands that make sets of pictures."""
+
+    num_fid_samples: int = flag(50000, "number of images; of a benchmark, whose prompts may have several images each: "
+                                       "its first so many prompts")
 
 
 @dataclass(kw_only=True)

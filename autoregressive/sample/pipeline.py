@@ -1,9 +1,7 @@
-"""From labels to pictures: the sampling pipeline that every command uses.
+"""From labels or text features to pictures: the sampling pipeline that every command uses.
 
 Image (seed, index) comes from its own random stream, so it does not depend on the batch or the process it is made in.
 """
-import csv
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -23,6 +21,7 @@ from autoregressive.models.quantized import quantize_
 from autoregressive.models.registry import MODELS, facts_of, recorded_options
 from autoregressive.models.sampling import check_sampling
 from autoregressive.models.schedule import DrawSchedule, cell_order
+from autoregressive.sample.conditions import TAKEN_BY, WORDS, ClassConditions, TextConditions, conditions_of
 from autoregressive.sample.options import SampleFlags
 from autoregressive.train.finetune import class_names
 from native.build import available, prepare
@@ -39,7 +38,8 @@ from utils.checkpoints import containers
 from utils.files import exists
 from utils.seeding import sample_generator
 
-DEFAULT_IMAGE_SIZE, ARPG_IMAGE_SIZE = 384, 256  # of the released models; our own checkpoints say theirs
+DEFAULT_IMAGE_SIZES = {"c2i": 384, "t2i": 512}  # of LlamaGen's commands; our own checkpoints say theirs
+ARPG_IMAGE_SIZE = 256  # of the released models
 KINDS = {"int8": 8, "int4": 4}  # bits of --quantize
 LABEL_STREAM = 0x1ABE1  # a stream of its own for labels, so that they are independent of the codes
 ORDER_STREAM = 0x04DE4  # the same for the order that all images share
@@ -51,7 +51,7 @@ class Pipeline:
 
     gpt: CodeModel
     tokenizer: ImageTokenizer
-    classes: list[str] | None
+    conditions: ClassConditions | TextConditions
     settings: dict[str, Any]  # cfg_scale, cfg_interval, temperature, top_k, top_p
     described: dict[str, Any]  # models, files' hashes and sizes, for config.json
     decode: Decode = "auto"  # does not change the images
@@ -61,52 +61,47 @@ class Pipeline:
     control: dict[str, Any] | None = None  # of a model with a control adapter: kind and how its pictures were made
 
     @property
-    def num_classes(self) -> int:
-        """Number of classes."""
-        return self.gpt.config.num_classes
-
-    @property
     def image_size(self) -> tuple[int, int]:
         """Height and width of the images, in pixels."""
         h, w = self.gpt.config.grid
         return h * self.tokenizer.downsample, w * self.tokenizer.downsample
 
-    def __call__(self, labels: list[int], *, seed: int, indices: list[int], size: tuple[int, int] | None = None,
-                 control: list[Tensor | None] | None = None, control_strength: float = 1.0) -> np.ndarray:
-        """Labels, and the index of each image in the stream of `seed` → uint8 (B, H, W, 3), resized to `size`.
-
-        control: see `sample_codes`.
+    def __call__(self, given: Sequence[int] | Sequence[Tensor], *, seed: int, indices: list[int],
+                 size: tuple[int, int] | None = None, control: list[Tensor | None] | None = None,
+                 control_strength: float = 1.0) -> np.ndarray:
+        """Labels or text features, and the index of each image in the stream of `seed` → uint8 (B, H, W, 3), resized to
+        `size`. control: see `sample_codes`.
         """
-        codes = self.sample_codes(labels, seed=seed, indices=indices, control=control,
+        codes = self.sample_codes(given, seed=seed, indices=indices, control=control,
                                   control_strength=control_strength)
         return self.to_pixels(codes, size=size)
 
-    def sample_codes(self, labels: list[int], *, seed: int, indices: list[int],
+    def sample_codes(self, given: Sequence[int] | Sequence[Tensor], *, seed: int, indices: list[int],
                      control: list[Tensor | None] | None = None, control_strength: float = 1.0) -> Tensor:
-        """Labels, and the index of each image in the stream of `seed` → codes (B, h*w) on the GPT's device.
+        """Labels, or the features (n, dim) of a prompt for each image, and the index of each image in the stream of
+        `seed` → codes (B, h*w) on the GPT's device.
 
         control: a picture (C, H, W) in [-1, 1], of the kind that the model was trained with, or None for each image;
         control_strength: 1 as in training, 0 as without.
         """
-        return self.draw(labels, seed=seed, generators=[sample_generator(seed, index) for index in indices],
+        return self.draw(given, seed=seed, generators=[sample_generator(seed, index) for index in indices],
                          control=control, control_strength=control_strength)
 
-    def draw(self, conditions: Sequence[int] | Tensor, *, seed: int, generators: list[torch.Generator],
+    def draw(self, given: Sequence[int] | Sequence[Tensor], *, seed: int, generators: list[torch.Generator],
              known: Tensor | None = None, control: list[Tensor | None] | None = None,
              control_strength: float = 1.0) -> Tensor:
-        """Labels, num_classes for none, or what else the GPT takes, and the random stream of each image → codes
-        (B, h*w) on its device. known (B, h*w): codes that stay as they are, -1 where one is to be drawn; control: see
+        """Labels or text features, `conditions.nothing` for none, and the random stream of each image → codes (B, h*w)
+        on the GPT's device. known (B, h*w): codes that stay as they are, -1 where one is to be drawn; control: see
         `sample_codes`."""
-        device, orders, settings = next(self.gpt.parameters()).device, None, self.settings
+        orders, settings = None, self.settings
         if self.shared_order:
             orders = torch.from_numpy(cell_order("random", self.gpt.config.grid,
                                                  sample_generator(seed ^ ORDER_STREAM, 0)))
-        if not isinstance(conditions, Tensor):  # guidance away from "no class" does not change "no class"
-            scales = [self.settings["cfg_scale"] if label < self.num_classes else 1.0 for label in conditions]
-            settings = settings | {"cfg_scale": scales}
-        return generate(self.gpt, torch.as_tensor(conditions, device=device), self.gpt.config.block_size,
-                        generators=generators, decode=self.decode, schedule=self.schedule, orders=orders, known=known,
-                        control=control, control_strength=control_strength, **settings)
+        settings = settings | self.conditions.arguments(given, cfg_scale=settings["cfg_scale"],
+                                                        device=next(self.gpt.parameters()).device)
+        return generate(self.gpt, max_new_tokens=self.gpt.config.block_size, generators=generators, decode=self.decode,
+                        schedule=self.schedule, orders=orders, known=known, control=control,
+                        control_strength=control_strength, **settings)
 
     def to_pixels(self, codes: Tensor, *, size: tuple[int, int] | None = None) -> np.ndarray:
         """Codes (B, h*w) → uint8 (B, H, W, 3), resized to `size`."""
@@ -121,52 +116,13 @@ class Pipeline:
             cli.warn(f"the model can follow {self.control.get('kind')} pictures; here it draws without one "
                      "(--control-image of sample_c2i.py)", kind="note")
 
-    def class_name(self, label: int) -> str:
-        """What to write under a picture."""
-        return self.classes[label] if self.classes else str(label)
-
-    def parse_classes(self, text: str) -> list[int]:
-        """Comma-separated names or numbers of classes → labels; what is a known name means that name.
-
-        A name with commas, line breaks or blanks at its ends goes in double quotes. Raises ValueError for what the
-        model does not know.
-        """
-        names = self.classes or ()
-        if text in names or text.strip() in names:
-            return [self.label_of(text)]
-        try:
-            words = next(csv.reader([text], skipinitialspace=True), [])
-        except csv.Error:
-            raise ValueError(f"classes {text!r} are no list of names: put each name with a comma or a line break in "
-                             "double quotes") from None
-        labels = [self.label_of(word) for word in words if word.strip()]
-        if not labels:
-            raise ValueError("no class given")
-        return labels
-
-    def label_of(self, word: str) -> int:
-        """The label of one class, by its name or its number; says which where a name is another class's number."""
-        names = self.classes or ()
-        word = word if word in names else word.strip()
-        number = int(word) if re.fullmatch(r"[+-]?[0-9]{1,18}", word) else None
-        if word in names:
-            label = self.classes.index(word)
-            if number not in (None, label) and 0 <= number < self.num_classes:
-                cli.warn(f"class {word} is taken as the class of that name, whose number is {label}; number {word} is "
-                         f"named {self.classes[number]}", kind="note")
-            return label
-        if number is None:
-            known = f"choose from {', '.join(self.classes[:20])} (in double quotes where there is a comma in a name)" \
-                if self.classes else "the checkpoint holds no class names, use numbers"
-            raise ValueError(f"class {word!r} is unknown: {known}")
-        if not 0 <= number < self.num_classes:
-            raise ValueError(f"class {word} is out of range: the model has 0 to {self.num_classes - 1}")
-        return number
-
 
 def load_pipeline(flags: SampleFlags, *, device: torch.device) -> Pipeline:
     """Load both models. Raises for all that is wrong with them or the settings, before any sampling."""
     check_sampling(temperature=flags.temperature, top_k=flags.top_k, top_p=flags.top_p)
+    if flags.gpt_type != type(flags).gpt_type:
+        raise ValueError(f"--gpt-type {flags.gpt_type}: this command takes {WORDS[type(flags).gpt_type]}; models of "
+                         f"{WORDS[flags.gpt_type]} are for {TAKEN_BY[flags.gpt_type]}")
     if flags.quantize and device.type != "cpu":
         raise ValueError(f"--quantize {flags.quantize} is for CPUs: there are no such kernels for a GPU here")
     if device.type == "cpu" and all(path and exists(containers.resolve(path))
@@ -185,7 +141,7 @@ def load_pipeline(flags: SampleFlags, *, device: torch.device) -> Pipeline:
     if flags.downsample_size not in (None, tokenizer.downsample):
         raise ValueError(f"--downsample-size is {flags.downsample_size}, but {vq_name} has {tokenizer.downsample}")
     if flags.image_size is None and not saved.get("grid"):
-        config_size = (ARPG_IMAGE_SIZE if gpt.any_order else DEFAULT_IMAGE_SIZE,) * 2
+        config_size = (ARPG_IMAGE_SIZE if gpt.any_order else DEFAULT_IMAGE_SIZES[config.model_type],) * 2
     else:
         config_size = flags.image_size or tuple(side * tokenizer.downsample for side in saved["grid"])
     gpt.set_grid(check_image_size(config_size, tokenizer.downsample))
@@ -208,19 +164,20 @@ def load_pipeline(flags: SampleFlags, *, device: torch.device) -> Pipeline:
     schedule = flags.draw_schedule(gpt)
     if schedule is not None and flags.decode == "jacobi":
         raise ValueError("--decode jacobi is for a GPT: an ARPG draws --step groups of codes")
+    conditions = conditions_of(gpt, saved)
     settings = {name: getattr(flags, name) for name in ("cfg_scale", "cfg_interval", "temperature", "top_k", "top_p")}
     described = {"gpt_model": saved["gpt_model"], "vq_model": vq_name,
                  "gpt_ckpt_sha256": containers.content_hash(flags.gpt_ckpt),
                  "vq_ckpt_sha256": containers.content_hash(flags.vq_ckpt), "dtype": str(next(gpt.parameters()).dtype),
-                 "engine": engine_name(gpt, tokenizer), "weights": saved["weights"], "num_classes": config.num_classes,
-                 "image_size": list(config_size), **settings}
+                 "engine": engine_name(gpt, tokenizer), "weights": saved["weights"],
+                 **conditions.described, "image_size": list(config_size), **settings}
     if flags.quantize:
         described["dtype"] = flags.quantize
     if schedule is not None:
         described |= {**asdict(schedule), "shared_order": flags.shared_order}
         if schedule.step_attention == "block":  # not written, as in sets of earlier versions, which had no other
             del described["step_attention"]
-    return Pipeline(gpt, tokenizer, saved.get("classes"), settings, described, flags.decode, schedule,
+    return Pipeline(gpt, tokenizer, conditions, settings, described, flags.decode, schedule,
                     flags.shared_order, warnings, saved.get("control") if gpt.control is not None else None)
 
 
@@ -228,25 +185,33 @@ def load_gpt(flags: SampleFlags, *, device: torch.device) -> tuple[CodeModel, di
     """The GPT or ARPG of --gpt-ckpt in eval mode, and the config that its file holds (little for a foreign file)."""
     if flags.gpt_ckpt is None:
         raise ValueError("--gpt-ckpt is missing: which GPT checkpoint?")
-    if flags.gpt_type != "c2i":
-        raise ValueError("--gpt-type t2i: this command takes classes")
     content = containers.read(flags.gpt_ckpt)
     state = containers.weights(content, flags.gpt_ckpt)
     ours = isinstance(content.get("flags"), dict) and content["flags"].get("data_parallel") == "fsdp"
     if flags.from_fsdp and state.keys() != content.keys() and not ours:
         raise ValueError(f"--from-fsdp: {flags.gpt_ckpt} is no bare state dict: leave the flag out")
     facts = facts_of(state)
-    if facts is None or facts.classes is None:
+    if facts is None or facts.condition is None:
         hint = " (it looks like a tokenizer: --vq-ckpt?)" if "quantize.embedding.weight" in state else ""
-        raise ValueError(f"{flags.gpt_ckpt} is no class-conditional GPT or ARPG checkpoint: it has no "
-                         f"class table or no token embeddings{hint}")
+        raise ValueError(f"{flags.gpt_ckpt} is no GPT or ARPG checkpoint: it has no class table, no projection of text "
+                         f"features or no token embeddings{hint}")
+    if facts.condition != flags.gpt_type:
+        raise ValueError(f"{flags.gpt_ckpt} is {facts.kind} conditioned on {WORDS[facts.condition]}, for "
+                         f"{TAKEN_BY[facts.condition]}; this command takes one conditioned on {WORDS[flags.gpt_type]} "
+                         f"(--gpt-type {flags.gpt_type})")
     saved = dict(content["config"]) if isinstance(content.get("config"), dict) else {}
     saved["weights"] = "ema" if "ema" in content else "model"
-    found = {"num_classes": facts.num_classes, "vocab_size": facts.vocab_size}
+    found = {"vocab_size": facts.vocab_size, "cls_token_num": facts.prefix}
+    if facts.condition == "c2i":
+        found["num_classes"] = facts.num_classes
+        class_names(content, flags.gpt_ckpt, count=facts.num_classes)
+    elif flags.num_classes is not None:
+        cli.warn(f"--num-classes {flags.num_classes} means nothing here: a model of text has no classes", kind="note")
     for key, value in found.items():
         if getattr(flags, key) not in (None, value):
             raise ValueError(f"--{key.replace('_', '-')} is {getattr(flags, key)}, but {flags.gpt_ckpt} has {value}")
-    class_names(content, flags.gpt_ckpt, count=found["num_classes"])
+    if facts.condition == "t2i":
+        found |= {"model_type": "t2i", "caption_dim": facts.caption_dim}
     name = flags.gpt_model or saved.get("gpt_model") or facts.name()
     recorded = recorded_options(name, saved)
     saved["gpt_model"] = name
@@ -256,7 +221,7 @@ def load_gpt(flags: SampleFlags, *, device: torch.device) -> tuple[CodeModel, di
         mended = "leave --gpt-model out" if facts.preset() is None else f"give --gpt-model {facts.preset()}"
         raise ValueError(f"{flags.gpt_ckpt} is {facts.kind} of {facts.size}, no {name}: {mended}")
     with torch.device("meta"):
-        model = MODELS[name](cls_token_num=flags.cls_token_num or 1, **found, **facts.layers(), **recorded)
+        model = MODELS[name](**found, **facts.layers(), **recorded)
         if model.any_order:
             saved["class_at_origin"] = model.config.class_at_origin  # for an export of a file that does not say it
         if any(name.startswith(PREFIX) for name in state):

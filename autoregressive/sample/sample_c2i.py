@@ -46,7 +46,7 @@ class GridFlags(SampleFlags, ClassesFlags, ControlFlags, OutputFlags):
 
 def default_classes(pipeline: Pipeline) -> list[int]:
     """A few well-known classes for an ImageNet model, else the first sixteen."""
-    return IMAGENET_CLASSES if pipeline.num_classes == 1000 else list(range(min(16, pipeline.num_classes)))
+    return IMAGENET_CLASSES if pipeline.conditions.count == 1000 else list(range(min(16, pipeline.conditions.count)))
 
 
 def check_follows(flags: GridFlags) -> None:
@@ -103,7 +103,7 @@ def main(flags: GridFlags) -> None:
     process = dist.setup()
     check_follows(flags)
     pipeline = load_pipeline(flags, device=process.device)
-    labels = pipeline.parse_classes(flags.classes) if flags.classes is not None else default_classes(pipeline)
+    labels = pipeline.conditions.parse(flags.classes) if flags.classes is not None else default_classes(pipeline)
     control = pictures_to_follow(flags, pipeline, len(labels))
     start = time.perf_counter()
     if control is None:
@@ -114,7 +114,7 @@ def main(flags: GridFlags) -> None:
         pictures = pipeline(labels, seed=flags.seed, indices=list(range(len(labels))), control=followed,
                             control_strength=flags.control_strength)
     seconds = time.perf_counter() - start
-    names, columns = [pipeline.class_name(label) for label in labels], min(8, max(4, len(labels) // 2))
+    names, columns = [pipeline.conditions.name(label) for label in labels], min(8, max(4, len(labels) // 2))
     if control is not None:  # each sample to the right of what it follows
         shown = np.broadcast_to(control.transpose(0, 2, 3, 1), pictures.shape)
         pictures = np.stack([shown, pictures], axis=1).reshape(-1, *pictures.shape[1:])

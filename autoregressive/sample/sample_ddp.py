@@ -11,7 +11,6 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,32 +18,38 @@ from typing import ClassVar, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from autoregressive.sample.batch_size import batch_that_fits, even_batch
-from autoregressive.sample.options import SampleFlags
+from autoregressive.sample.options import SampleCountFlags, SampleFlags
 from autoregressive.sample.pipeline import Pipeline, labels_for, load_pipeline
 from autoregressive.sample.sample_store import SampleStore, stored_images
-from autoregressive.sample.set_writer import SetWriter
+from autoregressive.sample.set_claim import (
+    ENGINE,
+    check_one_engine,
+    checkpoint_name,
+    claim,
+    config_of,
+    differing,
+    drawing_name,
+    locked,
+)
+from autoregressive.sample.set_writer import SetWriter, decoding
 from utils import cli, dist, images
-from utils.checkpoints.containers import resolve
 from utils.cli import flag
-from utils.files import few, replacing
 from utils.options import BatchFlags, RecipeFlags, SeedFlags, SetFlags
 
-ENGINE = "engine"  # the key under which a set's description names what drew the images
+CONFIG = "config.json"
 
 
 @dataclass(kw_only=True)
-class SampleSetFlags(SampleFlags, SeedFlags, BatchFlags, SetFlags, RecipeFlags):
+class SampleSetFlags(SampleFlags, SampleCountFlags, SeedFlags, BatchFlags, SetFlags, RecipeFlags):
     """The sample set command."""
 
     recipe_sections: ClassVar[tuple[str, ...]] = ("sample",)
     sample_dir: str = "samples"
-    num_fid_samples: int = flag(50000, "number of images")
     label_mode: Literal["random", "balanced"] = flag("random", "classes: drawn uniformly, or index mod classes",
                                                      choices=("random", "balanced"))
     png: bool = flag(True, "also write each image as a PNG; --no-png: the npz alone")
@@ -53,22 +58,11 @@ class SampleSetFlags(SampleFlags, SeedFlags, BatchFlags, SetFlags, RecipeFlags):
 
 def folder_name(described: dict, flags: SampleSetFlags, *, earlier: bool = False) -> str:
     """The name of the sample set: its settings, as LlamaGen has them; `earlier`: as earlier versions of ours had them.
-
-    With --from-fsdp the checkpoint is called by its folder's name, since all files are called consolidated.pth.
     """
-    path = resolve(flags.gpt_ckpt)
-    checkpoint = path.stem
-    if not earlier and (flags.from_fsdp or path.is_dir()):
-        checkpoint = (path if path.is_dir() else path.absolute().parent).name
-    interval = f"-interval-{flags.cfg_interval}" if flags.cfg_interval > -1 else ""
-    drawn = (f"-step-{described['steps'] or 'auto'}-{described['sample_schedule']}-{described['cfg_schedule']}-"
-             f"{'shared-' * flags.shared_order}{described['order']}"
-             f"{'-causal' * (described.get('step_attention') == 'causal')}" if "sample_schedule" in described else "")
     mode = f"-{flags.label_mode}" if flags.label_mode != "random" or earlier else ""
-    return (f"{described['gpt_model']}-{checkpoint}-size-{cli.shown_size(described['image_size'])}"
-            f"-size-{cli.shown_size(described['image_size_eval'])}-{described['vq_model']}-topk-{flags.top_k}"
-            f"-topp-{flags.top_p}-temperature-{flags.temperature}-cfg-{flags.cfg_scale}{interval}{drawn}{mode}"
-            f"-seed-{flags.global_seed}")
+    return (f"{described['gpt_model']}-{checkpoint_name(flags, by_folder=not earlier)}-size-"
+            f"{cli.shown_size(described['image_size'])}-size-{cli.shown_size(described['image_size_eval'])}-"
+            f"{described['vq_model']}-{drawing_name(described, flags)}{mode}-seed-{flags.global_seed}")
 
 
 def choose_folder(described: dict, flags: SampleSetFlags) -> tuple[Path, dict, str]:
@@ -84,7 +78,7 @@ def choose_folder(described: dict, flags: SampleSetFlags) -> tuple[Path, dict, s
     for place, said in ((folder, ""), (old, renamed)):
         if is_begun(place, described):
             return place, described, said
-        recorded = (config_of(place) or {}).get(ENGINE)
+        recorded = (config_of(place / CONFIG) or {}).get(ENGINE)
         theirs = {**described, ENGINE: recorded} if recorded else {
             key: value for key, value in described.items() if key != ENGINE}
         if is_begun(place, theirs):
@@ -97,7 +91,7 @@ def choose_folder(described: dict, flags: SampleSetFlags) -> tuple[Path, dict, s
                 return place, theirs, f"{said}\n{unsure}".strip()
     whole = {**described, "image_size_eval": described["image_size"]}
     unresized = root / folder_name(whole, flags, earlier=True)
-    if flags.image_size_eval is None and config_of(unresized) is not None and whole != described:
+    if flags.image_size_eval is None and config_of(unresized / CONFIG) is not None and whole != described:
         side = cli.shown_size(described["image_size"])
         return folder, described, (
             f"{unresized} is left as it is: it holds images of {side} pixels; without --image-size-eval they are now "
@@ -108,51 +102,8 @@ def choose_folder(described: dict, flags: SampleSetFlags) -> tuple[Path, dict, s
 
 def is_begun(folder: Path, described: dict) -> bool:
     """Whether a folder is that of the described set, or only its npz is left."""
-    found, store = config_of(folder), SampleStore(folder, described, size=tuple(described["image_size_eval"]))
+    found, store = config_of(folder / CONFIG), SampleStore(folder, described, size=tuple(described["image_size_eval"]))
     return store.is_ours(store.npz) if found is None else not differing(described, found)
-
-
-def config_of(folder: Path) -> dict | None:
-    """What config.json of a sample set says; None where there is none that can be read."""
-    try:
-        found = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
-
-
-def differing(described: dict, other: dict) -> list[str]:
-    """The settings in which two descriptions of a set differ."""
-    return [key for key in dict.fromkeys([*described, ENGINE]) if other.get(key) != described.get(key)]
-
-
-def claim(store: SampleStore, described: dict, *, warnings: list[str]) -> None:
-    """Write config.json: how the images are made, and why they may be bad.
-
-    Raises ValueError if images made in another way are there.
-    LlamaGen's sampler gives its sets the same name, and no config.json: they are not ours to complete or replace.
-    """
-    folder, path = store.folder, store.folder / "config.json"
-    foreign = store.npz.exists() and not store.is_ours(store.npz)
-    if not path.is_file() and (foreign or any(folder.glob("*.png"))):
-        raise ValueError(f"{store.npz if foreign else folder} holds images, but there is no {path} that says how they "
-                         "were made (LlamaGen writes none): give another --sample-dir")
-    if path.is_file():
-        other = config_of(folder)
-        if other is None:
-            raise ValueError(f"{path} is damaged, so that nothing says how the images there were made: give another "
-                             "--sample-dir")
-        differs = [key for key in differing(described, other) if key != ENGINE or ENGINE in other]
-        if differs:
-            engines = "" if ENGINE not in differs else (
-                f" ({other[ENGINE]} drew them, here {described[ENGINE]} would: go on where that is so too, with the "
-                "same --compile, C++ compiler and LLAMAGEN_NATIVE)")
-            raise ValueError(f"{folder} holds images made with another {', '.join(differs)}{engines}: give another "
-                             "--sample-dir")
-        if other.get("warnings", []) == warnings:
-            return
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps({**described, "warnings": warnings}, indent=2) + "\n")
 
 
 def main(flags: SampleSetFlags, pipeline: Pipeline | None = None) -> Path:
@@ -165,17 +116,13 @@ def main(flags: SampleSetFlags, pipeline: Pipeline | None = None) -> Path:
     size = flags.scored_size(pipeline.image_size)
     described = {**pipeline.described, "image_size_eval": list(size), "label_mode": flags.label_mode,
                  "seed": flags.global_seed}
-    engines = dist.gather_lists([described[ENGINE]])
-    if len(set(engines)) > 1:
-        raise ValueError("the processes would draw images of one set differently, by "
-                         f"{few(sorted(set(engines)), between='; ')}: give all of them the same kind of device, a C++ "
-                         "compiler and the same LLAMAGEN_NATIVE")
+    check_one_engine(described[ENGINE])
     folder, described, said = dist.broadcast_object(choose_folder(described, flags) if process.is_main else None)
     if said and process.is_main:
         print(said, flush=True)
     store = SampleStore(folder, described, size=size)
     try:
-        with store.locked() if process.is_main else contextlib.nullcontext():
+        with locked(store.folder) if process.is_main else contextlib.nullcontext():
             complete_set(store, flags, pipeline, process, described=described)
     except OSError as error:
         raise OSError(f"{store.folder}: {error}: what was written is kept, run again to continue") from error
@@ -187,11 +134,12 @@ def complete_set(store: SampleStore, flags: SampleSetFlags, pipeline: Pipeline, 
     """Complete the set to --num-fid-samples images and print what was done."""
     count = flags.num_fid_samples
     if process.is_main:
-        claim(store, described, warnings=pipeline.warnings)
+        claim(store.folder / CONFIG, described, warnings=pipeline.warnings, folder=store.folder,
+              foreign=store.foreign())
         store.sweep()
     finished = dist.broadcast_object(process.is_main and store.is_finished(count))
     if not finished:
-        labels = labels_for(range(count), mode=flags.label_mode, num_classes=pipeline.num_classes,
+        labels = labels_for(range(count), mode=flags.label_mode, num_classes=pipeline.conditions.count,
                             seed=flags.global_seed)
         start = time.perf_counter()
         made = sample_missing(store, flags, pipeline, process, labels=labels)
@@ -246,25 +194,6 @@ def sample_missing(store: SampleStore, flags: SampleSetFlags, pipeline: Pipeline
                 writer.add(batch, decoding(pipeline, codes, size=store.size, stream=stream))
                 bar.update(min(len(batch) * process.world_size, bar.total - bar.n))
     return int(dist.total(torch.tensor(len(todo))))
-
-
-def decoding(pipeline: Pipeline, codes: Tensor, *, size: tuple[int, int],
-             stream: torch.cuda.Stream | None) -> Callable[[], np.ndarray]:
-    """A function that returns the images of `codes`, for another thread to call.
-
-    On a GPU it decodes, on a `stream` of its own beside the sampling of the next batch. On a CPU, which has no core to
-    spare, the images are decoded at once.
-    """
-    if stream is None:
-        return partial(np.asarray, pipeline.to_pixels(codes, size=size))
-    sampled = torch.cuda.current_stream().record_event()
-
-    def decode() -> np.ndarray:
-        with torch.cuda.device(stream.device), torch.cuda.stream(stream):
-            stream.wait_event(sampled)
-            return pipeline.to_pixels(codes, size=size)
-
-    return decode
 
 
 def add_pngs(store: SampleStore, count: int, process: dist.Process) -> None:

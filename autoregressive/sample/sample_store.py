@@ -6,11 +6,9 @@ comment, the hash of the set's description: files that other models left in the 
 """
 import contextlib
 import errno
-import fcntl
 import glob
 import hashlib
 import json
-import os
 import zipfile
 import zlib
 from collections import deque
@@ -40,22 +38,12 @@ class SampleStore:
         self.larger = self.shards / self.npz.name  # an earlier npz with more images than are asked for now
         self.seal = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest().encode()
 
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Lock the folder. Raises ValueError if another run holds the lock. No effect on file systems without locks."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(self.folder, os.O_RDONLY)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                os.close(handle)
-                raise ValueError(f"another run is filling {self.folder}: wait for it or give another --sample-dir") \
-                    from None
-        try:
-            yield
-        finally:
-            os.close(handle)  # this unlocks; so does the end of the process
+    def foreign(self) -> Path | None:
+        """Where there are images that may be another program's: PNGs, or an npz that is not this set's. They are ours
+        if a config.json says so."""
+        if self.npz.exists() and not self.is_ours(self.npz):
+            return self.npz
+        return self.folder if any(self.folder.glob("*.png")) else None
 
     def sweep(self) -> None:
         """Remove the unfinished files of killed writers."""

@@ -28,6 +28,8 @@ CONFIGS = {
     "autoregressive/train/export.py": "ExportFlags",
     "autoregressive/sample/sample_c2i.py": "GridFlags",
     "autoregressive/sample/sample_ddp.py": "SampleSetFlags",
+    "autoregressive/sample/sample_t2i.py": "PromptGridFlags",
+    "autoregressive/sample/sample_t2i_ddp.py": "PromptSetFlags",
     "autoregressive/sample/edit.py": "EditFlags",
     "autoregressive/sample/sample_and_score.py": "SampleAndScoreFlags",
     "evaluations/c2i/class_accuracy.py": "AccuracyFlags",

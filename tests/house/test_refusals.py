@@ -12,6 +12,8 @@ from PIL import Image
 
 from autoregressive.sample.sample_c2i import GridFlags
 from autoregressive.sample.sample_ddp import SampleSetFlags
+from autoregressive.sample.sample_t2i import PromptGridFlags
+from autoregressive.sample.sample_t2i_ddp import PromptSetFlags
 from tests.conftest import ENTRIES as ENTRIES_BY_NAME
 from tests.conftest import ROOT, TINY, TINY_GPT, TINY_VQ, call, entry, write_images
 from tests.house.test_architecture import ENTRIES
@@ -334,6 +336,11 @@ SAMPLING = {
     "precision": "bf16", "compile": "sw", "image-size": (384, 384), "downsample-size": 16, "num-classes": 1000,
     "cfg-interval": -1, "temperature": 1.0, "top-p": 1.0,
 }
+TEXT_SAMPLING = {
+    **SAMPLING, "gpt-model": "GPT-XL", "gpt-type": "t2i", "cls-token-num": 120, "image-size": (512, 512),
+    "cfg-scale": 7.5, "top-k": 1000, "t5-path": "pretrained_models/t5-ckpt", "t5-model-type": "flan-t5-xl",
+    "t5-feature-max-len": 120, "t5-feature-dim": 2048, "no-left-padding": "sw",
+}
 FLAGS = {
     "train_vq": {
         **TRAINING, **TOKENIZER, "data-path": "!", "data-face-path": None, "finetune": "sw", "codebook-l2-norm": True,
@@ -357,6 +364,10 @@ FLAGS = {
     SampleSetFlags: {
         **SAMPLING, "image-size-eval": (256, 256), "cfg-scale": 1.5, "sample-dir": "samples",
         "per-proc-batch-size": 32, "num-fid-samples": 50000, "global-seed": 0, "top-k": 0},
+    PromptGridFlags: {**TEXT_SAMPLING, "seed": 0},
+    PromptSetFlags: {
+        **TEXT_SAMPLING, "prompt-csv": "evaluations/t2i/PartiPrompts.tsv", "sample-dir": "samples_parti",
+        "per-proc-batch-size": 32, "num-fid-samples": 30000, "global-seed": 0},
 }
 
 
@@ -370,7 +381,7 @@ def test_flags_of_llamagen_are_understood_with_their_defaults(command):
         assert action is not None, f"--{name} is not understood"
         if default == "sw":  # given alone it is understood, and it is off by default (or off when asked)
             assert action.nargs == 0
-            assert action.default is (name == "no-local-save")
+            assert action.default is (name in ("no-local-save", "no-left-padding"))
         elif default != "!":
             assert action.default in (default, None), f"--{name} is {action.default}, LlamaGen's {default}"
     words = [word for name, default in FLAGS[command].items() for word in

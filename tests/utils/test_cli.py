@@ -86,3 +86,15 @@ def test_groups_of_the_real_commands_have_different_titles_in_plain_words(module
     titles = [line for line in lines if line.endswith(":") and line[0] != " "]
     assert titles and len(set(titles)) == len(titles)
     assert all(len(title) <= 60 and not title.startswith("For commands") and "`" not in title for title in titles)
+
+
+def test_a_repeated_flag_is_a_list():
+    @dataclass(kw_only=True)
+    class Wishes:
+        """Wishes."""
+
+        wish: list[str] | None = flag(None, "one of them", repeated=True)
+
+    parser = build_parser(Wishes, described_in=__name__)
+    assert parser.parse_args([]).wish is None
+    assert parser.parse_args(["--wish", "a b", "--wish=", "--wish", "-"]).wish == ["a b", "", "-"]

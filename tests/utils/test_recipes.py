@@ -8,6 +8,8 @@ import pytest
 from autoregressive.sample import sample_and_score
 from autoregressive.sample.sample_and_score import SampleAndScoreFlags, compare
 from autoregressive.sample.sample_ddp import SampleSetFlags
+from autoregressive.sample.sample_t2i import PromptGridFlags
+from autoregressive.sample.sample_t2i_ddp import PromptSetFlags
 from autoregressive.train.config import GPTTrainFlags
 from autoregressive.train.extract_codes import ExtractFlags
 from tests.conftest import ROOT, TINY_GPT, call
@@ -35,19 +37,22 @@ ARPG = {  # lr and batch; row of the README, of the guide, of table 8 at 32 step
 }
 ARPG_ROWS = {"": (64, "cosine"), "_arccos": (64, "arccos"), "_32steps": (32, "arccos")}  # steps, schedule
 ARPG_NAMES = [f"arpg_{model}_256{row}" for model in ARPG for row in ARPG_ROWS]
+TEXT = {"t2i_XL_256": (256, "t2i_XL_stage1_256.pt"), "t2i_XL_512": (512, "t2i_XL_stage2_512.pt")}
 COMMANDS = {"extract": (ExtractFlags, ["--data-path", "d", "--code-path", "c"]),
             "sample": (SampleSetFlags, []), "reconstruct": (ReconstructFlags, ["--data-path", "d"]),
             "evaluate": (SampleAndScoreFlags, ["--fid-reference", "r.npz"])}
 
 
 def command(name: str, section: str):
+    if name in TEXT and section == "sample":
+        return PromptSetFlags, []
     if section != "train":
         return COMMANDS[section]
     return (VQTrainFlags, ["--data-path", "d"]) if name.startswith("vq") else (GPTTrainFlags, ["--code-path", "c"])
 
 
 def test_there_is_a_recipe_for_each_row():
-    assert recipe_names() == sorted([*TABLE, *TOKENIZERS, *ARPG_NAMES])
+    assert recipe_names() == sorted([*TABLE, *TOKENIZERS, *ARPG_NAMES, *TEXT])
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -95,6 +100,19 @@ def test_arpgs_numbers_are_those_published(name):
     assert (train["min-lr"], train["lr-schedule"], train["weight-decay"]) == (1e-5, "cosine", 0.05)
     assert recipe["extract"] == {"image-size": 256, "vq-model": "VQ-16", "ten-crop": True, "crop-range": 1.1}
     assert ("hardware" in recipe) == (model == "L")
+
+
+@pytest.mark.parametrize("name", TEXT)
+def test_models_of_text_have_the_settings_that_they_were_released_with(name):
+    recipe, (size, file) = read_recipe(name), TEXT[name]
+    train, sample = recipe["train"], recipe["sample"]
+    assert (sample["cfg-scale"], sample["top-k"], sample["top-p"], sample["temperature"]) == (7.5, 1000, 1.0, 1.0)
+    assert train["image-size"] == sample["image-size"] == size and train["gpt-type"] == "t2i"
+    assert Path(sample["gpt-ckpt"]).name == file and Path(sample["vq-ckpt"]).name == "vq_ds16_t2i.pt"
+    assert train["cls-token-num"] == sample["cls-token-num"] == sample["t5-feature-max-len"] == 120
+    assert not {"expected", "hardware"} & recipe.keys() and any("Not published" in note for note in recipe["notes"])
+    config = build_parser(PromptGridFlags).parse_args(["--recipe", name, "--prompt", "a cat"])
+    assert (config.image_size, config.gpt_ckpt) == ((size, size), sample["gpt-ckpt"])
 
 
 def script_flags(name: str) -> list[str]:

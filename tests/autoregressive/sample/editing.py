@@ -2,6 +2,7 @@
 import numpy as np
 
 from autoregressive.models.schedule import DrawSchedule
+from autoregressive.sample.conditions import ClassConditions
 from autoregressive.sample.pipeline import Pipeline
 from tests.data.references import filled as with_weights
 from tokenizer.tokenizer_image.vq_model import VQ_models
@@ -14,7 +15,8 @@ CLASSES = ["cat", "dog", "owl"]
 def pipeline_of(build, **settings) -> Pipeline:
     gpt = with_weights(build, "edit", vocab_size=256, num_classes=3, grid=GRID)
     schedule = DrawSchedule(steps=settings.pop("steps", None)) if gpt.any_order else None
-    return Pipeline(gpt, with_weights(VQ_models["VQ-4-S"], "edit"), CLASSES, SETTINGS | settings, {}, schedule=schedule)
+    tokenizer, classes = with_weights(VQ_models["VQ-4-S"], "edit"), ClassConditions(3, CLASSES)
+    return Pipeline(gpt, tokenizer, classes, SETTINGS | settings, {}, schedule=schedule)
 
 
 def picture(size=SIZE, seed: int = 0) -> np.ndarray:

@@ -209,23 +209,23 @@ def test_foreign_checkpoints_give_the_same_images(gpt_ckpt, vq_ckpt, pipeline, t
         flags = SampleFlags(gpt_ckpt=str(tmp_path / file), image_size=(16, 16), **names, **options)
         foreign = load_pipeline(flags, device=CPU)
         assert np.array_equal(foreign([2, 0], seed=0, indices=[0, 1]), pipeline([2, 0], seed=0, indices=[0, 1]))
-        assert foreign.parse_classes("2") == [2] and foreign.class_name(2) == "2"
+        assert foreign.conditions.parse("2") == [2] and foreign.conditions.name(2) == "2"
         with pytest.raises(ValueError, match="holds no class names"):
-            foreign.parse_classes("red")
+            foreign.conditions.parse("red")
     unsized = load_pipeline(SampleFlags(gpt_ckpt=str(tmp_path / "gpt.pt"), **names), device=CPU)
     assert unsized.image_size == (384, 384)
     arpg = MODELS["ARPG-S"](vocab_size=256, num_classes=3).state_dict()
     torch.save({"state_dict": arpg}, tmp_path / "arpg.pt")
     files = {"gpt_ckpt": str(tmp_path / "arpg.pt"), "vq_ckpt": str(vq_ckpt), "precision": "none"}
     assert load_pipeline(SampleFlags(**files), device=CPU).image_size == (256, 256)  # that of ARPG's released files
-    assert pipeline.image_size == (16, 16) and pipeline.classes == CLASSES
+    assert pipeline.image_size == (16, 16) and pipeline.conditions.names == CLASSES
 
 
 def test_wrong_checkpoints_are_refused(gpt_ckpt, vq_ckpt, tmp_path, capsys):
     def attempt(gpt, vq) -> str:
         return refused(capsys, grid, *(["--gpt-ckpt", gpt] if gpt else []), *(["--vq-ckpt", vq] if vq else []))
 
-    assert "no class-conditional GPT" in (message := attempt(vq_ckpt, gpt_ckpt)) and "--vq-ckpt?" in message
+    assert "is no GPT or ARPG checkpoint" in (message := attempt(vq_ckpt, gpt_ckpt)) and "--vq-ckpt?" in message
     assert "looks like a GPT" in attempt(gpt_ckpt, gpt_ckpt)
     assert "--gpt-ckpt is missing" in attempt(None, vq_ckpt) and "--vq-ckpt is missing" in attempt(gpt_ckpt, None)
     assert "no checkpoint at" in attempt(tmp_path / "none.pt", vq_ckpt)
