@@ -27,12 +27,12 @@ from dataset.augmentation import center_crop
 from dataset.build import FeaturePathFlags, PairPictureFlags, flagged_pairs
 from dataset.loader import worker_count
 from dataset.pair_sheet import captioned_sheet
-from dataset.pairs import TOO_SMALL, Captions, PairProblemError, Pairs, Problems
+from dataset.pairs import SHOWN, TOO_SMALL, Captions, PairProblemError, Pairs, Problems
 from dataset.pictures import PictureReader, UnreadableError
 from dataset.text_features import lacks_features
 from utils import cli
 from utils.cli import flag
-from utils.files import few, plain, replacing
+from utils.files import plain, replacing
 from utils.options import OutputFlags, SeedFlags, WorkerFlags
 
 AHEAD = 64  # pictures under way for each thread
@@ -89,7 +89,8 @@ def counts_table(report: dict[str, Any]) -> str:
         (found, "pairs found"), (report["read"], "pairs looked at"), (report["usable"], "of them usable"))]
     for part in (report["unusable"], report["left_out"]):
         for kind, count in part["counts"].items():
-            lines.append(f"{count:>12,}  {kind}: {few(part['examples'][kind], most=2, between='; ')[:200]}")
+            shown = "; ".join(part["examples"][kind][:SHOWN])[:200]
+            lines.append(f"{count:>12,}  {kind}: {shown}{'; …' * (count > SHOWN)}")
     return "\n".join(lines)
 
 

@@ -36,6 +36,7 @@ from utils.files import first_line, kind_of, plain
 JSON_KEYS = ("caption", "text", "TEXT", "top_caption")
 JSON_SHORT_KEYS = ("short_caption", "short_text")
 MOST_IMAGE = 2**32 - 1  # bytes
+MOST_ARCHIVE = 2**32 * BLOCK  # bytes: places are numbers of 32 bits
 
 
 class TarPairs(IndexedPairs):
@@ -86,6 +87,8 @@ def pair_name(source: Source, stem: str) -> str:
 
 def look_at_archive(source: Source) -> Found:
     """Go through an archive. Raises PairProblemError if it is none."""
+    if source.size >= MOST_ARCHIVE:
+        raise PairProblemError(DAMAGED_FILE, f"{source.size} bytes, expected less than 2 TiB: split it")
     with open_local(source.path, size=source.size, changed=source.changed) as file:
         read, problems = reader_at(file.fileno()), Problems()
         groups = group_members(read, source, problems)

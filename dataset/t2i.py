@@ -74,7 +74,7 @@ def open_pairs(path: str | Path, *, reader: PictureReader | None = None, smalles
         refuse_part(part, path)
         return PlainPairs(existing_folder(path), **options).checked(path)
     sources = sources_of(chosen_part(files, part, path), problems)
-    kind = LinePairs if not files[0].lower().endswith(".tar") else TarPairs
+    kind = TarPairs if file_ending(files[0]) == ".tar" else LinePairs
     pairs = kind(sources, **options)
     pairs.problems.merge(problems.described())
     return pairs.checked(path)
@@ -83,18 +83,28 @@ def open_pairs(path: str | Path, *, reader: PictureReader | None = None, smalles
 def listed_files(path: str) -> list[str] | None:
     """The .jsonl files, tables or archives that --data-path names, sorted; None for a folder of plain pairs."""
     named = [name for part in path.split(",") for name in expanded(part)] if not os.path.exists(path) else [path]
-    folders = [name for name in named if (is_url(name) and not name.lower().endswith(".tar")) or os.path.isdir(name)]
+    folders = [name for name in named if (is_url(name) and file_ending(name) != ".tar") or os.path.isdir(name)]
     if (len(named) > 1 and folders) or not named:
         raise ValueError(f"--data-path {path}: of several paths each should be a file, {few(folders)} is none")
     if folders:
         return files_in(folders[0])
-    kinds = {os.path.splitext(name)[1].lower() for name in named}
+    kinds = {file_ending(name) for name in named}
     if len(kinds) > 1 or not kinds <= {".jsonl", ".tar", *TABLES}:
         raise_missing(named, path)
         raise ValueError(f"--data-path {path}: expected files of one kind, .jsonl, .csv, .tsv or .tar, or a folder; "
                          f"these end in {', '.join(sorted(kinds))}")
     raise_missing(named, path)
     return named
+
+
+def without_query(name: str) -> str:
+    """A URL without what follows "?", which may be a signature; a path as it is."""
+    return name.partition("?")[0] if is_url(name) else name
+
+
+def file_ending(name: str) -> str:
+    """".tar" of "x.TAR" and "https://server/x.tar?signature"."""
+    return os.path.splitext(without_query(name))[1].lower()
 
 
 def raise_missing(named: list[str], path: str) -> None:
@@ -152,9 +162,10 @@ def refuse_part(part: tuple[int | None, int | None], path: str) -> None:
 
 def sources_of(files: list[str], problems: Problems) -> list[Source]:
     """The files with their sizes; those that are not there are counted."""
-    names = [os.path.basename(file) for file in files]
+    files_alone = [without_query(file) for file in files]
+    names = [os.path.basename(file) for file in files_alone]
     if len(set(names)) < len(names):  # of several folders
-        parts = [file.split("/") for file in files]
+        parts = [file.split("/") for file in files_alone]
         shared = next((i for i, words in enumerate(zip(*parts, strict=False)) if len(set(words)) > 1), 0)
         names = ["/".join(words[shared:]) for words in parts]
 

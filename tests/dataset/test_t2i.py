@@ -11,8 +11,9 @@ from multiprocessing import reduction
 import numpy as np
 import pytest
 
-from dataset import pair_cache, pair_index, pairs_lines
+from dataset import pair_cache, pair_index, pairs_lines, t2i
 from dataset.build import PairFlags, build_dataset, flagged_pairs
+from dataset.pairs import Problems
 from dataset.pictures import UnreadableError
 from dataset.t2i import open_pairs
 from tests.dataset.captioned import (
@@ -323,7 +324,7 @@ def test_remote_archives_come_once_and_the_cache_is_bounded(tmp_path, monkeypatc
         with fsspec.open(f"memory://bucket/{path.name}", "wb") as file:
             file.write(path.read_bytes())
     whole = everything(open_pairs(local))
-    for named in ("memory://bucket", "memory://bucket/{00000..00002}.tar"):
+    for named in ("memory://bucket", "memory://bucket/", "memory://bucket/{00000..00002}.tar"):
         assert everything(open_pairs(named)) == whole
     assert len(fetched) == 3
     copies, size = tmp_path / "cache" / "llamagen" / "archives", (local / "00000.tar").stat().st_size
@@ -346,6 +347,20 @@ def test_a_folder_may_be_called_emoji(tmp_path, monkeypatch, capsys):
     write_tar(tmp_path / "emoji" / "0.tar", [0])
     assert len(flagged_pairs(PairFlags(data_path="emoji"))) == 7
     assert "its *.jsonl are read; not 0.tar" in capsys.readouterr().err
+
+
+def test_signed_urls_are_files(monkeypatch):
+    """What follows "?" is neither the ending nor part of a pair's name."""
+    monkeypatch.setattr(t2i, "remote_state", lambda url: (1, ""))
+    urls = ["https://server/a.tar?sign=x/y.z", "https://server/b.TAR?sign=2"]
+    files = t2i.listed_files(",".join(urls))
+    assert files == urls and [source.name for source in t2i.sources_of(files, Problems())] == ["a.tar", "b.TAR"]
+
+
+def test_an_archive_too_large_for_its_index_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr("dataset.pairs_tar.MOST_ARCHIVE", 1000)
+    with pytest.raises(ValueError, match="expected less than 2 TiB: split it"):
+        open_pairs(write_tar(tmp_path / "a.tar", [0]))
 
 
 def test_a_missing_back_end_names_the_flag():
