@@ -11,10 +11,12 @@ gets a private code point: the pictures, hence all numbers made from them, are t
 
 import importlib.util
 import io
+import re
 import unicodedata
 import zlib
+from collections import Counter
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFont
@@ -57,6 +59,9 @@ CLASS_RANGES: dict[str, tuple[tuple[int, int], ...]] = {
 }  # fmt: skip
 
 HELDOUT_FRACTION = 0.1
+UNSEEN_PER_CLASS = 20  # captions that `emoji_seen` leaves out, though all their words are in it
+UNSEEN_WORDS = 2  # captions of `emoji_seen`, at least, that have each word of such a caption
+Split = Literal["train", "heldout", "all", "seen", "unseen"]
 JOINER, COLOUR_STYLE, FEMALE, MALE, MAN, WOMAN, ADULT = 0x200D, 0xFE0F, 0x2640, 0x2642, 0x1F468, 0x1F469, 0x1F9D1
 SKIN_TONES = {0x1F3FB: "light", 0x1F3FC: "medium light", 0x1F3FD: "medium", 0x1F3FE: "medium dark", 0x1F3FF: "dark"}
 # What may follow a joiner: a gender or the tool of a trade, not a second person.
@@ -71,29 +76,37 @@ FIRST_PRIVATE = 0xF0000  # start of Unicode's plane 15, which the font leaves em
 class EmojiDataset:
     """Emoji of one side of a fixed split, `size` x `size` pixels on white, all drawn when the data set is made.
 
+    Splits are "train" and "heldout", which share no emoji in any variant (skin tone, gender); "seen" and "unseen", for
+    captions: those of "unseen" ("waving hand, dark skin") are made of words that "seen" has in other captions; "all".
+
     `classes` are the names in label order, `labels` is (N,) int64, `captions` has a few lower-case words per emoji, as
     people say them ("flag of france", "grinning face with big eyes"): Unicode's short names, in emoji_captions.txt.
     `without` leaves one class out as if it did not exist, `only` draws one alone and keeps the names of all.
     Raises FileNotFoundError when the font package is missing, ValueError for an unknown split or a size below 8.
     """
 
-    def __init__(self, split: Literal["train", "heldout", "all"] = "train", *, size: int = 64,
+    def __init__(self, split: Split = "train", *, size: int = 64,
                  without: str | None = None, only: str | None = None) -> None:
-        if split not in ("train", "heldout", "all"):
-            raise ValueError(f"emoji split {split!r}: expected 'train', 'heldout' or 'all'")
+        if split not in get_args(Split):
+            raise ValueError(f"emoji split {split!r}: expected one of {', '.join(get_args(Split))}")
         if size < 8:
             raise ValueError(f"emoji size {size}: expected at least 8 pixels")
         font, glyphs = load_font()
         self.classes = [name for name in CLASS_RANGES if name != without]
         members = [(label, sequence) for label, name in enumerate(self.classes) for sequence in _members(name, glyphs)]
-        if split != "all":
+        if split in ("train", "heldout"):
             heldout = _heldout_bases(members)
             members = [m for m in members if (_base(m[1]) in heldout) == (split == "heldout")]
+        known = _captions()
+        captions = [known.get(_points(sequence)) or _words_of(sequence) for _, sequence in members]
+        if split in ("seen", "unseen"):
+            unseen = _unseen_captions(captions, [label for label, _ in members])
+            members = [m for m, caption in zip(members, captions, strict=True)
+                       if (caption in unseen) == (split == "unseen")]
         members = [m for m in members if only in (None, self.classes[m[0]])]
         self.labels = np.array([label for label, _ in members], dtype=np.int64)  # (N,)
         self._sequences = [sequence for _, sequence in members]
-        known = _captions()
-        self.captions = [known.get(self.points(i)) or _words_of(self._sequences[i]) for i in range(len(members))]
+        self.captions = [known.get(_points(sequence)) or _words_of(sequence) for sequence in self._sequences]
         self._images = _draw([glyphs[sequence] for sequence in self._sequences], font, size)  # (N, size, size, 3)
 
     def __len__(self) -> int:
@@ -109,11 +122,12 @@ class EmojiDataset:
 
     def points(self, index: int) -> str:
         """Return the code points in hexadecimal, such as "1F1EB-1F1F7"."""
-        return "-".join(f"{point:X}" for point in self._sequences[index])
+        return _points(self._sequences[index])
 
 
 def open_emoji(name: str, *, size: int) -> EmojiDataset:
-    """`emoji` (the training side), `emoji_heldout`, or a part of the training side, to try fine-tuning with.
+    """`emoji` (the training side), `emoji_heldout`, or a part of the training side, to try fine-tuning with; for
+    captions `emoji_seen` and `emoji_unseen`; `emoji_all`.
 
     `emoji_without_clocks` knows the seven other classes; `emoji_only_clocks` has the clocks alone, under the names and
     labels of all eight. Raises ValueError for another name.
@@ -121,8 +135,10 @@ def open_emoji(name: str, *, size: int) -> EmojiDataset:
     kind, _, chosen = name.removeprefix("emoji").removeprefix("_").partition("_")
     if chosen in CLASS_RANGES and kind in ("without", "only"):
         return EmojiDataset("train", size=size, **{kind: chosen})
-    if name not in ("emoji", "emoji_heldout"):
-        raise ValueError(f"--dataset {name} is unknown: choose emoji, emoji_heldout, or emoji_without_CLASS or "
+    splits = [split for split in get_args(Split) if split != "train"]
+    if name != "emoji" and (chosen or kind not in splits):
+        known = ", ".join(f"emoji_{split}" for split in splits)
+        raise ValueError(f"--dataset {name} is unknown: choose emoji, {known}, or emoji_without_CLASS or "
                          f"emoji_only_CLASS with one of {', '.join(CLASS_RANGES)}")
     return EmojiDataset(kind or "train", size=size)
 
@@ -188,6 +204,24 @@ def _heldout_bases(members: list[tuple[int, Sequence]]) -> set[Sequence]:
         ranked = sorted(bases, key=lambda base: (zlib.crc32(repr(base).encode()) * 0x9E3779B1 % 2**32, base))
         heldout.update(ranked[: round(HELDOUT_FRACTION * len(ranked))])
     return heldout
+
+
+def _points(sequence: Sequence) -> str:
+    return "-".join(f"{point:X}" for point in sequence)
+
+
+def _unseen_captions(captions: list[str], labels: list[int]) -> set[str]:
+    """Return captions to hold out: of each class the first few in the order of a hash whose words all stay in others.
+    """
+    words = [frozenset(re.findall(r"\w+", caption)) for caption in captions]
+    left, taken, unseen = Counter(word for some in words for word in some), Counter(), set()
+    for i in sorted(range(len(captions)), key=lambda i: (zlib.crc32(captions[i].encode()) * 0x9E3779B1 % 2**32, i)):
+        if (len(words[i]) > 1 and taken[labels[i]] < UNSEEN_PER_CLASS
+                and all(left[word] > UNSEEN_WORDS for word in words[i])):
+            left.subtract(words[i])
+            taken[labels[i]] += 1
+            unseen.add(captions[i])
+    return unseen
 
 
 def _captions() -> dict[str, str]:

@@ -3,12 +3,10 @@
     python3 evaluations/quickstart_report.py --run-dir runs/quickstart
 
 Reads what scripts/quickstart.sh leaves in --run-dir and writes report.html there: self-contained, no network. A run
-that has trained a GPT and an ARPG shows both.
+that has trained several models shows all of them.
 """
-import base64
 import contextlib
 import html
-import io
 import json
 import math
 import sys
@@ -17,11 +15,12 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
-from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset.build import build_dataset
+from evaluations.quickstart_text import read_text_part
+from evaluations.report_page import PAGE, Part, only, png, read_json, table
 from utils import cli, images
 from utils.cli import flag
 from utils.files import replacing
@@ -29,28 +28,11 @@ from utils.training.logger import read_metrics
 
 COLUMNS = 12
 STEPS = (8, 16, 32, 64)  # of an ARPG's sample sets
-Model = Literal["gpt", "arpg"]
+Model = Literal["gpt", "arpg", "t2i"]
 FILES: dict[Model, tuple[str, str, str, str]] = {  # title, folder of samples, scores, what distances begin with
     "gpt": ("GPT", "samples", "class_accuracy", "distance"),
     "arpg": ("ARPG", "samples_arpg/64", "class_accuracy_arpg_64", "distance_arpg"),
-}
-
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }}
-h1 {{ font-size: 1.6rem; }} h2 {{ font-size: 1.2rem; margin-top: 2.2rem; }}
-img {{ max-width: 100%; height: auto; image-rendering: auto; }}
-table {{ border-collapse: collapse; }} td, th {{ padding: .25rem .9rem .25rem 0; text-align: left; }}
-td:nth-child(n+2) {{ font-variant-numeric: tabular-nums; }} tr {{ border-bottom: 1px solid #e5e5e5; }}
-small {{ color: #666; }}
-</style></head><body>
-<h1>{title}</h1>
-{body}
-</body></html>
-"""
-
+}  # of classes; text: see quickstart_text.py
 
 @dataclass(kw_only=True)
 class ReportFlags:
@@ -61,22 +43,7 @@ class ReportFlags:
                         choices=get_args(Model))
 
 
-def png(picture: np.ndarray, alt: str) -> str:
-    """An <img> that carries a uint8 (H, W, 3) picture."""
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, format="PNG", optimize=True)
-    return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
-
-
-def table(rows: list[tuple[str, ...]], header: tuple[str, ...]) -> str:
-    """An HTML table."""
-    def line(cells: tuple[str, ...], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-    return "<table>" + line(header, "th") + "".join(line(row, "td") for row in rows) + "</table>"
-
-
-def curves(tokenizer: list[dict], parts: list["Part"], *, vocab_size: int) -> np.ndarray:
+def curves(tokenizer: list[dict], parts: list[Part], *, vocab_size: int) -> np.ndarray:
     """Loss against step of all trainings, uint8 (H, W, 3)."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -107,14 +74,6 @@ def class_rows(pictures: np.ndarray, labels: np.ndarray, classes: list[str]) -> 
     return "<table>" + "".join(parts) + "</table>"
 
 
-def only(folder: Path, pattern: str) -> Path:
-    """The newest match. Raises FileNotFoundError with what to do when there is none."""
-    found = sorted(folder.glob(pattern), key=lambda path: path.stat().st_mtime)
-    if not found:
-        raise FileNotFoundError(f"{folder} holds no {pattern}: run scripts/quickstart.sh to its end first")
-    return found[-1]
-
-
 def stage_times(path: Path) -> dict[str, float]:
     """Seconds per stage, summed over interrupted and resumed attempts."""
     times: dict[str, float] = {}
@@ -130,23 +89,6 @@ def time_per_image(folder: Path) -> str:
     if not rows:
         return "–"
     return f"{1000 * sum(row['seconds'] for row in rows) / sum(row['images'] for row in rows):.1f} ms"
-
-
-@dataclass
-class Part:
-    """What a run of the quickstart has of one model."""
-
-    name: str  # GPT or ARPG
-    log: list[dict]  # rows of the training's metrics
-    config: dict  # of the model
-    sections: str  # HTML
-    numbers: list[tuple[str, str, str]]
-    pictures: np.ndarray  # uint8 (H, W, 3): samples, a row for each class
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of codes."""
-        return self.config["vocab_size"]
 
 
 def read_part(root: Path, model: Model) -> Part:
@@ -212,17 +154,12 @@ def arpg_sections(root: Path, classes: list[str]) -> list[str]:
             png(images.load_png(only(root, "edges.png")), "edges and samples")]
 
 
-def read_json(path: Path) -> dict:
-    """A result's content. Raises FileNotFoundError with what to do when it is not there."""
-    return json.loads(only(path.parent, path.name).read_text())
-
-
 def finished_parts(root: Path, model: Model) -> list[Part]:
-    """The part of `model`, and after it that of the other one if the quickstart has come to its end with it too."""
-    parts = [read_part(root, model)]
-    for other in FILES.keys() - {model}:
-        with contextlib.suppress(FileNotFoundError):
-            parts.append(read_part(root, other))
+    """The part of `model`, and after it those of the others with which the quickstart has come to its end too."""
+    parts = []
+    for one in sorted(get_args(Model), key=lambda one: one != model):
+        with contextlib.suppress(*[FileNotFoundError] * (one != model)):
+            parts.append(read_text_part(root) if one == "t2i" else read_part(root, one))
     return parts
 
 
@@ -252,12 +189,13 @@ def main(flags: ReportFlags) -> None:
         png(images.load_png(only(root / "reconstructions", "*.png")), "reconstructions"),
         "<h2>Loss curves</h2>", png(curves(tokenizer_rows, parts, vocab_size=vocab), "loss curves"),
         "<h2>The data</h2>", f"<p><small>{len(data)} training emoji, {data.classes and len(data.classes)} classes. "
-        "OpenMoji, CC BY-SA 4.0</small></p>", class_rows(sheet, data.labels, config["classes"]),
+        "OpenMoji, CC BY-SA 4.0</small></p>", class_rows(sheet, data.labels, data.classes),
         "<h2>Time</h2>", table(spent, ("stage", "")),
     ])
     with replacing(root / "report.html") as temporary:
         temporary.write_text(PAGE.format(title="From pixels to pictures", body=body))
-    images.save_png(root / f"{FILES[flags.model][1].partition('/')[0]}.png", parts[0].pictures)
+    folder = "samples_t2i" if flags.model == "t2i" else FILES[flags.model][1].partition("/")[0]
+    images.save_png(root / f"{folder}.png", parts[0].pictures)
     for name, value, note in [*numbers, *parts[0].numbers]:
         print(f"{name:<36}{value:>16}   {note}")
     print(f"report: {root / 'report.html'}")

@@ -2,22 +2,26 @@
 # From pixels to pictures on this machine: train a small tokenizer and a small GPT on emoji, sample, score, report.
 #   bash scripts/quickstart.sh
 #   bash scripts/quickstart.sh --model arpg     an ARPG in place of the GPT, or after it with the same tokenizer
+#   bash scripts/quickstart.sh --task t2i       a GPT that draws what a text says, with the same tokenizer
 # Everything goes to runs/quickstart; look at runs/quickstart/report.html. Run it again to continue after an interruption.
 set -euo pipefail
 refuse() { # refuse WHAT: say what is wrong with the command line and how it goes, in one line
-    echo "error: $1: expected bash scripts/quickstart.sh [--model gpt|arpg]" >&2
+    echo "error: $1: expected bash scripts/quickstart.sh [--model gpt|arpg] [--task c2i|t2i]" >&2
     exit 2
 }
-model=gpt
+model=gpt task=c2i
 while [ $# -gt 0 ]; do
     case "$1" in
         --model) [ $# -gt 1 ] || refuse "--model lacks its value"; model="$2"; shift 2 ;;
         --model=*) model="${1#*=}"; shift ;;
-        -h | --help) sed -n '2,5s/^# //p' "${BASH_SOURCE[0]}"; exit ;;
+        --task) [ $# -gt 1 ] || refuse "--task lacks its value"; task="$2"; shift 2 ;;
+        --task=*) task="${1#*=}"; shift ;;
+        -h | --help) sed -n '2,6s/^# //p' "${BASH_SOURCE[0]}"; exit ;;
         *) refuse "$1 is no flag of the quickstart" ;;
     esac
 done
 case "$model" in gpt | arpg) ;; *) refuse "--model is '$model'" ;; esac
+case "$task" in c2i) ;; t2i) [ "$model" = gpt ] || refuse "--task t2i trains a GPT" ;; *) refuse "--task is '$task'" ;; esac
 
 source "$(dirname "${BASH_SOURCE[0]}")/_venv.sh" quickstart
 cd "$root"
@@ -46,10 +50,33 @@ stage "tokenizer" bash scripts/tokenizer/train_vq.sh "${data[@]}" --vq-model VQ-
 vq=$(newest tokenizer)
 stage "reconstructions" bash scripts/tokenizer/reconstruction_vq.sh --dataset emoji_heldout --image-size 48 \
     --vq-ckpt "$vq" --sample-dir "$run/reconstructions"
+training=(--vq-ckpt "$vq" --resume auto --global-batch-size 16 --lr 3e-3 --lr-schedule cosine --warmup-steps 100
+    --dropout-p 0 --token-dropout-p 0 --token-noise 0.1 --log-every 25 --ckpt-every 400)
+if [ "$task" = t2i ]; then # emoji and their names; the names of emoji_unseen are made of words that emoji_seen has too
+    stage "codes and captions" bash scripts/autoregressive/extract_codes_t2i.sh --dataset emoji_seen --image-size 48 \
+        --vq-ckpt "$vq" --code-path "$run/codes"
+    codes="$run/codes/emoji_seen_t2i48_codes"
+    stage "text features" bash scripts/_torchrun.sh language/extract_t5_feature.py --data-path "$codes" \
+        --t5-path "$run/features" --t5-model-type minilm
+    stage "text model" bash scripts/_torchrun.sh autoregressive/train/train_t2i.py "${training[@]}" --data-path "$codes" \
+        --t5-feat-path "$run/features" --gpt-model GPT-S --results-dir "$run/t2i" --epochs 30
+    for kind in seen:1 unseen:4; do
+        prompts="$run/prompts_${kind%:*}.tsv"
+        "$python" -c 'import sys; from dataset.emoji import open_emoji
+print("Prompt", *open_emoji(sys.argv[1], size=8).captions, sep="\n")' "emoji_${kind%:*}" > "$prompts"
+        stage "pictures of prompts" bash scripts/_torchrun.sh autoregressive/sample/sample_t2i_ddp.py \
+            --gpt-ckpt "$(newest t2i)" --vq-ckpt "$vq" --prompt-csv "$prompts" --images-per-prompt "${kind#*:}" \
+            --cfg-scale 3.0 --top-k 0 --temperature 0.9 --sample-dir "$run/samples_t2i_${kind%:*}"
+        stage "retrieval" "$python" evaluations/t2i/retrieval.py --dataset emoji_all --image-size 48 \
+            --fake-dir "$(dirname "$(ls -t "$run/samples_t2i_${kind%:*}"/*/captions.txt | head -1)")" \
+            --output "$run/retrieval_${kind%:*}.json"
+    done
+    printf '\n== report\n'
+    exec "$python" evaluations/quickstart_report.py --run-dir "$run" --model t2i
+fi
 stage "codes" bash scripts/autoregressive/extract_codes_c2i.sh "${data[@]}" --vq-ckpt "$vq" --code-path "$run/codes" \
     --no-mirror
-training=(--code-path "$run/codes" --vq-ckpt "$vq" --resume auto --global-batch-size 16 --lr 3e-3 --lr-schedule cosine
-    --warmup-steps 100 --dropout-p 0 --token-dropout-p 0 --token-noise 0.1 --log-every 25 --ckpt-every 400)
+training+=(--code-path "$run/codes/emoji48_codes")
 if [ "$model" = gpt ]; then
     stage "GPT" bash scripts/autoregressive/train_c2i.sh "${training[@]}" --gpt-model GPT-S \
         --results-dir "$run/gpt" --epochs 30

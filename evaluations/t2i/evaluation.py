@@ -26,7 +26,7 @@ from evaluations.c2i.inception import POOL_DIM, FIDInception
 from evaluations.c2i.inception_weights import InceptionFlags, load_inception
 from evaluations.c2i.metrics import FeatureStatistics, frechet_distance
 from evaluations.t2i.clip_score import CLIP_MODELS, CLIP_PROTOCOL, OPENAI, ClipNetwork, clip_score, load_clip
-from evaluations.t2i.sample_folder import Squares, image_files, read_samples, share_of
+from evaluations.t2i.sample_folder import SampleFolderFlags, Squares, image_files, read_samples, share_of
 from utils import cli, dist
 from utils.cli import flag
 from utils.files import replacing
@@ -38,10 +38,9 @@ NO_CLIP = "none"
 
 
 @dataclass(kw_only=True)
-class T2IEvaluationFlags(InceptionFlags, WorkerFlags):
+class T2IEvaluationFlags(SampleFolderFlags, InceptionFlags, WorkerFlags):
     """The text-to-image scoring command."""
 
-    fake_dir: str = flag(cli.REQUIRED, "folder of samples: images/ and captions.txt")
     ref_dir: str | None = flag(None, "folder of real images for FID, such as COCO's val2014; None: no FID")
     ref_data: str = flag("coco2014", "name of the real images, for score.json; coco2014 should be all of val2014")
     ref_type: str = flag("train/valid/test", "which part of them, for score.json")

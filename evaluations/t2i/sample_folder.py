@@ -5,6 +5,7 @@ Both scores look at the centre square, resized by Pillow's Lanczos filter to one
 """
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
@@ -18,10 +19,17 @@ from dataset.loader import worker_count
 from dataset.pictures import PictureReader
 from evaluations.c2i.image_sets import natural
 from utils import dist
-from utils.cli import message
+from utils.cli import REQUIRED, flag, message
 from utils.dist import Process
 
 INDEX_NAME = re.compile(r"\d{6}")  # as samplers write them; COCO's own names have twelve digits
+
+
+@dataclass(kw_only=True)
+class SampleFolderFlags:
+    """Which samples."""
+
+    fake_dir: str = flag(REQUIRED, "folder of samples: images/ and captions.txt")
 
 
 def read_samples(folder: Path) -> tuple[list[Path], list[str], int]:
