@@ -90,20 +90,31 @@ class FeaturePathFlags:
 
 
 @dataclass(kw_only=True)
-class PairPictureFlags(PairFlags, SizeFlags, PictureFlags):
+class SmallPictureFlags:
+    """What is done about small pictures."""
+
+    shapes_run: ClassVar[bool] = False
+    min_size: int | None = flag(None, "leave out pictures with fewer pixels than this at a side; 0: take all, enlarged "
+                                      "where they are smaller than --image-size; None: --image-size")
+
+    def least(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Height and width that a picture must have for images of `size`. Raises ValueError for a wrong --min-size."""
+        if self.min_size is not None and self.min_size < 0:
+            raise ValueError(f"--min-size is {self.min_size}, expected pixels, at least 0")
+        return size if self.min_size is None else (self.min_size, self.min_size)
+
+
+@dataclass(kw_only=True)
+class PairPictureFlags(PairFlags, SizeFlags, PictureFlags, SmallPictureFlags):
     """Which captioned pictures, at which size."""
 
     shapes_run: ClassVar[bool] = False
     image_size: tuple[int, int] = (512, 512)
-    min_size: int | None = flag(None, "leave out pictures with fewer pixels than this at a side; 0: take all, enlarged "
-                                      "where they are smaller than --image-size; None: --image-size")
 
     @property
     def smallest(self) -> tuple[int, int]:
-        """Height and width that a picture must have. Raises ValueError for a wrong --min-size."""
-        if self.min_size is not None and self.min_size < 0:
-            raise ValueError(f"--min-size is {self.min_size}, expected pixels, at least 0")
-        return self.image_size if self.min_size is None else (self.min_size, self.min_size)
+        """Height and width that a picture must have."""
+        return self.least(self.image_size)
 
 
 def data_fingerprint(data: ImageDataset, roots: tuple[str | None, ...]) -> str:

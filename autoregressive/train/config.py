@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 from autoregressive.control.adapter import AdapterFlags
 from autoregressive.models.registry import MODELS
 from autoregressive.train.finetune import FinetuneFlags
-from dataset.build import DatasetFlags, FeaturePathFlags, PairFlags, PictureFlags
+from dataset.build import DatasetFlags, FeaturePathFlags, PairFlags, PictureFlags, SmallPictureFlags
 from dataset.codes import StoreFlags
 from dataset.control import ControlFlags
 from evaluations.c2i.monitor import MonitorFlags
@@ -83,7 +83,7 @@ class TextFlags(TextEncoderFlags, FeaturePathFlags):
 
 
 @dataclass(kw_only=True)
-class T2ITrainFlags(GPTTrainFlags, TextFlags, PairFlags, PictureFlags):
+class T2ITrainFlags(GPTTrainFlags, TextFlags, PairFlags, PictureFlags, SmallPictureFlags):
     """The text-to-image training command. --data-path is a store of codes with captions, as extract_codes_t2i.py writes
     it; or captioned pictures, whose codes --vq-ckpt makes in the loop."""
 

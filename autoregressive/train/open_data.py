@@ -88,7 +88,7 @@ def open_captioned(flags: T2ITrainFlags, tokenizer: tuple[str, VQModel] | None) 
     else:
         size = flags.image_size or ONLINE_SIZE
         reader = PictureReader(exif_orientation=flags.exif_orientation)
-        pairs = flagged_pairs(flags, reader=reader, smallest=size, emoji_size=max(size))
+        pairs = flagged_pairs(flags, reader=reader, smallest=flags.least(size), emoji_size=max(size))
         stores = [OnlineCodes(pairs, tokenizer[1], name=tokenizer[0], size=size)]
     for column, path in (("features", flags.t5_feat_path), ("short_features", flags.short_t5_feat_path)):
         paths = [] if path is None else path.split(",")

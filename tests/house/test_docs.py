@@ -24,6 +24,8 @@ CONFIGS = {
     "dataset/check_pairs.py": "CheckFlags",
     "autoregressive/train/verify_codes.py": "VerifyFlags",
     "autoregressive/train/train.py": "GPTTrainFlags",
+    "autoregressive/train/train_t2i.py": "T2ITrainFlags",
+    "language/extract_t5_feature.py": "TextFeatureFlags",
     "autoregressive/train/doctor.py": "DoctorFlags",
     "autoregressive/train/export.py": "ExportFlags",
     "autoregressive/sample/sample_c2i.py": "GridFlags",
@@ -38,6 +40,7 @@ CONFIGS = {
     "evaluations/c2i/reference.py": "ReferenceFlags",
     "evaluations/t2i/evaluation.py": "T2IEvaluationFlags",
     "evaluations/t2i/geneval.py": "GenEvalFlags",
+    "evaluations/t2i/retrieval.py": "RetrievalFlags",
 }
 WALKS = ["quickstart.sh", "test.sh", "gpu_check.sh", "finetune_emoji.sh"]  # of several commands, shown without flags
 
