@@ -61,11 +61,8 @@ if [ "$task" = t2i ]; then # emoji and their names; the names of emoji_unseen ar
     stage "text model" bash scripts/_torchrun.sh autoregressive/train/train_t2i.py "${training[@]}" --data-path "$codes" \
         --t5-feat-path "$run/features" --gpt-model GPT-S --results-dir "$run/t2i" --epochs 30
     for kind in seen:1 unseen:4; do
-        prompts="$run/prompts_${kind%:*}.tsv"
-        "$python" -c 'import sys; from dataset.emoji import open_emoji
-print("Prompt", *open_emoji(sys.argv[1], size=8).captions, sep="\n")' "emoji_${kind%:*}" > "$prompts"
         stage "pictures of prompts" bash scripts/_torchrun.sh autoregressive/sample/sample_t2i_ddp.py \
-            --gpt-ckpt "$(newest t2i)" --vq-ckpt "$vq" --prompt-csv "$prompts" --images-per-prompt "${kind#*:}" \
+            --gpt-ckpt "$(newest t2i)" --vq-ckpt "$vq" --prompt-csv "emoji_${kind%:*}" --images-per-prompt "${kind#*:}" \
             --cfg-scale 3.0 --top-k 0 --temperature 0.9 --sample-dir "$run/samples_t2i_${kind%:*}"
         stage "retrieval" "$python" evaluations/t2i/retrieval.py --dataset emoji_all --image-size 48 \
             --fake-dir "$(dirname "$(ls -t "$run/samples_t2i_${kind%:*}"/*/captions.txt | head -1)")" \

