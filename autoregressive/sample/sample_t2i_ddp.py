@@ -48,8 +48,8 @@ class PromptSetFlags(TextSampleFlags, SampleCountFlags, SampleDirFlags, SeedFlag
 
     recipe_sections: ClassVar[tuple[str, ...]] = ("sample",)
     prompt_csv: str = flag("evaluations/t2i/PartiPrompts.tsv", "prompts: a table (.csv, .tsv) with a column Prompt, "
-                           "GenEval's evaluation_metadata.jsonl, DPG-Bench's folder of .txt; or emoji_seen, emoji_unseen: "
-                           "the names of the embedded emoji")
+                           "GenEval's evaluation_metadata.jsonl, DPG-Bench's folder of .txt; or emoji_seen, "
+                           "emoji_unseen: names of the embedded emoji")
     sample_dir: str = "samples_parti"
     num_fid_samples: int = 30000
 
