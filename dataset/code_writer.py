@@ -65,12 +65,13 @@ def begin(folder: Path, recipe: dict[str, Any]) -> None:
     existing = read_manifest(folder, kind=recipe["format"]) if made else extraction_recipe(folder)
     differs = [key for key, value in recipe.items() if key not in NOT_COMPARED and existing.get(key, value) != value]
     declared, columns = (columns_of(content) for content in (existing, recipe))
+    kind, flag = ("codes", "--code-path") if has_codes(recipe) else ("features", "--t5-path")
     if differs == ["image_sizes"]:
         raise ValueError(f"{folder} already holds codes of these images, but some files have been replaced since (they "
                          "have other sizes): give another --code-path")
     if differs or declared != columns:
-        raise ValueError(f"{folder} already holds codes made with another {', '.join(differs or ['columns'])}: give "
-                         "another --code-path")
+        raise ValueError(f"{folder} already holds {kind} made with another {', '.join(differs or ['columns'])}: give "
+                         f"another {flag}")
     if made:
         remove_parts(folder)
     else:

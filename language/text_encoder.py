@@ -76,7 +76,10 @@ class TextEncoder:
 
     def __call__(self, captions: Sequence[str]) -> list[Tensor]:
         """Features (n_i, dim) of captions as they were written, on the encoder's device and of its type."""
-        cleaned = [clean_caption(caption) for caption in captions]
+        return self.features_of([clean_caption(caption) for caption in captions])
+
+    def features_of(self, cleaned: Sequence[str]) -> list[Tensor]:
+        """The same for captions that have been cleaned."""
         made = {caption: self.kept[caption] for caption in cleaned if caption in self.kept}
         by_length: dict[int, list[tuple[str, list[int]]]] = {}
         for caption in dict.fromkeys(cleaned):

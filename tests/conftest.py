@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ENTRIES = {  # name of a command: (module, class of its flags)
     "train_vq": ("tokenizer.tokenizer_image.vq_train", "VQTrainFlags"),
     "extract": ("autoregressive.train.extract_codes", "ExtractFlags"),
+    "extract_t5": ("language.extract_t5_feature", "TextFeatureFlags"),
     "extract_t2i": ("autoregressive.train.extract_codes_t2i", "TextExtractFlags"),
     "check_pairs": ("dataset.check_pairs", "CheckFlags"),
     "verify": ("autoregressive.train.verify_codes", "VerifyFlags"),
