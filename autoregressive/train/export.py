@@ -56,8 +56,11 @@ def load_model(flags: ExportFlags) -> tuple[nn.Module, dict[str, Any]]:
     options = {field.name: getattr(flags, field.name) for field in fields(GPTFlags)}
     gpt, saved = load_gpt(SampleFlags(**options, precision="none"), device=CPU)
     config = {"gpt_model": flags.gpt_model or "GPT-B", "gpt_type": flags.gpt_type, **saved, "kind": "gpt",
-              "vocab_size": gpt.config.vocab_size, "num_classes": gpt.config.num_classes,
-              "cls_token_num": gpt.config.cls_token_num}
+              "vocab_size": gpt.config.vocab_size, "cls_token_num": gpt.config.cls_token_num}
+    if gpt.config.model_type == "c2i":
+        config["num_classes"] = gpt.config.num_classes
+    else:
+        config |= {"num_classes": None, "caption_dim": gpt.config.caption_dim}
     if flags.image_size is not None:
         config["grid"] = [side // (flags.downsample_size or 16) for side in flags.image_size]
     config.pop("lora", None)

@@ -125,12 +125,23 @@ def test_the_side_of_the_padding_matters_where_there_is_some(text_ckpt, vq_ckpt,
     assert not torch.equal(ours, theirs) and torch.equal(ours[5], theirs[5])  # that one has no padding
 
 
-@pytest.mark.parametrize("model", ["GPT-S"])
-def test_windows_of_drafts_change_no_code(tmp_path, vq_ckpt, model):
-    path = save_text_model(tmp_path / "gpt.pt", model)
-    codes = [load(path, vq_ckpt, decode=decode, top_k=3).sample_codes(features(), seed=1, indices=list(range(6)))
+def test_windows_of_drafts_change_no_code(text_ckpt, vq_ckpt):
+    codes = [load(text_ckpt, vq_ckpt, decode=decode, top_k=3).sample_codes(features(), seed=1, indices=list(range(6)))
              for decode in ("sequential", "jacobi", "auto")]
     assert torch.equal(codes[0], codes[1]) and torch.equal(codes[0], codes[2])
+
+
+@pytest.mark.parametrize("on_the_left", [True, False])
+def test_an_arpg_takes_prompts_too(tmp_path, vq_ckpt, on_the_left):
+    save_text_model(tmp_path / "arpg.pt", "ARPG-S")
+    save_text_model(tmp_path / "bare.pt", "ARPG-S", bare=True)
+    ours, foreign = (load(tmp_path / name, vq_ckpt, step=4, image_size=(16, 16), left_padding=on_the_left)
+                     for name in ("arpg.pt", "bare.pt"))
+    whole = ours(features(), seed=2, indices=list(range(6)))
+    assert np.array_equal(foreign(features(), seed=2, indices=list(range(6))), whole)
+    for i in range(6):
+        assert np.array_equal(ours(features()[i:i + 1], seed=2, indices=[i])[0], whole[i])
+    assert not np.array_equal(ours(features()[1:2], seed=2, indices=[0])[0], whole[0])
 
 
 def test_no_prompt_is_a_condition_too_and_edits_take_it(pipeline):

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from autoregressive.models.registry import MODELS
+from autoregressive.models.registry import MODELS, recorded_options
 from autoregressive.sample import prompts
 from tests.data.references import filled
 
@@ -45,6 +45,6 @@ def save_text_model(path: Path, model: str = "GPT-S", *, config: dict | None = N
     """A checkpoint with the weights of the filler; `bare`: without a config, as LlamaGen releases them."""
     state = filled(MODELS[model], "text", **SIZES).state_dict()
     own = {"gpt_model": model, "gpt_type": "t2i", "grid": [4, 4], "cls_token_num": LENGTH, "caption_dim": DIM,
-           "text_encoder": ENCODER} | (config or {})
+           "text_encoder": ENCODER, **recorded_options(model, {})} | (config or {})
     torch.save({"model": state} if bare else {"model": state, "config": own}, path)
     return path

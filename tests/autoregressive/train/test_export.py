@@ -7,7 +7,9 @@ from safetensors.torch import load_file
 
 from autoregressive.sample.options import SampleFlags
 from autoregressive.sample.pipeline import load_gpt, load_pipeline
+from autoregressive.sample.prompts import TextSampleFlags, load_text_pipeline
 from autoregressive.train import export
+from tests.autoregressive.sample.text import save_text_model
 from tests.conftest import call
 from tokenizer.build import TokenizerFlags, load_tokenizer
 from utils import cli
@@ -122,3 +124,17 @@ def test_an_export_can_be_trained_on(gpt_ckpt, code_store, tmp_path):
          "--num-workers", 0, "--global-batch-size", 36, "--results-dir", tmp_path / "runs")
     content = containers.read(tmp_path / "runs" / "000-GPT-S")
     assert same(content["model"], containers.read(gpt_ckpt)["ema"])
+
+
+@pytest.mark.parametrize("layout", FORMATS)
+def test_a_text_model_is_exported_with_what_its_pictures_need(layout, vq_ckpt, tmp_path):
+    path, made = save_text_model(tmp_path / "gpt.pt"), f"{tmp_path}/out{FORMATS[layout]}"
+    run("--gpt-ckpt", path, "--gpt-type", "t2i", "--output", tmp_path / "out", "--format", layout)
+    codes = [load_text_pipeline(TextSampleFlags(gpt_ckpt=str(file), vq_ckpt=str(vq_ckpt), precision="none",
+                                                image_size=(16, 16)), device=CPU).sample_codes(
+        [torch.ones(3, 8)], seed=0, indices=[0]) for file in (path, made)]
+    assert torch.equal(*codes)
+    if layout == "safetensors":
+        config = json.loads((tmp_path / "out" / "config.json").read_text())
+        assert config["num_classes"] is None and (config["caption_dim"], config["cls_token_num"]) == (8, 6)
+        assert config["gpt_type"] == "t2i" and config["text_encoder"]["name"] == "stand-in"
