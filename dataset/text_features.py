@@ -219,7 +219,7 @@ def check_same_encoder(store: CodeStore) -> None:
     """Raise ValueError if long and short captions have features of different encoders."""
     known = {column: found.facts for column, found in store.attached.items()}
     dims = {facts.dim for facts in known.values()}
-    encoders = [facts.encoder for facts in known.values() if facts.encoder is not None]
+    encoders = [{**facts.encoder, "name": None} for facts in known.values() if facts.encoder is not None]
     if len(dims) > 1 or any(encoder != encoders[0] for encoder in encoders):
         said = " and ".join(f"{column} of {(facts.encoder or {}).get('name', 'an unknown encoder')}, {facts.dim} wide"
                             for column, facts in known.items())

@@ -24,6 +24,7 @@ def read_text_part(root: Path) -> Part:
     rows = {kind: prompt_rows(only(root / f"samples_t2i_{kind}", "*/captions.txt").parent) for kind in scores}
     emoji = open_emoji("emoji_all", size=config["image_size"][0])
     real = {caption: np.asarray(emoji.image(i)) for i, caption in enumerate(emoji.captions)}
+    classes = dict(zip(emoji.captions, emoji.labels.tolist(), strict=True))
     vocab = config["vocab_size"]
     numbers = [("Text model's loss, start → end", f"{log[0]['loss']:.3f} → {log[-1]['loss']:.3f}",
                 f"ln {vocab} = {math.log(vocab):.3f} is what guessing gives")]
@@ -31,7 +32,9 @@ def read_text_part(root: Path) -> Part:
         score = scores[kind]
         numbers += [(f"Picture found by {what}, first", f"{score['top1']:.1%}",
                      f"of {score['samples']}, among {score['real_pictures']} real ones; chance {score['chance']:.1%}"),
-                    ("… among the first five", f"{score['top5']:.1%}", "")]
+                    ("… among the first five", f"{score['top5']:.1%}", ""),
+                    ("… of the prompt's class at least", f"{same_class(score['nearest'], rows[kind], classes):.1%}",
+                     "its picture found first is of that of eight classes")]
     numbers.append(("Real pictures found", f"{scores['seen']['real']:.1%}", "by the same network, trained on them"))
     seen = list(rows["seen"])[::max(1, len(rows["seen"]) // SHOWN)][:SHOWN]
     sections = "\n".join([
@@ -56,6 +59,12 @@ def prompt_rows(folder: Path) -> dict[str, np.ndarray]:
     for file, caption in zip(files, captions, strict=True):
         rows.setdefault(caption, []).append(images.load_png(file))
     return {caption: np.stack(pictures) for caption, pictures in rows.items()}
+
+
+def same_class(nearest: list[str], rows: dict[str, np.ndarray], classes: dict[str, int]) -> float:
+    """How often the caption that is nearest to a sample is of the class of its prompt; samples as in `rows`."""
+    prompts = [prompt for prompt, pictures in rows.items() for _ in pictures]
+    return float(np.mean([classes[one] == classes[other] for one, other in zip(nearest, prompts, strict=True)]))
 
 
 def prompt_table(rows: dict[str, np.ndarray], real: dict[str, np.ndarray]) -> str:

@@ -148,7 +148,8 @@ def load_text_encoder(flags: TextEncoderFlags, *, device: torch.device, dtype: t
     model = model.to(device).eval().requires_grad_(False)
     longest = most_tokens(tokenizer, model, flags.t5_feature_max_len)
     try:
-        encoder = TextEncoder(model, tokenizer, name=Path(chosen).name, max_tokens=longest)
+        name = Path(chosen).name if Path(place).is_dir() else place  # a folder of this machine is nobody else's name
+        encoder = TextEncoder(model, tokenizer, name=name, max_tokens=longest)
     except (AttributeError, TypeError, ValueError, IndexError, RuntimeError) as error:
         raise ValueError(f"{place} is no text encoder: {type(model).__name__} gives no features for the tokens of a "
                          f"caption ({first_line(error)[:200]})") from None
@@ -184,3 +185,8 @@ def left_padded(features: Sequence[Tensor], length: int) -> tuple[Tensor, Tensor
     for row, one in zip(padded, cut, strict=True):
         row[length - len(one):] = one
     return padded, (torch.arange(length) >= length - counts[:, None]).to(padded.device)
+
+
+def same_encoder(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two descriptions are of encoders that give the same features, whatever they are called."""
+    return {**one, "name": None} == {**other, "name": None}

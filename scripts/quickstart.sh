@@ -50,20 +50,22 @@ stage "tokenizer" bash scripts/tokenizer/train_vq.sh "${data[@]}" --vq-model VQ-
 vq=$(newest tokenizer)
 stage "reconstructions" bash scripts/tokenizer/reconstruction_vq.sh --dataset emoji_heldout --image-size 48 \
     --vq-ckpt "$vq" --sample-dir "$run/reconstructions"
+# codes in random order, and captions, are harder to learn: in minutes Muon gets much further than AdamW (not in torch 2.8)
+optimizer=$("$python" -c 'import torch; print("muon" if hasattr(torch.optim, "Muon") else "adamw")')
 training=(--vq-ckpt "$vq" --resume auto --global-batch-size 16 --lr 3e-3 --lr-schedule cosine --warmup-steps 100
     --dropout-p 0 --token-dropout-p 0 --token-noise 0.1 --log-every 25 --ckpt-every 400)
 if [ "$task" = t2i ]; then # emoji and their names; the names of emoji_unseen are made of words that emoji_seen has too
     stage "codes and captions" bash scripts/autoregressive/extract_codes_t2i.sh --dataset emoji_seen --image-size 48 \
-        --vq-ckpt "$vq" --code-path "$run/codes"
-    codes="$run/codes/emoji_seen_t2i48_codes"
+        --vq-ckpt "$vq" --code-path "$run/codes_t2i"
+    codes="$(ls -d "$run"/codes_t2i/*_codes)"
     stage "text features" bash scripts/_torchrun.sh language/extract_t5_feature.py --data-path "$codes" \
         --t5-path "$run/features" --t5-model-type minilm
     stage "text model" bash scripts/_torchrun.sh autoregressive/train/train_t2i.py "${training[@]}" --data-path "$codes" \
-        --t5-feat-path "$run/features" --gpt-model GPT-S --results-dir "$run/t2i" --epochs 30
+        --t5-feat-path "$run/features" --gpt-model GPT-S --results-dir "$run/t2i" --epochs 30 --optimizer "$optimizer"
     for kind in seen:1 unseen:4; do
         stage "pictures of prompts" bash scripts/_torchrun.sh autoregressive/sample/sample_t2i_ddp.py \
             --gpt-ckpt "$(newest t2i)" --vq-ckpt "$vq" --prompt-csv "emoji_${kind%:*}" --images-per-prompt "${kind#*:}" \
-            --cfg-scale 3.0 --top-k 0 --temperature 0.9 --sample-dir "$run/samples_t2i_${kind%:*}"
+            --cfg-scale 1.5 --top-k 0 --temperature 0.8 --sample-dir "$run/samples_t2i_${kind%:*}"
         stage "retrieval" "$python" evaluations/t2i/retrieval.py --dataset emoji_all --image-size 48 \
             --fake-dir "$(dirname "$(ls -t "$run/samples_t2i_${kind%:*}"/*/captions.txt | head -1)")" \
             --output "$run/retrieval_${kind%:*}.json"
@@ -73,7 +75,7 @@ if [ "$task" = t2i ]; then # emoji and their names; the names of emoji_unseen ar
 fi
 stage "codes" bash scripts/autoregressive/extract_codes_c2i.sh "${data[@]}" --vq-ckpt "$vq" --code-path "$run/codes" \
     --no-mirror
-training+=(--code-path "$run/codes/emoji48_codes")
+training+=(--code-path "$run/codes")
 if [ "$model" = gpt ]; then
     stage "GPT" bash scripts/autoregressive/train_c2i.sh "${training[@]}" --gpt-model GPT-S \
         --results-dir "$run/gpt" --epochs 30
@@ -83,8 +85,6 @@ if [ "$model" = gpt ]; then
         --samples "$(newest_npz samples)" --output "$run/class_accuracy.json"
     samples=samples scores=class_accuracy distance=distance
 else
-    # codes in random order are harder to learn: in six minutes Muon gets much further than AdamW (not in torch 2.8)
-    optimizer=$("$python" -c 'import torch; print("muon" if hasattr(torch.optim, "Muon") else "adamw")')
     stage "ARPG" bash scripts/autoregressive/train_arpg.sh "${training[@]}" --gpt-model ARPG-S \
         --results-dir "$run/arpg" --epochs 27 --optimizer "$optimizer"
     arpg=$(newest arpg)

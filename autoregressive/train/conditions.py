@@ -11,7 +11,7 @@ from autoregressive.train.finetune import check_same_classes
 from dataset.code_layouts import CodeStore
 from dataset.codes import CodeBatches
 from dataset.text_batches import TextBatches, TextColumns
-from language.text_encoder import TextEncoder, left_padded
+from language.text_encoder import TextEncoder, left_padded, same_encoder
 from utils.checkpoints import containers
 
 
@@ -111,8 +111,8 @@ class Texts:
     def check(self, content: dict[str, Any], source: str | Path) -> None:
         """See `Condition`."""
         theirs, ours = containers.saved_config(content).get("text_encoder"), self.encoder_described
-        if theirs and ours and theirs != ours:
-            apart = [key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]
+        if theirs and ours and not same_encoder(theirs, ours):
+            apart = [key for key in {**theirs, **ours} if key != "name" and theirs.get(key) != ours.get(key)]
             raise ValueError(f"{source} was trained on features of {theirs.get('name')}, these are of "
                              f"{ours.get('name')}, with another {', '.join(apart)}: give features of the same encoder, "
                              "or begin a new run with --init-from")

@@ -47,6 +47,7 @@ def test_the_wheel_holds_modules_recipes_and_kernels_and_no_more(wheel):
     wanted = {str(path) for path in SOURCES if path.parts[0] != "benchmarks"}
     wanted |= {f"scripts/recipes/{name}.json" for name in recipe_names()}
     wanted |= {str(path.relative_to(ROOT)) for kind in ("*.cpp", "*.h") for path in (ROOT / "native").glob(kind)}
+    wanted.add("dataset/emoji_captions.txt")
     assert len(recipe_names()) > 5 and any(name.endswith(".cpp") for name in wanted)
     assert {name for name in held if not name.endswith("__init__.py")} == wanted
 
