@@ -155,6 +155,9 @@ def open_features(path: str, store: CodeStore) -> StoredFeatures | NumberedFeatu
     if damage:
         raise ValueError(f"{path} is damaged: {few(list(damage.values()), between='; ')}: extract the features again")
     same = store.kept is None and manifest["captions"].get("rows") == rows_hash(store)
+    if same and manifest["captions"].get("contents") != captions_hash(store):
+        cli.warn(f"{path} has features of other captions than {store.folder} has now under the same names: make them "
+                 "anew, to another --t5-path")
     names = next(column for column in manifest["columns"] if column["name"] == "name")
     places = None if same else find_names(store, ColumnValues(folder, names, manifest["count"]), manifest["count"])
     return StoredFeatures(folder, manifest, places)
@@ -186,6 +189,13 @@ def rows_hash(store: CodeStore) -> str | None:
         return None
     contents = [store.manifest["count"], names["offsets"]["sha256"], [file["sha256"] for file in names["files"]]]
     return hashlib.sha256(json.dumps(contents).encode()).hexdigest()
+
+
+def captions_hash(store: CodeStore) -> str | None:
+    """A hash of the captions of a packed store, from its manifest; None of another store."""
+    columns = [[column["name"], column["offsets"]["sha256"], [file["sha256"] for file in column["files"]]]
+               for column in store.manifest.get("columns", []) if column["name"] in ("caption", "short_caption")]
+    return hashlib.sha256(json.dumps(columns).encode()).hexdigest() if columns else None
 
 
 def find_names(store: CodeStore, names: ColumnValues, count: int) -> np.ndarray:

@@ -9,8 +9,6 @@ row; or captioned pictures in any layout of dataset/t2i.py, which need not be en
 interruption; under torchrun the work is shared, and the files are the same for any number of processes. Loading
 processes read and clean the captions meanwhile.
 """
-import hashlib
-import json
 import re
 import sys
 import time
@@ -35,7 +33,7 @@ from dataset.loader import worker_count
 from dataset.pairs import PairProblemError, Pairs
 from dataset.part_work import Part, complete_store
 from dataset.remote import is_url
-from dataset.text_features import as_stored, rows_hash
+from dataset.text_features import as_stored, captions_hash, rows_hash
 from language.caption import clean_caption
 from language.text_encoder import TextEncoder, TextEncoderFlags, load_text_encoder
 from utils import cli, dist
@@ -81,11 +79,7 @@ class StoreCaptions:
 
     def identity(self) -> dict[str, Any]:
         """What the features' rows belong to, for their manifest."""
-        columns = [{"name": column["name"], "offsets": column["offsets"]["sha256"],
-                    "files": [file["sha256"] for file in column["files"]]}
-                   for column in self.store.manifest["columns"] if column["name"] in ("caption", "short_caption")]
-        contents = hashlib.sha256(json.dumps(columns).encode()).hexdigest()
-        return {"source": self.source, "rows": rows_hash(self.store), "contents": contents}
+        return {"source": self.source, "rows": rows_hash(self.store), "contents": captions_hash(self.store)}
 
 
 class PairCaptions:

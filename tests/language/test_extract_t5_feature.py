@@ -334,3 +334,17 @@ def test_a_store_of_features_elsewhere_is_fetched(extract, codes, data, encoders
     shutil.move(folder, tmp_path / "remote")
     store = attached(codes, f"file://{tmp_path / 'remote'}")
     assert_same(read_features(store, "features", np.arange(2)), expected(encoders, [caption(0), caption(1)]))
+
+
+def test_captions_that_were_changed_under_the_same_names_are_told(extract, codes, capsys):
+    features = extract(codes)
+    attached(codes, features)
+    assert "other captions" not in capsys.readouterr().err
+    manifest = json.loads((codes / "manifest.json").read_text())
+    column = next(column for column in manifest["columns"] if column["name"] == "caption")
+    path = codes / column["files"][0]["file"]
+    np.save(path, np.load(path)[::-1])
+    column["files"][0]["sha256"] = "0" * 64
+    (codes / "manifest.json").write_text(json.dumps(manifest))
+    attached(codes, features)
+    assert "has features of other captions than" in capsys.readouterr().err
