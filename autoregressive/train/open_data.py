@@ -82,8 +82,13 @@ def open_captioned(flags: T2ITrainFlags, tokenizer: tuple[str, VQModel] | None) 
         stores = [open_text_codes(flags.data_path, flags.code_path, grid=grid, part=(flags.data_start, flags.data_end))]
     elif names and all(holds_codes(name, subfolder) for name in names):
         stores = [open_store(name, subfolder=subfolder, corrupt=flags.corrupt_shards) for name in names]
+    elif flags.data_path is None and not flags.dataset.startswith("emoji"):
+        raise ValueError("--data-path is missing: a store of codes, as autoregressive/train/extract_codes_t2i.py "
+                         "writes it, or captioned pictures")
+    elif len(names) == 1 and not is_url(names[0]) and "{" not in names[0] and not Path(names[0]).exists():
+        raise FileNotFoundError(f"there is no --data-path {names[0]}")
     elif tokenizer is None:
-        raise ValueError(f"--data-path {flags.data_path} holds pictures: give --vq-ckpt, the tokenizer that makes "
+        raise ValueError(f"{flags.source} holds pictures: give --vq-ckpt, the tokenizer that makes "
                          "their codes in the loop, or extract them with autoregressive/train/extract_codes_t2i.py")
     else:
         size = flags.image_size or ONLINE_SIZE
