@@ -4,17 +4,18 @@ import json
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from dataset import code_writer
 from dataset.code_manifest import FORMAT
 from dataset.codes import open_store
 from dataset.text_batches import TextBatches, TextColumns
 from tests.conftest import TINY_GPT, call, two_processes
+from tests.language.encoders import write_t5
 from tests.runs import QUICK, interrupt, last, rows, same
 from utils.checkpoints import containers
 
 WIDTH, COUNT = 8, 24
-ENCODER = {"name": "a toy", "sha256": "0" * 64, "dim": WIDTH, "max_tokens": 6}
 QUICK_T2I = ["train_t2i", *TINY_GPT, "--dropout-p", 0, "--token-dropout-p", 0, *QUICK, "--cls-token-num", 6]
 
 
@@ -45,6 +46,15 @@ def write_store(folder, *, width=WIDTH, short=True, count=COUNT):
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
     return write_store(tmp_path_factory.mktemp("codes") / "t2i16_codes")
+
+
+def write_pairs(folder, *, count):
+    """Pictures of random colours, each beside a caption."""
+    folder.mkdir()
+    for i, colour in enumerate(np.random.default_rng(1).integers(0, 256, (count, 3)).tolist()):
+        Image.new("RGB", (20, 20), tuple(colour)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"picture {i} {'very ' * (i % 4)}coloured")
+    return folder
 
 
 def losses(folder) -> list[float]:
@@ -132,6 +142,55 @@ def test_stage_two_begins_with_the_weights_of_stage_one(store, tmp_path, capsys)
     assert "starting from the weights of" in capsys.readouterr().out
     one, other = (containers.read(tmp_path / part / "000-GPT-S") for part in ("one", "two"))
     assert other["config"]["grid"] == [2, 8] and same(one["model"], other["model"])
+
+
+def test_codes_and_features_made_in_the_loop_give_the_losses_of_stored_ones(vq_ckpt, tmp_path, capsys):
+    """Of pictures beside captions; one that cannot be read is told and carries no loss, and is in no store."""
+    write_t5(tmp_path / "encoders" / "tiny")
+    data = write_pairs(tmp_path / "data", count=12)
+    encoder = ["--t5-model-type", "tiny"]
+    common = ["--vq-ckpt", vq_ckpt, "--image-size", 16, "--num-workers", 0]
+    call("extract_t2i", "--data-path", data, *common, "--code-path", tmp_path)
+    codes, features = ["--data-path", tmp_path / "t2i16_codes"], ["--t5-feat-path", tmp_path / "features"]
+    call("extract_t5", *codes, "--t5-path", tmp_path / "features", "--precision", "none", "--t5-model-path",
+         tmp_path / "encoders", *encoder)
+    training = [*QUICK_T2I, "--vq-ckpt", vq_ckpt, "--ckpt-every", 100, "--results-dir"]
+    pictures = ["--data-path", data, "--image-size", 16]
+    online = ["--text-features", "online", "--t5-path", tmp_path / "encoders", *encoder]
+    for name, sources in (("stored", codes + features), ("named", pictures + features), ("captions", codes + online),
+                          ("online", pictures + online)):
+        call(*training, tmp_path / name, *sources)
+    runs = [losses(tmp_path / name / "000-GPT-S") for name in ("stored", "named", "captions", "online")]
+    assert len(runs[0]) == 2 and all(run == runs[0] for run in runs)
+
+    (data / "0.png").write_bytes(b"no picture")
+    capsys.readouterr()
+    call(*training, tmp_path / "broken", *pictures, *online)
+    assert "passed over: " in capsys.readouterr().err
+    assert losses(tmp_path / "broken" / "000-GPT-S") != runs[0]
+
+
+def test_llamagens_codes_and_features_of_lines(store, tmp_path):
+    """Codes and features in a file for each line; one without features is left out."""
+    (tmp_path / "data").mkdir()
+    kept = open_store(store)
+    lines = [json.dumps({"image_path": f"{i}.png", "text": [f"short {i}", text]})
+             for i, text in enumerate(kept.column("caption", np.arange(COUNT)))]
+    (tmp_path / "data" / "a.jsonl").write_text("\n".join(lines))
+    for kind, values in (("codes", kept.read(np.arange(COUNT), np.zeros(COUNT, int))[:, None]),
+                         ("features", [one[None] for one in kept.column("features", np.arange(COUNT))])):
+        (tmp_path / kind / "a").mkdir(parents=True)
+        for i, value in enumerate(values):
+            np.save(tmp_path / kind / "a" / f"{i}.npy", value)
+    command = [*QUICK_T2I, "--data-path", tmp_path / "data", "--code-path", tmp_path / "codes", "--vocab-size", 256,
+               "--t5-feat-path", tmp_path / "features", "--results-dir"]
+    call(*command, tmp_path / "files")
+    call(*QUICK_T2I, "--data-path", store, "--short-caption-share", 0, "--results-dir", tmp_path / "packed")
+    np.testing.assert_allclose(losses(tmp_path / "files" / "000-GPT-S"), losses(tmp_path / "packed" / "000-GPT-S"))
+    (tmp_path / "features" / "a" / "3.npy").unlink()
+    (tmp_path / "features" / "a" / "4.npy").write_bytes(b"damaged")
+    call(*command, tmp_path / "fewer")
+    assert last(tmp_path / "fewer" / "000-GPT-S")["steps"] == (COUNT - 1) // 6
 
 
 # ---- refusals
