@@ -81,6 +81,9 @@ def open_captioned(flags: T2ITrainFlags, tokenizer: tuple[str, VQModel] | None) 
     if flags.code_path is not None:
         stores = [open_text_codes(flags.data_path, flags.code_path, grid=grid, part=(flags.data_start, flags.data_end))]
     elif names and all(holds_codes(name, subfolder) for name in names):
+        if (flags.data_start, flags.data_end) != (None, None):
+            raise ValueError("--data-start and --data-end choose among .jsonl files or archives, and --data-path "
+                             f"{flags.data_path} holds codes: extract a part of the pictures")
         stores = [open_store(name, subfolder=subfolder, corrupt=flags.corrupt_shards) for name in names]
     elif flags.data_path is None and not flags.dataset.startswith("emoji"):
         raise ValueError("--data-path is missing: a store of codes, as autoregressive/train/extract_codes_t2i.py "
