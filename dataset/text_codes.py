@@ -16,10 +16,11 @@ import numpy as np
 
 from dataset.code_files import NUMBER, FileStore, array_files, in_short
 from dataset.code_index import FolderIndex
-from dataset.code_layouts import CodeStore
+from dataset.code_layouts import CodeStore, find_store
 from dataset.code_manifest import Column
 from dataset.pairs_lines import LinePairs
-from dataset.t2i import open_pairs
+from dataset.remote import is_url
+from dataset.t2i import file_ending, open_pairs
 from utils import cli
 
 
@@ -59,6 +60,14 @@ class LineFiles(Sequence[Path]):
 
     def __getitem__(self, index: int) -> Path:
         return line_file(self.folder, self.pairs, int(self.rows[index]))
+
+
+def holds_codes(path: str, *, subfolder: str | None = None) -> bool:
+    """Whether --data-path is a packed store of codes, else captioned pictures. Of URLs those of archives, which may end
+    in a signature, are pictures."""
+    if is_url(path):
+        return file_ending(path) != ".tar"
+    return Path(path).is_dir() and find_store(Path(path), subfolder=subfolder) is not None
 
 
 def line_file(folder: Path, pairs: LinePairs, index: int) -> Path:

@@ -26,13 +26,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dataset import code_writer
 from dataset.build import PairFlags, flagged_pairs
-from dataset.code_layouts import CodeStore, find_store
+from dataset.code_layouts import CodeStore
 from dataset.code_manifest import FEATURES, Column
 from dataset.codes import open_store
 from dataset.loader import worker_count
 from dataset.pairs import PairProblemError, Pairs
 from dataset.part_work import Part, complete_store
 from dataset.remote import is_url
+from dataset.text_codes import holds_codes
 from dataset.text_features import as_stored, captions_hash, rows_hash
 from language.caption import clean_caption
 from language.text_encoder import TextEncoder, TextEncoderFlags, load_text_encoder
@@ -121,9 +122,7 @@ def first_sentence(text: str) -> str:
 def open_captions(flags: TextFeatureFlags) -> StoreCaptions | PairCaptions:
     """The captions of --data-path."""
     path = flags.data_path
-    store = path is not None and ((is_url(path) and not path.endswith(".tar"))
-                                  or (Path(path).is_dir() and find_store(Path(path), subfolder=None) is not None))
-    if not store:
+    if path is None or not holds_codes(path):
         return PairCaptions(flagged_pairs(flags), Path(path or flags.dataset).name)
     if flags.data_start is not None or flags.data_end is not None:
         raise ValueError("--data-start and --data-end choose among .jsonl files or archives; features of a store of "

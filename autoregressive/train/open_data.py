@@ -10,12 +10,12 @@ from autoregressive.train.finetune import without_classes
 from autoregressive.train.online_codes import OnlineCodes
 from dataset.build import flagged_pairs
 from dataset.code_joins import Mixture
-from dataset.code_layouts import CodeStore, find_store
+from dataset.code_layouts import CodeStore
 from dataset.codes import open_store, open_stores
 from dataset.pictures import PictureReader
 from dataset.remote import is_url
 from dataset.text_batches import TextColumns
-from dataset.text_codes import open_text_codes
+from dataset.text_codes import holds_codes, open_text_codes
 from dataset.text_features import attach_features, feature_facts
 from language.text_encoder import TextEncoder, load_text_encoder
 from tokenizer.tokenizer_image.vq_model import VQModel
@@ -80,7 +80,7 @@ def open_captioned(flags: T2ITrainFlags, tokenizer: tuple[str, VQModel] | None) 
     subfolder, grid = expected_layout(flags)
     if flags.code_path is not None:
         stores = [open_text_codes(flags.data_path, flags.code_path, grid=grid, part=(flags.data_start, flags.data_end))]
-    elif names and all(holds_codes(name, subfolder) for name in names):
+    elif names and all(holds_codes(name, subfolder=subfolder) for name in names):
         if (flags.data_start, flags.data_end) != (None, None):
             raise ValueError("--data-start and --data-end choose among .jsonl files or archives, and --data-path "
                              f"{flags.data_path} holds codes: extract a part of the pictures")
@@ -111,13 +111,6 @@ def open_captioned(flags: T2ITrainFlags, tokenizer: tuple[str, VQModel] | None) 
         raise ValueError("--store-weights is for several stores in --data-path, with commas between")
     stores[0].leave_out(stores[0].damaged)
     return stores[0]
-
-
-def holds_codes(path: str, subfolder: str | None) -> bool:
-    """Whether --data-path is a packed store, else pictures."""
-    if is_url(path):
-        return not path.endswith(".tar")
-    return Path(path).is_dir() and find_store(Path(path), subfolder=subfolder) is not None
 
 
 def open_texts(flags: T2ITrainFlags, tokenizer: tuple[str, VQModel] | None, *,

@@ -4,7 +4,7 @@ import pytest
 
 from dataset import code_index
 from dataset.codes import CodeBatches
-from dataset.text_codes import open_text_codes
+from dataset.text_codes import holds_codes, open_text_codes
 from tests.dataset.captioned import caption, write_jsonl, write_tars
 from tests.dataset.codes import every_code, fake_codes
 
@@ -69,3 +69,10 @@ def test_what_holds_no_codes_of_the_lines_is_refused(data, tmp_path):
         open_text_codes(data, tmp_path / "nothing")
     with pytest.raises(ValueError, match=r"belong to the lines of \.jsonl files"):
         open_text_codes(write_tars(tmp_path / "tars"), tmp_path / "empty")
+
+
+@pytest.mark.parametrize(("url", "codes"), [
+    ("s3://bucket/t2i256_codes", True), ("s3://bucket/00000.tar", False),
+    ("https://server/{00000..00009}.TAR?signature=a.b", False)])
+def test_urls_of_archives_are_pictures_also_with_a_signature(url, codes):
+    assert holds_codes(url) == codes
