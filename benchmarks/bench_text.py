@@ -1,6 +1,6 @@
 """Training on captions: padding left out against masked padding; stored features against the encoder in the loop.
 
-    python3 benchmarks/bench_text.py --gpt-model GPT-B
+    python3 benchmarks/bench_text.py
 
 The baseline of a step is LlamaGen's way: every prefix is 120 tokens, a mask (B, T, T) hides the padding. Captions have
 8 to 60 tokens, drawn evenly. Forward and backward, no optimizer; the sides take turns. Of features: how many captions a
@@ -11,7 +11,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,19 +24,9 @@ from autoregressive.models.gpt import GPT_models
 from benchmarks.machine import cpu_name
 from dataset.emoji import open_emoji
 from language.text_encoder import TextEncoderFlags, load_text_encoder
-from utils import cli
-from utils.cli import flag
 
+MODEL, BATCH, TURNS = "GPT-B", 2, 3
 TOKENS, WIDTH, CODES, SHORTEST, LONGEST = 120, 2048, 256, 8, 60
-
-
-@dataclass(kw_only=True)
-class BenchFlags:
-    """The benchmark."""
-
-    gpt_model: str = flag("GPT-B", "model of the step", choices=tuple(GPT_models))
-    batch: int = flag(2, "captions in a step")
-    repeats: int = flag(3, "turns of each side")
 
 
 def masked_step(model: CodeModel, codes: Tensor, features: Tensor, lengths: Tensor) -> Tensor:
@@ -49,13 +38,13 @@ def masked_step(model: CodeModel, codes: Tensor, features: Tensor, lengths: Tens
     return model(codes[:, :-1], features, targets=codes, mask=mask, summed_loss=True)[0]
 
 
-def our_step(model: CodeModel, codes: Tensor, features: Tensor, lengths: Tensor) -> Tensor:
+def unpadded_step(model: CodeModel, codes: Tensor, features: Tensor, lengths: Tensor) -> Tensor:
     """The loss without padding."""
     longest = int(lengths.max())
     return model(codes[:, :-1], features[:, -longest:], targets=codes, lengths=lengths, summed_loss=True)[0]
 
 
-def seconds(step: Callable[..., Tensor], model: CodeModel, *data: Tensor) -> tuple[float, float]:
+def timed_step(step: Callable[..., Tensor], model: CodeModel, *data: Tensor) -> tuple[float, float]:
     """(time of forward and backward, loss)."""
     start = time.perf_counter()
     loss = step(model, *data)
@@ -63,21 +52,21 @@ def seconds(step: Callable[..., Tensor], model: CodeModel, *data: Tensor) -> tup
     return time.perf_counter() - start, loss.item()
 
 
-def compare_steps(flags: BenchFlags) -> None:
+def compare_steps() -> None:
     """Print the times of both sides."""
-    model = GPT_models[flags.gpt_model](model_type="t2i", cls_token_num=TOKENS, caption_dim=WIDTH, token_dropout_p=0.0,
+    model = GPT_models[MODEL](model_type="t2i", cls_token_num=TOKENS, caption_dim=WIDTH, token_dropout_p=0.0,
                                         resid_dropout_p=0.0, ffn_dropout_p=0.0, class_dropout_prob=0.0).train()
-    codes, features = torch.randint(16384, (flags.batch, CODES)), torch.randn(flags.batch, TOKENS, WIDTH)
-    lengths = torch.randint(SHORTEST, LONGEST + 1, (flags.batch,), generator=torch.Generator().manual_seed(0))
+    codes, features = torch.randint(16384, (BATCH, CODES)), torch.randn(BATCH, TOKENS, WIDTH)
+    lengths = torch.randint(SHORTEST, LONGEST + 1, (BATCH,), generator=torch.Generator().manual_seed(0))
     times: dict[str, list[float]] = {"masked": [], "ours": []}
-    for turn in range(flags.repeats + 1):
-        for name, step in (("masked", masked_step), ("ours", our_step)):
+    for turn in range(TURNS + 1):
+        for name, step in (("masked", masked_step), ("ours", unpadded_step)):
             model.zero_grad()
-            spent, loss = seconds(step, model, codes, features, lengths)
+            spent, loss = timed_step(step, model, codes, features, lengths)
             if turn:  # the first turn warms up
                 times[name].append(spent)
     plain, ours = (statistics.median(values) for values in times.values())
-    print(f"{flags.gpt_model}, {flags.batch} captions of {lengths.tolist()} tokens, {CODES} codes, fp32: masked "
+    print(f"{MODEL}, {BATCH} captions of {lengths.tolist()} tokens, {CODES} codes, fp32: masked "
           f"{plain:.2f} s, ours {ours:.2f} s a step: {plain / ours:.2f} times as fast (last loss {loss:.3f})")
 
 
@@ -102,12 +91,12 @@ def compare_features() -> None:
           f"{online:.0f} a second, a store gives {read:.0f}; {2 * encoder.dim * sizes.mean():.0f} bytes each")
 
 
-def main(flags: BenchFlags) -> None:
+def main() -> None:
     """Print the machine and both comparisons."""
     print(f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    compare_steps(flags)
+    compare_steps()
     compare_features()
 
 
 if __name__ == "__main__":
-    cli.run(main, BenchFlags)
+    main()

@@ -88,6 +88,16 @@ def filesystem(url: str, *, flag: str = "--code-path") -> tuple[Any, str]:
     return files, root.rstrip("/")
 
 
+def has_manifest(url: str, *, subfolder: str | None = None) -> bool:
+    """Whether a packed store is at `url`, or in its `subfolder`. Raises ValueError that names a missing package."""
+    files, root = filesystem(url, flag="--data-path")
+    try:
+        return any(files.exists(f"{place}/manifest.json") for place in ([root, f"{root}/{subfolder}"] if subfolder
+                                                                       else [root]))
+    except Exception:  # back ends raise what they like; who reads the store says what is wrong
+        return True
+
+
 def find_manifest(files: Any, root: str, *, url: str, subfolder: str | None) -> tuple[str, str]:
     """(path of the store, its manifest). Raises FileNotFoundError when there is none."""
     for place in [root, f"{root}/{subfolder}"] if subfolder else [root]:

@@ -36,7 +36,8 @@ pictures that are missing, cannot be read, or are too small. Absolute paths and 
 say; links and devices in archives are passed over. `python3 dataset/check_pairs.py --data-path …` counts all of it.
 
 Memory: 24 bytes a pair for .jsonl and tables, 28 for archives, memory-mapped from the cache (50 million: 1.2 and 1.4
-GB); plain pairs: their names and 8 bytes.
+GB). Plain pairs are listed anew at each start, all their .txt files read, and their names are held in memory: for
+millions take archives.
 """
 import os
 import re

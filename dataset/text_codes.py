@@ -19,7 +19,7 @@ from dataset.code_index import FolderIndex
 from dataset.code_layouts import CodeStore, find_store
 from dataset.code_manifest import Column
 from dataset.pairs_lines import LinePairs
-from dataset.remote import is_url
+from dataset.remote import has_manifest, is_url
 from dataset.t2i import file_ending, open_pairs
 from utils import cli
 
@@ -64,9 +64,9 @@ class LineFiles(Sequence[Path]):
 
 def holds_codes(path: str, *, subfolder: str | None = None) -> bool:
     """Whether --data-path is a packed store of codes, else captioned pictures. Of URLs those of archives, which may end
-    in a signature, are pictures."""
+    in a signature, and of folders without a manifest are pictures."""
     if is_url(path):
-        return file_ending(path) != ".tar"
+        return file_ending(path) != ".tar" and has_manifest(path, subfolder=subfolder)
     return Path(path).is_dir() and find_store(Path(path), subfolder=subfolder) is not None
 
 

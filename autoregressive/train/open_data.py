@@ -119,6 +119,9 @@ def open_texts(flags: T2ITrainFlags, tokenizer: tuple[str, VQModel] | None, *,
     not fit together."""
     if flags.gpt_type != "t2i":
         raise ValueError("--gpt-type c2i: this command trains on captions, autoregressive/train/train.py on classes")
+    if flags.control is not None:
+        raise ValueError(f"--control {flags.control}: control pictures are for models of classes, whose codes are "
+                         "extracted with them")
     if not 0 <= flags.short_caption_share <= 1:
         raise ValueError(f"--short-caption-share is {flags.short_caption_share}, expected a share from 0 to 1")
     if flags.text_features == "online" and (flags.t5_feat_path or flags.short_t5_feat_path):

@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from dataset.augmentation import center_crop
 from dataset.build import PairFlags, PictureFlags, flagged_pairs
 from dataset.pictures import PictureReader, UnreadableError
+from dataset.unreadable import PassedOver
 from evaluations.c2i.class_accuracy import keep_classifier, pictures_hash, read_classifier, train_classifier
 from evaluations.t2i.sample_folder import SampleFolderFlags, read_samples
 from utils import cli, dist
@@ -50,13 +51,16 @@ def real_pictures(flags: RetrievalFlags) -> tuple[np.ndarray, list[str]]:
     if len(pairs) > MOST_PICTURES:
         raise ValueError(f"there are {len(pairs)} real pictures; this score is for at most {MOST_PICTURES}: take "
                          "evaluations/t2i/evaluation.py")
-    pictures, captions = [], []
+    pictures, captions, passed_over = [], [], PassedOver()
     for index in range(len(pairs)):
         try:
             pictures.append(center_crop(pairs.image(index), flags.image_size))
-        except UnreadableError:
+        except UnreadableError as error:
+            passed_over.tell([str(error)])
             continue
         captions.append(pairs.captions(index).long)
+    if not pictures:
+        raise ValueError(f"none of the {len(pairs)} real pictures can be read")
     return np.stack(pictures), captions
 
 

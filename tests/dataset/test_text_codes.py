@@ -1,4 +1,5 @@
 """LlamaGen's codes of captioned pictures: a numbered file for each line of .jsonl files."""
+import fsspec
 import numpy as np
 import pytest
 
@@ -72,7 +73,16 @@ def test_what_holds_no_codes_of_the_lines_is_refused(data, tmp_path):
 
 
 @pytest.mark.parametrize(("url", "codes"), [
-    ("s3://bucket/t2i256_codes", True), ("s3://bucket/00000.tar", False),
+    ("memory://text/t2i256_codes", True), ("memory://text/archives", False), ("s3://bucket/00000.tar", False),
     ("https://server/{00000..00009}.TAR?signature=a.b", False)])
 def test_urls_of_archives_are_pictures_also_with_a_signature(url, codes):
+    files = fsspec.filesystem("memory")
+    files.pipe_file("/text/t2i256_codes/manifest.json", b"{}")
+    files.pipe_file("/text/archives/00000.tar", b"")
     assert holds_codes(url) == codes
+
+
+def test_a_package_that_a_url_needs_is_named_with_the_flag(monkeypatch):
+    monkeypatch.setattr(fsspec.core, "url_to_fs", lambda url: (_ for _ in ()).throw(ImportError("no s3fs")))
+    with pytest.raises(ValueError, match="--data-path s3://bucket/codes: s3:// needs s3fs"):
+        holds_codes("s3://bucket/codes")

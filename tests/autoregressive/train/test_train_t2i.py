@@ -218,6 +218,7 @@ def test_what_does_not_fit_is_one_line(store, code_store, tmp_path, capsys):
     assert "expected a share from 0 to 1" in said(capsys, *command, "--data-path", store, "--short-caption-share", 2)
     assert "give --vq-ckpt" in said(capsys, *command, "--data-path", tmp_path)
     assert "--data-path is missing" in said(capsys, *command)
+    assert "for models of classes" in said(capsys, *command, "--data-path", store, "--control", "canny")
     assert "--data-start and --data-end choose" in said(capsys, *command, "--data-path", store, "--data-start", 1)
     assert "there is no --data-path nowhere" in said(capsys, *command, "--data-path", "nowhere")
     assert "train_t2i.py takes captions" in said(capsys, "train_gpt", *QUICK_T2I[1:-2], "--code-path", code_store,
