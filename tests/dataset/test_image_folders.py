@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from autoregressive.sample.pipeline import Pipeline
+from autoregressive.sample.conditions import ClassConditions
 from dataset.image_folders import class_tree, flat_folder
 from dataset.loader import CentreCrops
 from dataset.pictures import endings
@@ -176,44 +176,33 @@ def test_names_of_files_can_do_nothing_to_a_terminal(tree, capsys):
 # ---- names of classes
 
 
-class Sampler(Pipeline):
-    """Only what names classes."""
-
-    def __init__(self, classes: list[str] | None, count: int) -> None:
-        self.classes, self.count = classes, count
-
-    @property
-    def num_classes(self) -> int:
-        return self.count
-
-
 def test_a_word_that_is_a_class_name_means_that_name(capsys):
     numbers = sorted(str(i) for i in range(12))  # 0, 1, 10, 11, 2, …
-    sampler = Sampler(numbers, 12)
-    assert [numbers[label] for label in sampler.parse_classes("2, 10,0")] == ["2", "10", "0"]
+    sampler = ClassConditions(12, numbers)
+    assert [numbers[label] for label in sampler.parse("2, 10,0")] == ["2", "10", "0"]
     said = capsys.readouterr().err
     assert "class 2 is taken as the class of that name, whose number is 4; number 2 is named 10" in said
     assert said.count("\n") == 2  # for 0 name and number agree
-    assert sampler.parse_classes("007") == [7]  # no name: a number
+    assert sampler.parse("007") == [7]  # no name: a number
 
 
 def test_names_may_hold_commas_and_blanks():
-    sampler = Sampler(["goldfish", "tench, Tinca tinca", "the 'big\" one", "3"], 4)
-    assert sampler.parse_classes("tench, Tinca tinca") == [1]
-    assert sampler.parse_classes('"tench, Tinca tinca",goldfish') == [1, 0]
-    assert sampler.parse_classes('goldfish , "tench, Tinca tinca", 0,3') == [0, 1, 0, 3]
-    assert sampler.parse_classes("the 'big\" one") == [2]
-    blanks = Sampler(["a", " b ", "c\nd"], 3)
-    assert blanks.parse_classes(" b ") == [1] and blanks.parse_classes("c\nd") == [2]
-    assert blanks.parse_classes('" b ", "c\nd",a ') == [1, 2, 0]
+    sampler = ClassConditions(4, ["goldfish", "tench, Tinca tinca", "the 'big\" one", "3"])
+    assert sampler.parse("tench, Tinca tinca") == [1]
+    assert sampler.parse('"tench, Tinca tinca",goldfish') == [1, 0]
+    assert sampler.parse('goldfish , "tench, Tinca tinca", 0,3') == [0, 1, 0, 3]
+    assert sampler.parse("the 'big\" one") == [2]
+    blanks = ClassConditions(3, ["a", " b ", "c\nd"])
+    assert blanks.parse(" b ") == [1] and blanks.parse("c\nd") == [2]
+    assert blanks.parse('" b ", "c\nd",a ') == [1, 2, 0]
     with pytest.raises(ValueError, match="double quotes"):
-        blanks.parse_classes("a,c\nd")
+        blanks.parse("a,c\nd")
     for text, says in (("tench", "double quotes"), ("4", "out of range"), ("-1", "out of range"), (" , ", "no class"),
                        ("1.5", "unknown"), ("²", "unknown")):
         with pytest.raises(ValueError, match=says):
-            sampler.parse_classes(text)
+            sampler.parse(text)
     with pytest.raises(ValueError, match="use numbers"):
-        Sampler(None, 4).parse_classes("goldfish")
+        ClassConditions(4, None).parse("goldfish")
 
 
 def test_the_states_of_many_files_are_asked_for_in_groups(tmp_path, monkeypatch):
