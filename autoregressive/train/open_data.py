@@ -99,11 +99,13 @@ def open_captioned(flags: T2ITrainFlags, tokenizer: tuple[str, VQModel] | None) 
         pairs = flagged_pairs(flags, reader=reader, smallest=flags.least(size), emoji_size=max(size))
         stores = [OnlineCodes(pairs, tokenizer[1], name=tokenizer[0], size=size)]
     for column, path in (("features", flags.t5_feat_path), ("short_features", flags.short_t5_feat_path)):
-        paths = [] if path is None else path.split(",")
-        if paths and len(paths) != len(stores):
+        if path is None:
+            continue
+        paths = path.split(",")
+        if len(paths) != len(stores):
             raise ValueError(f"{len(paths)} folders of features for {len(stores)} of codes: give one for each, in the "
                              "same order, with commas between")
-        for store, one in zip(stores, paths, strict=False):
+        for store, one in zip(stores, paths, strict=True):
             attach_features(store, one, column=column)
     if len(stores) > 1:
         return Mixture(names, stores, flags.store_weights or (1.0,) * len(stores))
