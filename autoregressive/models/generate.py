@@ -71,6 +71,44 @@ def generate(model: CodeModel, cond: ArrayLike, max_new_tokens: int, emb_masks: 
     finite.
     """
     device = cond.device if isinstance(cond, Tensor) else next(model.parameters()).device
+    with _evaluating(model):
+        requests = requests_for(
+            model, cond, max_new_tokens, emb_masks, cfg_scale=cfg_scale, cfg_interval=cfg_interval,
+            temperature=temperature, top_k=top_k, top_p=top_p, sample_logits=sample_logits, generators=generators,
+            decode=decode, window=window, schedule=schedule, orders=orders, known=known, control=control,
+            control_strength=control_strength)
+        known = read_known(model, known, (len(requests), int(max_new_tokens)))
+        codes, broken, homes = known.to(device, copy=True), [None] * len(requests), {}
+        decoder, steps = take_decoder(model), 0
+        wanted = [request for request in requests if request is not None]
+        decoder.reserve(len(requests), length=max_new_tokens, guided=any(one.plan.guided_until for one in wanted))
+        for image, request in enumerate(requests):
+            if request is not None:
+                homes[decoder.join(request)] = image
+        while decoder.active:
+            for done in decoder.step():
+                codes[homes[done.slot]], broken[homes[done.slot]] = done.codes, done.broken
+            steps += 1
+        check_logits(broken)
+    give_back(model, decoder)  # only after success: after an error its memory is free
+    if statistics is not None:
+        drawn = int((known < 0).sum(1).max())
+        statistics.steps, statistics.tokens = max(0, steps - 1), max(0, drawn - 1)
+        statistics.window = sorted(one.plan.window for one in wanted)[len(wanted) // 2] if wanted else 1
+    return codes
+
+
+def requests_for(model: CodeModel, cond: ArrayLike, max_new_tokens: int, emb_masks: ArrayLike | None = None, *,
+                 cfg_scale: ArrayLike = 1.0, cfg_interval: float = -1, temperature: ArrayLike = 1.0,
+                 top_k: ArrayLike = 0, top_p: ArrayLike = 1.0, sample_logits: bool = True,
+                 generators: Sequence[torch.Generator] | None = None, decode: Decode = "auto",
+                 window: int | None = None, schedule: DrawSchedule | None = None, orders: ArrayLike | None = None,
+                 known: ArrayLike | None = None, control: Sequence[ArrayLike | None] | Tensor | None = None,
+                 control_strength: ArrayLike = 1.0, beside: int = 0) -> list[Request | None]:
+    """What a `CodeDecoder` is asked for each image of a call of `generate`, whose arguments these are; None for an
+    image of which all codes are known. beside: rows of other images in the decoder, for the choice of windows.
+    Raises ValueError for what makes no sense. The model must be in eval mode.
+    """
     cond = read_conditions(model, cond)
     orders = None if orders is None else integers("orders are", orders)
     emb_masks = None if emb_masks is None else torch.as_tensor(emb_masks).cpu()
@@ -84,39 +122,20 @@ def generate(model: CodeModel, cond: ArrayLike, max_new_tokens: int, emb_masks: 
     for values in zip(temperatures, ks, ps, strict=True):
         check_sampling(temperature=values[0], top_k=values[1], top_p=values[2])
     keys = draw_keys(generators, batch)
-
-    with _evaluating(model):
-        steps = math.floor(cfg_interval) + 2 if cfg_interval > -1 else None  # that are guided, the prefill's included
-        if model.any_order:
-            plans = any_order_plans(model, schedule or DrawSchedule(), given, orders=orders,
-                                    generators=generators or [None] * batch,
-                                    scales=scales, guided_steps=steps)
-        else:
-            plans = raster_plans(model, given, decode=decode, window=window, scales=scales, guided_steps=steps)
-        terms = control_of(model, control, per_image("control_strength", control_strength, batch))
-        conditions = cond.tolist() if cond.ndim == 1 else cond
-        visible = [None] * batch if emb_masks is None else emb_masks
-
-        decoder, steps = take_decoder(model), 0
-        decoder.reserve(batch, length=max_new_tokens, guided=max(scales) > 1)
-        codes, broken, homes = known.to(device, copy=True), [None] * batch, {}
-        for image, (condition, plan, *settings) in enumerate(zip(
-                conditions, plans, keys, temperatures, ks, ps, visible, strict=True)):
-            if plan is not None:
-                first = known[image, plan.order[:plan.known]]
-                homes[decoder.join(Request(condition, plan, *settings, greedy=not sample_logits, known=first,
-                                           control=terms[image]))] = image
-        while decoder.active:
-            for done in decoder.step():
-                codes[homes[done.slot]], broken[homes[done.slot]] = done.codes, done.broken
-            steps += 1
-        check_logits(broken)
-    give_back(model, decoder)  # only after success: after an error its memory is free
-    if statistics is not None:
-        drawn = int((~given).sum(1).max())
-        statistics.steps, statistics.tokens = max(0, steps - 1), max(0, drawn - 1)
-        statistics.window = sorted(plan.window for plan in plans if plan is not None)[len(homes) // 2] if homes else 1
-    return codes
+    steps = math.floor(cfg_interval) + 2 if cfg_interval > -1 else None  # that are guided, the prefill's included
+    if model.any_order:
+        plans = any_order_plans(model, schedule or DrawSchedule(), given, orders=orders,
+                                generators=generators or [None] * batch, scales=scales, guided_steps=steps)
+    else:
+        plans = raster_plans(model, given, decode=decode, window=window, scales=scales, guided_steps=steps,
+                             beside=beside)
+    terms = control_of(model, control, per_image("control_strength", control_strength, batch))
+    conditions = cond.tolist() if cond.ndim == 1 else cond
+    visible = [None] * batch if emb_masks is None else emb_masks
+    return [None if plan is None else Request(condition, plan, *settings, greedy=not sample_logits,
+                                              known=image[plan.order[:plan.known]], control=control_terms)
+            for condition, plan, image, control_terms, *settings in zip(
+                conditions, plans, known, terms, keys, temperatures, ks, ps, visible, strict=True)]
 
 
 def control_of(model: CodeModel, pictures: Sequence[ArrayLike | None] | Tensor | None,

@@ -19,8 +19,9 @@ Decode = Literal["auto", "sequential", "jacobi"]
 
 
 def raster_plans(model: CodeModel, given: Tensor, *, decode: Decode, window: int | None, scales: list[float],
-                 guided_steps: int | None) -> list[Raster | None]:
+                 guided_steps: int | None, beside: int = 0) -> list[Raster | None]:
     """Plans of a GPT, given (B, L) bool: which cells are known; None for an image of which nothing is left to draw.
+    beside: rows of other images that are decoded at the same time.
 
     Raises ValueError where cells are known after one that is to be drawn.
     """
@@ -31,7 +32,7 @@ def raster_plans(model: CodeModel, given: Tensor, *, decode: Decode, window: int
             first = int((~given[image]).nonzero()[0])
             raise ValueError(f"of image {image} cell {first} is to be drawn and a later one is known: a GPT draws row "
                              "by row, so that it can redraw everything from a cell on; an ARPG redraws any cells")
-    rows, price = batch + sum(scale > 1 for scale in scales), 0.0
+    rows, price = beside + batch + sum(scale > 1 for scale in scales), 0.0
     if decode == "auto":
         window, price = best_window(model, rows=rows, windows=WINDOWS if window is None else [window])
     elif decode == "jacobi" and window is None:

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from autoregressive.control.adapter import PREFIX, AdapterArgs, attach
 from autoregressive.models.base import CodeModel
 from autoregressive.models.blocks import FeedForward
-from autoregressive.models.generate import generate
+from autoregressive.models.generate import generate, requests_for
 from autoregressive.models.native_engine import WEIGHTS, fitting_kernels
+from autoregressive.models.plan import Request
 from autoregressive.models.planning import Decode
 from autoregressive.models.quantized import quantize_
 from autoregressive.models.registry import MODELS, facts_of, recorded_options
@@ -89,19 +90,30 @@ class Pipeline:
 
     def draw(self, given: Sequence[int] | Sequence[Tensor], *, seed: int, generators: list[torch.Generator],
              known: Tensor | None = None, control: list[Tensor | None] | None = None,
-             control_strength: float = 1.0) -> Tensor:
+             control_strength: float = 1.0, **settings) -> Tensor:
         """Labels or text features, `conditions.nothing` for none, and the random stream of each image → codes (B, h*w)
         on the GPT's device. known (B, h*w): codes that stay as they are, -1 where one is to be drawn; control: see
-        `sample_codes`."""
-        orders, settings = None, self.settings
+        `sample_codes`; settings: cfg_scale, temperature, … in place of the pipeline's own."""
+        return generate(self.gpt, generators=generators, known=known, control=control,
+                        control_strength=control_strength, **self.arguments(given, seed=seed, **settings))
+
+    def requests(self, given: Sequence[int] | Sequence[Tensor], *, seed: int, generators: list[torch.Generator],
+                 known: Tensor | None = None, beside: int = 0, **settings) -> list[Request | None]:
+        """What a `CodeDecoder` is asked to draw the images of `draw`; None for an image of which all codes are known.
+        beside: rows of other images in that decoder."""
+        return requests_for(self.gpt, generators=generators, known=known, beside=beside,
+                            **self.arguments(given, seed=seed, **settings))
+
+    def arguments(self, given: Sequence[int] | Sequence[Tensor], *, seed: int, **settings) -> dict[str, Any]:
+        """What `generate` takes for labels or text features; settings: in place of the pipeline's own, among them
+        `schedule`."""
+        settings = {"decode": self.decode, "schedule": self.schedule} | self.settings | settings
+        orders = None
         if self.shared_order:
             orders = torch.from_numpy(cell_order("random", self.gpt.config.grid,
                                                  sample_generator(seed ^ ORDER_STREAM, 0)))
-        settings = settings | self.conditions.arguments(given, cfg_scale=settings["cfg_scale"],
-                                                        device=next(self.gpt.parameters()).device)
-        return generate(self.gpt, max_new_tokens=self.gpt.config.block_size, generators=generators, decode=self.decode,
-                        schedule=self.schedule, orders=orders, known=known, control=control,
-                        control_strength=control_strength, **settings)
+        return settings | {"max_new_tokens": self.gpt.config.block_size, "orders": orders} | self.conditions.arguments(
+            given, cfg_scale=settings["cfg_scale"], device=next(self.gpt.parameters()).device)
 
     def to_pixels(self, codes: Tensor, *, size: tuple[int, int] | None = None) -> np.ndarray:
         """Codes (B, h*w) → uint8 (B, H, W, 3), resized to `size`."""
