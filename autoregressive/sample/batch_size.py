@@ -48,11 +48,12 @@ def decoder_bytes(pipeline: Pipeline, device: torch.device, *, canvas: tuple[int
     return at_once * config.ch * max(config.decoder_ch_mult[:2]) * 4 * pixels * DECODER_COPIES
 
 
-def batch_that_fits(pipeline: Pipeline, device: torch.device, *, canvas: tuple[int, int] | None = None) -> int:
-    """The largest batch that fits into the free memory of `device`; at least 1, at most ENOUGH. canvas: see
+def batch_that_fits(pipeline: Pipeline, device: torch.device, *, canvas: tuple[int, int] | None = None,
+                    most: int | None = None) -> int:
+    """The largest batch that fits into the free memory of `device`; at least 1, at most `most`, or ENOUGH. canvas: see
     `bytes_per_image`."""
     room = SHARE * free_memory(device) - decoder_bytes(pipeline, device, canvas=canvas)
-    return max(1, min(ENOUGH[device.type], int(room / bytes_per_image(pipeline, device, canvas=canvas))))
+    return max(1, min(most or ENOUGH[device.type], int(room / bytes_per_image(pipeline, device, canvas=canvas))))
 
 
 def free_memory(device: torch.device) -> float:

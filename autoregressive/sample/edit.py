@@ -23,17 +23,15 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from autoregressive.sample.batch_size import batch_that_fits, even_batch
-from autoregressive.sample.editing import Edited, check_edit, edit
-from autoregressive.sample.masks import Canvas, as_mask, box_mask, stretched
+from autoregressive.sample.editing import Edited, check_edit, edit, model_view
+from autoregressive.sample.masks import Canvas, as_mask, box_mask
 from autoregressive.sample.options import ClassesFlags, SampleFlags
 from autoregressive.sample.pipeline import Pipeline, load_pipeline
-from autoregressive.sample.seams import GREY, filled, strip
-from dataset.augmentation import center_crop, covering
+from autoregressive.sample.seams import GREY, strip
 from dataset.build import PictureFlags
 from dataset.pictures import PictureReader, endings
 from utils import cli, dist, images
@@ -90,18 +88,6 @@ def asked_mask(flags: EditFlags, size: tuple[int, int], reader: PictureReader) -
     return mask
 
 
-def model_view(picture: Image.Image, mask: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """A picture and its mask, cropped and resized as pictures for training are. Raises ValueError if that cuts the
-    whole mask off."""
-    _, whole = covering(picture, size)
-    corner = (whole[0] - size[0]) // 2, (whole[1] - size[1]) // 2
-    view = stretched(mask, whole, corner=corner, kept=size)
-    if mask.any() and not view.any():
-        raise ValueError(f"the mask lies in the part of the picture that is cut off to make it {size[0]}x{size[1]}: "
-                         "crop the picture yourself, or edit it whole by --keep-size")
-    return center_crop(picture, size), view
-
-
 def overwrites(output: str, path: str) -> bool:
     """Whether an edit into the folder `output` may write to `path`: an earlier result, edited once more, say."""
     place = Path(path).resolve()
@@ -135,12 +121,7 @@ def main(flags: EditFlags) -> None:
 
     image = original = np.asarray(picture)
     if not flags.keep_size:
-        marked = np.zeros(size, bool) if mask is None else mask
-        image = original = center_crop(picture, pipeline.image_size)
-        if flags.redraw is None:  # before pixels of the hole are mixed with their neighbours
-            image = center_crop(Image.fromarray(filled(np.asarray(picture), marked)), pipeline.image_size)
-        original, marked = model_view(picture, marked, pipeline.image_size)
-        mask = None if mask is None else marked
+        image, original, mask = model_view(picture, mask, pipeline.image_size, fill=flags.redraw is None)
     jobs = [(label, index) for label in labels for index in range(flags.variants)]
     layout = Canvas.around(original.shape[:2], flags.canvas, flags.place)
     drawn = tuple(map(max, layout.size, pipeline.image_size))  # a small canvas still takes a whole window

@@ -16,6 +16,7 @@ from autoregressive.sample import edit as command
 from autoregressive.sample.editing import edit
 from autoregressive.sample.pipeline import Pipeline
 from autoregressive.sample.seams import filled
+from dataset.augmentation import center_crop
 from tests.autoregressive.sample.editing import CLASSES, GRID, SIZE, block, picture, pipeline_of
 from tests.conftest import ROOT
 from utils import cli, dist, images
@@ -71,10 +72,10 @@ def test_the_command_writes_results_strip_and_numbers(run, tmp_path, capsys, arp
     assert {"redrawn", "cells", "seam_psnr", "seam_psnr_decoded", "known_psnr", "file"} <= saved["results"][0].keys()
     assert saved["box"] == [8, 8, 16, 12] and saved["models"]["gpt_model"] == "ARPG-S"
     assert "4 images of 16x24" in capsys.readouterr().out
-    _, mask = command.model_view(Image.open("photo.png"), block(8, 8, 12, 16, (32, 40)), SIZE)
+    _, _, mask = command.model_view(Image.open("photo.png"), block(8, 8, 12, 16, (32, 40)), SIZE)
     assert np.array_equal(mask, block(3, 4, 8, 11))  # 32x40 becomes 19x24, of which a row is cut off above
     hidden = filled(picture((32, 40)), block(8, 8, 12, 16, (32, 40)))
-    image = command.center_crop(Image.fromarray(hidden), SIZE)
+    image = center_crop(Image.fromarray(hidden), SIZE)
     made = edit(arpg, image, mask, conditions=[0], indices=[1], seed=4, paste=1)
     assert np.array_equal(images.load_png(tmp_path / "edited" / "000003.png"), made.pictures[0])
 

@@ -1,0 +1,197 @@
+"""The decoder of this program as a backend: in a process of its own (engine_process.py), which is started again should
+it die."""
+import asyncio
+import collections
+import itertools
+import multiprocessing
+import queue
+import threading
+import time
+from collections.abc import AsyncIterator, Sequence
+from multiprocessing.connection import Connection
+from typing import Literal
+
+from autoregressive.serve.protocol import MOST_IMAGES, Job, ModelCard, OverloadedError, Picture, UnavailableError
+from autoregressive.serve.served import ServedModel
+from utils import cli
+
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds before a process that died is started again
+LASTING = 30.0  # seconds after which a process counts as sound
+RATE_OVER = 64  # pictures from whose times the rate is estimated
+
+
+class FailedError(RuntimeError):
+    """A picture could not be drawn."""
+
+
+class NativeBackend:
+    """See `Backend`. At most `slots` images of a model are decoded at once, and at most `waiting` more wait."""
+
+    def __init__(self, models: Sequence[ServedModel], *, slots: int = 64, waiting: int = 256) -> None:
+        assert slots > 0 and waiting >= 0, (slots, waiting)
+        self.models, self.slots, self.most = list(models), slots, max(MOST_IMAGES, slots + waiting)
+        self.cards: list[ModelCard] = []
+        self.decoding = self.held = 0  # images that are decoded and that wait, as the process last said
+        self.restarts = 0
+        self._jobs: dict[int, asyncio.Queue] = {}
+        self._left: dict[int, int] = {}  # pictures that a job still waits for
+        self._numbers = itertools.count()
+        self._ready: asyncio.Future | None = None
+        self._again: asyncio.Task | None = None
+        self._finished: collections.deque[float] = collections.deque(maxlen=RATE_OVER)
+        self._stopped = False
+        self._process: multiprocessing.Process | None = None
+        self._outbox: queue.SimpleQueue = queue.SimpleQueue()
+
+    @property
+    def state(self) -> Literal["ready", "loading"]:
+        """See `Backend`."""
+        ready = self._ready is not None and self._ready.done() and not self._ready.exception()
+        return "ready" if ready and not self._stopped else "loading"
+
+    @property
+    def pid(self) -> int | None:
+        """Of the process that draws."""
+        return self._process and self._process.pid
+
+    async def start(self) -> None:
+        """See `Backend`."""
+        self._loop = asyncio.get_running_loop()
+        self._launch()
+        self.cards = await self._ready
+
+    async def stop(self) -> None:
+        """See `Backend`."""
+        self._stopped = True
+        if self._again is not None:
+            self._again.cancel()
+        self._give_up("the server is being stopped")
+        self._outbox.put(None)
+        process = self._process
+        if process is not None:
+            await asyncio.to_thread(process.join, 5.0)
+            if process.is_alive():
+                process.kill()
+                await asyncio.to_thread(process.join)
+
+    async def draw(self, job: Job) -> AsyncIterator[Picture]:
+        """See `Backend`."""
+        if self.state != "ready":
+            raise UnavailableError("the models are being loaded: try again in some seconds")
+        outstanding = sum(self._left.values())
+        if outstanding + len(job.indices) > self.most:
+            raise OverloadedError(f"{outstanding} images are being drawn or wait, and {len(job.indices)} more are too "
+                                  f"many: there is room for {self.most}", seconds=self._seconds_for(outstanding))
+        number, events = next(self._numbers), asyncio.Queue()
+        self._jobs[number], self._left[number] = events, len(job.indices)
+        self._outbox.put(("draw", number, job))
+        try:
+            while self._left[number]:
+                event = await events.get()
+                if isinstance(event, Exception):
+                    self._left[number] = 0
+                    raise event
+                if event.partial is None:
+                    self._left[number] -= 1
+                    self._finished.append(time.monotonic())
+                yield event
+        finally:
+            del self._jobs[number]
+            if self._left.pop(number):
+                self._outbox.put(("cancel", number))
+
+    def _seconds_for(self, images: int) -> int:
+        """About how long so many images take, by the last ones; 1 to 60 seconds."""
+        if len(self._finished) < 2:
+            return 1
+        rate = (len(self._finished) - 1) / max(1e-3, self._finished[-1] - self._finished[0])
+        return max(1, min(60, round(images / rate)))
+
+    # ---- the process
+
+    def _launch(self) -> None:
+        """Start a process; `_ready` is done when it has loaded the models, or has failed to."""
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        from autoregressive.serve import engine_process
+
+        self._ready, self._outbox, self._began = self._loop.create_future(), queue.SimpleQueue(), time.monotonic()
+        self._process = context.Process(target=engine_process.main, args=(theirs, self.models, self.slots),
+                                        name="engine", daemon=True)
+        self._process.start()
+        theirs.close()
+        for work in (self._send, self._receive):
+            threading.Thread(target=work, args=(ours, self._outbox, self._ready), daemon=True).start()
+
+    def _send(self, connection: Connection, outbox: queue.SimpleQueue, ready: asyncio.Future) -> None:
+        """Thread: send what is put into the outbox; None closes the pipe."""
+        try:
+            while (message := outbox.get()) is not None:
+                connection.send(message)
+        except OSError:
+            pass  # `_receive` sees it too
+        connection.close()
+
+    def _receive(self, connection: Connection, outbox: queue.SimpleQueue, ready: asyncio.Future) -> None:
+        """Thread: hand what comes to the event loop."""
+        try:
+            while True:
+                self._loop.call_soon_threadsafe(self._note, ready, connection.recv())
+        except (EOFError, OSError):
+            outbox.put(None)
+        except RuntimeError:
+            return  # the event loop is closed
+        try:
+            self._loop.call_soon_threadsafe(self._lost, ready)
+        except RuntimeError:
+            return
+
+    def _note(self, ready: asyncio.Future, message: tuple) -> None:
+        """What the process said."""
+        if ready is not self._ready:
+            return  # an earlier process
+        kind, *rest = message
+        if kind == "ready":
+            ready.set_result(*rest)
+        elif kind == "load":
+            self.decoding, self.held = rest
+        elif rest[0] is None:
+            ready.set_exception(ValueError(rest[1]))
+        elif (events := self._jobs.get(rest[0])) is not None:
+            events.put_nowait(rest[1] if kind == "picture" else
+                              ValueError(rest[1]) if kind == "refused" else FailedError(rest[1]))
+
+    def _give_up(self, why: str) -> None:
+        """Tell all jobs that they will not be finished."""
+        self.decoding = self.held = 0
+        for events in self._jobs.values():
+            events.put_nowait(UnavailableError(why))
+
+    def _lost(self, ready: asyncio.Future) -> None:
+        """The process is gone: jobs fail now, and another is started."""
+        if ready is not self._ready or self._stopped:
+            return
+        self._give_up("the process that draws has died and is being started again: try again in some seconds")
+        if not ready.done():
+            ready.set_exception(ValueError("the process that draws ended while it loaded the models (out of memory?)"))
+        first_start = not self.cards
+        if not first_start:
+            code = self._process.exitcode
+            cli.warn(f"the process that draws has died{f' (exit code {code})' if code is not None else ''}; another "
+                     "one is started", kind="note")
+            self._ready = None
+            self._again = self._loop.create_task(self._start_again())
+
+    async def _start_again(self) -> None:
+        """Start processes, after longer and longer pauses, until one has loaded the models."""
+        pause = FIRST_PAUSE
+        while not self._stopped:
+            self.restarts += 1
+            self._launch()
+            try:
+                self.cards = await self._ready
+                return
+            except ValueError as error:
+                cli.warn(f"{cli.message(error)}; tried again in {pause:g} s")
+            await asyncio.sleep(pause)
+            pause = min(LONGEST_PAUSE, 2 * pause)
