@@ -84,7 +84,7 @@ class Job:
     top_p: float = 1.0
     steps: int | None = None  # of an ARPG; None: the model's default
     partials: int = 0  # pictures of each image before it is complete
-    image: np.ndarray | None = field(default=None, repr=False)  # an edit: uint8 (H, W, 3) of the model's size
+    image: np.ndarray | None = field(default=None, repr=False)  # an edit: uint8 (H, W, 3), cropped as by edit.py
     mask: np.ndarray | None = field(default=None, repr=False)  # bool (H, W): what is drawn anew
     paste: int | None = None  # of an edit: known pixels as they were, mixed up to so many pixels from the mask
 
@@ -135,6 +135,10 @@ class Picture:
 
 class Backend(Protocol):
     """What draws. All methods belong to one event loop."""
+
+    decoding: int  # images that are decoded now
+    held: int  # images that wait for a place
+    restarts: int  # how often the process that draws was started again
 
     async def start(self) -> None:
         """Load the models; returns when `draw` can be called. Raises ValueError or FileNotFoundError."""
