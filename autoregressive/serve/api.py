@@ -9,8 +9,10 @@ the one that the grid commands draw with the same settings, whatever else is bei
 """
 import asyncio
 import os
+import signal
 import socket
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,6 +77,14 @@ async def serve(flags: ServerFlags, backend: Backend, bound: socket.socket) -> N
 
     from autoregressive.serve.routes import make_app
 
+    class Server(uvicorn.Server):
+        """Ends in order on a signal, and does not raise it once more afterwards."""
+
+        def capture_signals(self) -> AbstractContextManager[None]:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                asyncio.get_running_loop().add_signal_handler(number, self.handle_exit, number, None)
+            return nullcontext()
+
     try:
         await backend.start()
         app = make_app(backend, api_key=flags.key, request_seconds=flags.request_seconds,
@@ -83,8 +93,8 @@ async def serve(flags: ServerFlags, backend: Backend, bound: socket.socket) -> N
         names = ", ".join(card.name for card in backend.cards)
         print(f"ready: http://{f'[{host}]' if ':' in host else host}:{port}/v1/images/generations draws {names}",
               flush=True)
-        await uvicorn.Server(uvicorn.Config(app, log_level="warning", limit_concurrency=CONNECTIONS,
-                                            timeout_graceful_shutdown=flags.drain_seconds)).serve(sockets=[bound])
+        await Server(uvicorn.Config(app, log_level="warning", limit_concurrency=CONNECTIONS,
+                                    timeout_graceful_shutdown=flags.drain_seconds)).serve(sockets=[bound])
     finally:
         await backend.stop()
 

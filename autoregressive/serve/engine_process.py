@@ -1,7 +1,7 @@
 """The process that draws for a server: models, and for each a decoder whose images join and leave at any step.
 
 It is started by native_backend.py and talks with it through a pipe. To it: ("draw", job's number, Job), ("cancel",
-number). From it: ("ready", cards), ("picture", number, Picture), ("refused", number, message), ("failed", number,
+number), ("stop", None). From it: ("ready", cards), ("picture", number, Picture), ("refused", number, message), ("failed", number,
 message), ("load", images being decoded, images waiting). It ends when the pipe is closed.
 """
 import queue
@@ -184,9 +184,9 @@ class ModelEngine:
             top_p=job.top_p)[0]
 
     def show(self, slot: int, wanted: Wanted) -> None:
-        """Send a partial picture if one is due: they come when equal shares of the codes are there."""
+        """Send a partial picture if one is due: they come when equal shares of what is to be drawn are there."""
         plan, partials = self.decoder.active[slot].request.plan, wanted.drawing.job.partials
-        share = plan.decided / len(plan.order)
+        share = (plan.decided - plan.known) / (len(plan.order) - plan.known)
         due = min(partials, int(share * (partials + 1)))
         if due <= wanted.shown:
             return
@@ -277,22 +277,22 @@ class Engines:
         threading.Thread(target=self.listen, daemon=True).start()
 
     def listen(self) -> None:
-        """Note what comes through the pipe; None when it is closed."""
+        """Note what comes through the pipe; that it is closed means to stop."""
         try:
             while True:
                 self.inbox.put(self.connection.recv())
         except (EOFError, OSError):
-            self.inbox.put(None)
+            self.inbox.put(("stop", None))
 
     def messages(self) -> Iterator[tuple]:
-        """What has come; waits for something if there is nothing to draw. Raises EOFError at the end."""
+        """What has come; waits for something if there is nothing to draw. Raises EOFError when this is the end."""
         idle = not any(engine.active or engine.waiting for engine in self.engines.values())
         while True:
             try:
                 message = self.inbox.get(block=idle)
             except queue.Empty:
                 return
-            if message is None:
+            if message[0] == "stop":
                 raise EOFError
             idle = False
             yield message

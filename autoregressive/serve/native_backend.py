@@ -16,7 +16,6 @@ from autoregressive.serve.served import ServedModel
 from utils import cli
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds before a process that died is started again
-LASTING = 30.0  # seconds after which a process counts as sound
 RATE_OVER = 64  # pictures from whose times the rate is estimated
 
 
@@ -31,7 +30,7 @@ class NativeBackend:
         assert slots > 0 and waiting >= 0, (slots, waiting)
         self.models, self.slots, self.most = list(models), slots, max(MOST_IMAGES, slots + waiting)
         self.cards: list[ModelCard] = []
-        self.decoding = self.held = 0  # images that are decoded and that wait, as the process last said
+        self.decoding = self.waiting = 0  # images that are decoded and that wait, as the process last said
         self.restarts = 0
         self._jobs: dict[int, asyncio.Queue] = {}
         self._left: dict[int, int] = {}  # pictures that a job still waits for
@@ -66,7 +65,7 @@ class NativeBackend:
         if self._again is not None:
             self._again.cancel()
         self._give_up("the server is being stopped")
-        self._outbox.put(None)
+        self._outbox.put(("stop", None))
         process = self._process
         if process is not None:
             await asyncio.to_thread(process.join, 5.0)
@@ -115,7 +114,7 @@ class NativeBackend:
         ours, theirs = context.Pipe()
         from autoregressive.serve import engine_process
 
-        self._ready, self._outbox, self._began = self._loop.create_future(), queue.SimpleQueue(), time.monotonic()
+        self._ready, self._outbox = self._loop.create_future(), queue.SimpleQueue()
         self._process = context.Process(target=engine_process.main, args=(theirs, self.models, self.slots),
                                         name="engine", daemon=True)
         self._process.start()
@@ -124,7 +123,7 @@ class NativeBackend:
             threading.Thread(target=work, args=(ours, self._outbox, self._ready), daemon=True).start()
 
     def _send(self, connection: Connection, outbox: queue.SimpleQueue, ready: asyncio.Future) -> None:
-        """Thread: send what is put into the outbox; None closes the pipe."""
+        """Thread: send what is put into the outbox, until that is None."""
         try:
             while (message := outbox.get()) is not None:
                 connection.send(message)
@@ -154,7 +153,7 @@ class NativeBackend:
         if kind == "ready":
             ready.set_result(*rest)
         elif kind == "load":
-            self.decoding, self.held = rest
+            self.decoding, self.waiting = rest
         elif rest[0] is None:
             ready.set_exception(ValueError(rest[1]))
         elif (events := self._jobs.get(rest[0])) is not None:
@@ -163,7 +162,7 @@ class NativeBackend:
 
     def _give_up(self, why: str) -> None:
         """Tell all jobs that they will not be finished."""
-        self.decoding = self.held = 0
+        self.decoding = self.waiting = 0
         for events in self._jobs.values():
             events.put_nowait(UnavailableError(why))
 
@@ -171,15 +170,12 @@ class NativeBackend:
         """The process is gone: jobs fail now, and another is started."""
         if ready is not self._ready or self._stopped:
             return
-        self._give_up("the process that draws has died and is being started again: try again in some seconds")
-        if not ready.done():
+        if not ready.done():  # who waits for it goes on from here
             ready.set_exception(ValueError("the process that draws ended while it loaded the models (out of memory?)"))
-        first_start = not self.cards
-        if not first_start:
-            code = self._process.exitcode
-            cli.warn(f"the process that draws has died{f' (exit code {code})' if code is not None else ''}; another "
-                     "one is started", kind="note")
+        elif not ready.exception():
             self._ready = None
+            self._give_up("the process that draws has died and is being started again: try again in some seconds")
+            cli.warn("the process that draws has died; another one is started")
             self._again = self._loop.create_task(self._start_again())
 
     async def _start_again(self) -> None:
@@ -187,11 +183,11 @@ class NativeBackend:
         pause = FIRST_PAUSE
         while not self._stopped:
             self.restarts += 1
-            self._launch()
             try:
+                self._launch()
                 self.cards = await self._ready
                 return
-            except ValueError as error:
+            except (ValueError, OSError) as error:
                 cli.warn(f"{cli.message(error)}; tried again in {pause:g} s")
             await asyncio.sleep(pause)
             pause = min(LONGEST_PAUSE, 2 * pause)

@@ -129,7 +129,7 @@ class Picture:
 
     which: int  # position in the job's indices
     pixels: np.ndarray  # uint8 (H, W, 3)
-    share: float  # of its codes that are drawn
+    share: float  # of the codes that are to be drawn
     partial: int | None = None  # number of a partial picture, from 0; None: it is complete
 
 
@@ -137,7 +137,7 @@ class Backend(Protocol):
     """What draws. All methods belong to one event loop."""
 
     decoding: int  # images that are decoded now
-    held: int  # images that wait for a place
+    waiting: int  # images that wait for a place
     restarts: int  # how often the process that draws was started again
 
     async def start(self) -> None:

@@ -20,7 +20,7 @@ class Telemetry:
                                  buckets=SECONDS, **own)
         for name, text, value in (
                 ("images_decoding", "Images that are decoded now", lambda: backend.decoding),
-                ("images_waiting", "Images that wait for a place", lambda: backend.held),
+                ("images_waiting", "Images that wait for a place", lambda: backend.waiting),
                 ("engine_ready", "1 if jobs are taken, 0 while models are loaded",
                  lambda: float(backend.state == "ready")),
                 ("engine_restarts", "How often the process that draws was started again", lambda: backend.restarts)):
