@@ -1,8 +1,8 @@
 """The process that draws for a server: models, and for each a decoder whose images join and leave at any step.
 
 It is started by native_backend.py and talks with it through a pipe. To it: ("draw", job's number, Job), ("cancel",
-number), ("stop", None). From it: ("ready", cards), ("picture", number, Picture), ("refused", number, message), ("failed", number,
-message), ("load", images being decoded, images waiting). It ends when the pipe is closed.
+number), ("stop", None). From it: ("ready", cards), ("picture", number, Picture), ("refused", number, message),
+("failed", number, message), ("load", images being decoded, images waiting). It ends too when the pipe is closed.
 """
 import queue
 import signal
