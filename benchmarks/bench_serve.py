@@ -19,7 +19,6 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
-from datetime import date
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from autoregressive.sample.pipeline import load_pipeline
 from autoregressive.serve.served import ServedModel, ServeFlags, served_models
-from benchmarks.machine import ROOT, cpu_name
+from benchmarks.machine import ROOT
+from benchmarks.sample_rows import surroundings
 from utils import cli
 from utils.cli import flag
 from utils.files import replacing
@@ -49,6 +49,7 @@ GiB | same |
 """
 ROUTE = "/v1/images/generations"
 WARM_UP = 8  # requests
+CPU = torch.device("cpu")
 
 
 @dataclass(kw_only=True)
@@ -57,7 +58,7 @@ class ServeBenchFlags(ServeFlags):
 
     clients: str = flag("1,8,32,64", "numbers of clients that ask at once, comma-separated; the first is compared with")
     each: int = flag(3, "requests of each client in a turn, at least 16 in all")
-    turns: int = flag(3, "turns of all servers and numbers of clients, one after the other")
+    rounds: int = flag(3, "rounds over all servers and numbers of clients, one after the other")
     vllm_python: str | None = flag(None, "Python of the environment that scripts/serve_env.sh makes: measure vLLM too")
     mixed: int = flag(0, "requests of many kinds from 64 clients, in place of the above")
     add_rows: bool = flag(True, "add the rows to benchmarks/results/serve.md")
@@ -129,7 +130,7 @@ def percentile(values: list[float], share: float) -> float:
     return float(np.quantile(values, share))
 
 
-def add_row(cells: list[str], *, write: bool) -> None:
+def add_serve_row(cells: list[str], *, write: bool) -> None:
     """Show a row and put it at the end of the results."""
     tqdm.write(" | ".join(cells))
     if write:
@@ -138,12 +139,7 @@ def add_row(cells: list[str], *, write: bool) -> None:
             temporary.write_text(f"{text}| {' | '.join(cells)} |\n")
 
 
-def surroundings() -> list[str]:
-    """Table cells: device and threads, versions and date."""
-    return [f"{cpu_name()}, {torch.get_num_threads()}", f"torch {torch.__version__}, {date.today()}"]
-
-
-def measure(servers: list[Server], model: ServedModel, flags: ServeBenchFlags) -> None:
+def measure_load(servers: list[Server], model: ServedModel, flags: ServeBenchFlags) -> None:
     """Rates and waiting times by the number of clients; the servers take turns."""
     counts, chance, classes = [int(word) for word in flags.clients.split(",")], random.Random(0), 8
 
@@ -154,8 +150,8 @@ def measure(servers: list[Server], model: ServedModel, flags: ServeBenchFlags) -
 
     for server in servers:
         asyncio.run(ask_all(server, jobs(WARM_UP), WARM_UP))
-    with tqdm(total=flags.turns * len(servers) * len(counts), desc="turns", unit="turn") as bar:
-        for _ in range(flags.turns):
+    with tqdm(total=flags.rounds * len(servers) * len(counts), desc="turns", unit="turn") as bar:
+        for _ in range(flags.rounds):
             for count in counts:
                 for server in servers:
                     spans, _, seconds = asyncio.run(ask_all(server, jobs(max(16, flags.each * count)), count))
@@ -166,9 +162,10 @@ def measure(servers: list[Server], model: ServedModel, flags: ServeBenchFlags) -
         first = statistics.median(server.rates[counts[0]])
         for count in counts:
             rate, spans = statistics.median(server.rates[count]), server.spans[count]
-            add_row([f"{server.backend}: {count}, {len(spans)}", *surroundings(), str(flags.turns), f"{rate:.1f}",
-                     f"{rate / first:.2f}×", f"{percentile(spans, 0.5):.3f}", f"{percentile(spans, 0.99):.3f}",
-                     f"{server.memory():.2f}", "-"], write=flags.add_rows)
+            add_serve_row([
+                f"{server.backend}: {count}, {len(spans)}", *surroundings(CPU), str(flags.rounds), f"{rate:.1f}",
+                f"{rate / first:.2f}×", f"{percentile(spans, 0.5):.3f}", f"{percentile(spans, 0.99):.3f}",
+                f"{server.memory():.2f}", "-"], write=flags.add_rows)
 
 
 def mixed_jobs(count: int) -> list[dict]:
@@ -182,7 +179,7 @@ def mixed_jobs(count: int) -> list[dict]:
 
 def offline(model: ServedModel, jobs: list[dict]) -> list[np.ndarray]:
     """The pictures of each job as the command line draws them, a few jobs with the same settings at a time."""
-    pipeline, found = load_pipeline(model.flags, device=torch.device("cpu")), []
+    pipeline, found = load_pipeline(model.flags, device=CPU), []
     for job in tqdm(jobs, desc="offline", unit="request"):
         pipeline.settings |= {name: job[name] for name in ("cfg_scale", "temperature", "top_k", "top_p")}
         indices = list(range(job["index"], job["index"] + job["n"]))
@@ -205,16 +202,17 @@ def measure_mixed(server: Server, model: ServedModel, flags: ServeBenchFlags) ->
             drawn += 1
             pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(datum["b64_json"]))))
             same += np.array_equal(pixels, expected)
-    add_row([f"{server.backend}, mixed: {clients}, {len(spans)} of {len(jobs)}", *surroundings(), "1",
-             f"{drawn / seconds:.1f}", "-", f"{percentile(spans, 0.5):.3f}", f"{percentile(spans, 0.99):.3f}",
-             f"{before:.2f}, {after:.2f}", f"{same} of {drawn}"], write=flags.add_rows)
+    add_serve_row([
+        f"{server.backend}, mixed: {clients}, {len(spans)} of {len(jobs)}", *surroundings(CPU), "1",
+        f"{drawn / seconds:.1f}", "-", f"{percentile(spans, 0.5):.3f}", f"{percentile(spans, 0.99):.3f}",
+        f"{before:.2f}, {after:.2f}", f"{same} of {drawn}"], write=flags.add_rows)
 
 
 def main(flags: ServeBenchFlags) -> None:
     """Start the servers, measure, stop them."""
     cli.require_package("httpx", purpose="the benchmark's clients")
-    if flags.turns < 1 or flags.each < 1 or not all(word.isdigit() and int(word) for word in flags.clients.split(",")):
-        raise ValueError("--turns, --each and --clients are numbers from 1 on")
+    if flags.rounds < 1 or flags.each < 1 or not all(word.isdigit() and int(word) for word in flags.clients.split(",")):
+        raise ValueError("--rounds, --each and --clients are numbers from 1 on")
     model, servers = served_models(flags)[0], []
     try:
         for backend, python in (("native", sys.executable), ("vllm", flags.vllm_python)):
@@ -223,7 +221,7 @@ def main(flags: ServeBenchFlags) -> None:
         if flags.mixed:
             measure_mixed(servers[0], model, flags)
         else:
-            measure(servers, model, flags)
+            measure_load(servers, model, flags)
     finally:
         for server in servers:
             server.process.terminate()

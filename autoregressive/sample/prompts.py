@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from autoregressive.sample.options import SampleFlags
 from autoregressive.sample.pipeline import Pipeline, load_pipeline
-from evaluations.t2i.layouts import Job, read_prompts
+from evaluations.t2i.layouts import PromptJob, read_prompts
 from language.text_encoder import TextEncoder, TextEncoderFlags, load_text_encoder
 from utils import cli, dist
 from utils.cli import flag
@@ -136,7 +136,7 @@ def beginning(text: str, length: int) -> str:
     return text if len(text) <= length else text[:length - 1] + "…"
 
 
-def draw_jobs(pipeline: Pipeline, jobs: Sequence[Job], features: dict[str, Tensor], *, seed: int) -> Tensor:
+def draw_jobs(pipeline: Pipeline, jobs: Sequence[PromptJob], features: dict[str, Tensor], *, seed: int) -> Tensor:
     """The codes (B, h*w) of some pictures of prompts."""
     streams = [torch.Generator().manual_seed(job.seed(seed)) for job in jobs]
     return pipeline.draw([features[job.prompt.text] for job in jobs], seed=seed, generators=streams)

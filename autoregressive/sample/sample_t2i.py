@@ -29,7 +29,7 @@ from autoregressive.sample.prompts import (
     prompts_from,
     typed,
 )
-from evaluations.t2i.layouts import Job, Prompt
+from evaluations.t2i.layouts import Prompt, PromptJob
 from utils import cli, dist, images
 from utils.cli import flag
 from utils.options import OutputFlags, RecipeFlags
@@ -74,7 +74,7 @@ def main(flags: PromptGridFlags) -> None:
     if output.is_dir() or output.suffix.lower() == ".json":
         raise ValueError(f"--output is {output}: expected the name of a picture, such as {PromptGridFlags.output}")
     prompts = asked_prompts(flags)
-    jobs = [Job(Prompt(text), p, j) for p, text in enumerate(prompts) for j in range(each)]
+    jobs = [PromptJob(Prompt(text), p, j) for p, text in enumerate(prompts) for j in range(each)]
     if len(jobs) > MOST_SHOWN:
         raise ValueError(f"{len(jobs)} pictures are too many for a grid, which holds {MOST_SHOWN}: draw them as a set "
                          "by sample_t2i_ddp.py --prompt-csv")

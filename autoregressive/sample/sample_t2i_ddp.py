@@ -28,7 +28,16 @@ from autoregressive.sample.pipeline import Pipeline
 from autoregressive.sample.prompts import TextSampleFlags, draw_jobs, encoder_for, features_of, load_text_pipeline
 from autoregressive.sample.set_claim import ENGINE, check_one_engine, checkpoint_name, claim, drawing_name, locked
 from autoregressive.sample.set_writer import LayoutWriter, decoding
-from evaluations.t2i.layouts import LAYOUTS, Job, Layout, Prompt, is_emoji, layout_for, read_prompts, remaining_jobs
+from evaluations.t2i.layouts import (
+    LAYOUTS,
+    Layout,
+    Prompt,
+    PromptJob,
+    is_emoji,
+    layout_for,
+    read_prompts,
+    remaining_jobs,
+)
 from utils import cli, dist
 from utils.cli import flag
 from utils.files import sweep
@@ -125,8 +134,8 @@ def complete(layout: Layout, flags: PromptSetFlags, pipeline: Pipeline, process:
             "finished already, nothing to sample"))
 
 
-def draw_missing(layout: Layout, flags: PromptSetFlags, pipeline: Pipeline, process: dist.Process, *, jobs: list[Job],
-                 features: dict[str, torch.Tensor], total: int) -> None:
+def draw_missing(layout: Layout, flags: PromptSetFlags, pipeline: Pipeline, process: dist.Process, *,
+                 jobs: list[PromptJob], features: dict[str, torch.Tensor], total: int) -> None:
     """Sample this process's `jobs`; the bar counts the `total` of all processes, estimated from the pace of this one.
     """
     stream = torch.cuda.Stream() if process.device.type == "cuda" else None
@@ -144,7 +153,7 @@ def draw_missing(layout: Layout, flags: PromptSetFlags, pipeline: Pipeline, proc
 
 def remove_unfinished(layout: Layout) -> None:
     """Remove what killed writers left, and pictures that are cut short, which are named."""
-    paths = {layout.path(Job(prompt, index, j)) for index, prompt in enumerate(layout.prompts)
+    paths = {layout.path(PromptJob(prompt, index, j)) for index, prompt in enumerate(layout.prompts)
              for j in range(layout.count)}
     for folder in {path.parent for path in paths}:
         sweep(folder)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from autoregressive.sample.pipeline import Pipeline
 from autoregressive.sample.sample_store import SampleStore
-from evaluations.t2i.layouts import Job, Layout
+from evaluations.t2i.layouts import Layout, PromptJob
 from utils import images
 
 AHEAD = 2  # batches that wait to be written; sampling waits when there are more
@@ -100,7 +100,7 @@ class LayoutWriter(BatchWriter):
         super().__init__()
         self.layout = layout
 
-    def write(self, items: Sequence[Job], make: Callable[[], np.ndarray]) -> None:
+    def write(self, items: Sequence[PromptJob], make: Callable[[], np.ndarray]) -> None:
         """Write the images of a batch."""
         for job, picture in zip(items, make(), strict=True):
             self.layout.write(job, picture)

@@ -34,8 +34,7 @@ from autoregressive.sample.prompts import TextSampleFlags, encoder_for, load_tex
 from autoregressive.serve.preview import preview
 from autoregressive.serve.protocol import Job, ModelCard, Picture
 from autoregressive.serve.served import ServedModel
-from evaluations.t2i.layouts import Job as PromptJob
-from evaluations.t2i.layouts import Prompt
+from evaluations.t2i.layouts import Prompt, PromptJob
 from utils import cli, dist
 from utils.checkpoints import containers
 from utils.finite import NotFiniteError
@@ -121,7 +120,7 @@ class ModelEngine:
     def fail(self, drawing: Drawing, error: Exception) -> None:
         """Tell what is wrong with a job, and drop it."""
         if not drawing.over:
-            self.send((reason(error), drawing.number, cli.message(error)))
+            self.send((outcome(error), drawing.number, cli.message(error)))
             self.cancel(drawing.number)
 
     def given(self, condition: int | str | None) -> Any:
@@ -260,7 +259,7 @@ def card_of(name: str, pipeline: Any, path: str) -> ModelCard:
                      pipeline.gpt.config.vocab_size, defaults, True, int(created))
 
 
-def reason(error: Exception) -> str:
+def outcome(error: Exception) -> str:
     """Whether a job was refused, which is its sender's mistake, or failed."""
     return "refused" if isinstance(error, ValueError) else "failed"
 
@@ -315,7 +314,7 @@ class Engines:
         try:
             self.engines[job.model].take(number, job)
         except Exception as error:
-            self.connection.send((reason(error), number, cli.message(error)))
+            self.connection.send((outcome(error), number, cli.message(error)))
             if not isinstance(error, ValueError):
                 traceback.print_exc()
 

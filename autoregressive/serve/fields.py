@@ -139,7 +139,7 @@ def picture_and_mask(image: bytes, mask: bytes | None, *, most_pixels: int) -> t
     none the white ones; without a mask the transparent parts of the picture. Raises RefusedError."""
     reader = PictureReader()
     opened = look_at(image, "image", most_pixels=most_pixels)
-    picture = read(reader, image, "image")
+    picture = opaque(reader, image, "image")
     source, name = (image, "image") if mask is None else (mask, "mask")
     holes = transparent(opened if mask is None else look_at(mask, "mask", most_pixels=most_pixels))
     if holes is None and mask is None:
@@ -147,7 +147,7 @@ def picture_and_mask(image: bytes, mask: bytes | None, *, most_pixels: int) -> t
                            param="mask")
     try:
         if holes is None:
-            holes = np.asarray(read(reader, source, name).convert("L"))
+            holes = np.asarray(opaque(reader, source, name).convert("L"))
         hole = as_mask(holes, (picture.height, picture.width))
     except ValueError as error:
         raise RefusedError(str(error), param=name) from None
@@ -170,7 +170,7 @@ def look_at(content: bytes, name: str, *, most_pixels: int) -> Image.Image:
     return picture
 
 
-def read(reader: PictureReader, content: bytes, name: str) -> Image.Image:
+def opaque(reader: PictureReader, content: bytes, name: str) -> Image.Image:
     """A picture, RGB. Raises RefusedError for a damaged one."""
     try:
         return reader.decoded(content, f"the {name}")

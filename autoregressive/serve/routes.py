@@ -76,12 +76,12 @@ class Routes:
 
     async def models(self) -> Response:
         """All models; the first is the default."""
-        return JSONResponse({"object": "list", "data": [described(card) for card in self.backend.cards]})
+        return JSONResponse({"object": "list", "data": [model_entry(card) for card in self.backend.cards]})
 
     async def model(self, name: str) -> Response:
         """One model."""
         try:
-            return JSONResponse(described(card_for(name, self.backend.cards)))
+            return JSONResponse(model_entry(card_for(name, self.backend.cards)))
         except RefusedError as error:
             return self.answer("models", error)
 
@@ -205,7 +205,7 @@ class Routes:
             self.telemetry.note(route, status, seconds=time.monotonic() - start if status == 200 else None)
 
 
-def described(card: ModelCard) -> dict[str, Any]:
+def model_entry(card: ModelCard) -> dict[str, Any]:
     """A model in OpenAI's shape, with what the card says."""
     return {**card.as_json(), "id": card.name, "object": "model", "owned_by": "llamagen"}
 

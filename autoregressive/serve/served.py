@@ -59,7 +59,7 @@ def served_models(flags: ServeFlags) -> list[ServedModel]:
     if flags.models is not None and flags.gpt_ckpt is not None:
         raise ValueError("--models and --gpt-ckpt both say which models: give one of them")
     if flags.models is not None:
-        entries = list(listed(flags))
+        entries = list(from_list(flags))
     elif flags.gpt_ckpt is not None:
         entries = [(flags.model_name or name_of(flags.gpt_ckpt), flags)]
     else:
@@ -84,7 +84,7 @@ def name_of(path: str) -> str:
     return Path(parents[-1]).stem if parents else "model"
 
 
-def listed(flags: ServeFlags) -> Iterator[tuple[str, ServeFlags]]:
+def from_list(flags: ServeFlags) -> Iterator[tuple[str, ServeFlags]]:
     """The entries of --models: (name, flags)."""
     path = Path(flags.models)
     try:
@@ -119,18 +119,18 @@ def from_quickstart(flags: ServeFlags) -> Iterator[tuple[str, ServeFlags]]:
     """The models that the quickstart trained, wherever the command is started: (name, flags)."""
     places = [QUICKSTART, Path(__file__).resolve().parents[2] / QUICKSTART]
     home = next((place for place in places if any((place / name).is_dir() for name in QUICKSTART_MODELS)), None)
-    found = [] if home is None else [name for name in QUICKSTART_MODELS if trained(home / name)]
-    if not found or not trained(home / "tokenizer"):
+    found = [] if home is None else [name for name in QUICKSTART_MODELS if newest_run(home / name)]
+    if not found or not newest_run(home / "tokenizer"):
         raise FileNotFoundError("no model is given, and the quickstart has trained none here: run bash "
                                 "scripts/quickstart.sh, or give --gpt-ckpt and --vq-ckpt")
     for folder in found:
         name, settings = QUICKSTART_MODELS[folder]
         settings = {key: value for key, value in settings.items() if getattr(flags, key) is None}
-        yield name, replace(flags, gpt_ckpt=str(trained(home / folder)), **settings,
-                            vq_ckpt=flags.vq_ckpt or str(trained(home / "tokenizer")))
+        yield name, replace(flags, gpt_ckpt=str(newest_run(home / folder)), **settings,
+                            vq_ckpt=flags.vq_ckpt or str(newest_run(home / "tokenizer")))
 
 
-def trained(folder: Path) -> Path | None:
+def newest_run(folder: Path) -> Path | None:
     """The newest run in a folder that has a checkpoint."""
     runs = sorted((run for run in folder.glob("[0-9]*-*") if any(run.glob("checkpoints/[0-9]*"))), reverse=True)
     return runs[0] if runs else None

@@ -32,7 +32,7 @@ class Prompt:
     metadata: dict[str, Any] = field(default_factory=dict)  # GenEval's line
 
 
-class Job(NamedTuple):
+class PromptJob(NamedTuple):
     """A picture to make."""
 
     prompt: Prompt
@@ -153,11 +153,11 @@ class Layout:
         """Prepare the folder; one process does."""
         raise NotImplementedError
 
-    def path(self, job: Job) -> Path:
+    def path(self, job: PromptJob) -> Path:
         """The file that the picture goes to."""
         raise NotImplementedError
 
-    def write(self, job: Job, image: np.ndarray) -> None:
+    def write(self, job: PromptJob, image: np.ndarray) -> None:
         """Write a picture, atomically."""
         images.save_png(self.path(job), image)
 
@@ -175,7 +175,7 @@ class FlatLayout(Layout):
         write_lines(self.folder / "captions.txt", texts)
         write_lines(self.folder / "result.jsonl", rows)
 
-    def path(self, job: Job) -> Path:
+    def path(self, job: PromptJob) -> Path:
         """images/<number>.png"""
         return self.folder / "images" / f"{job.prompt_index * self.count + job.image_index:06d}.png"
 
@@ -198,7 +198,7 @@ class GenEvalLayout(Layout):
         for index, prompt in enumerate(self.prompts):
             write_lines(self.folder / f"{index:05d}" / "metadata.jsonl", [json.dumps(prompt.metadata)])
 
-    def path(self, job: Job) -> Path:
+    def path(self, job: PromptJob) -> Path:
         """<prompt>/samples/<picture>.png"""
         return self.folder / f"{job.prompt_index:05d}" / "samples" / f"{job.image_index:05d}.png"
 
@@ -231,11 +231,11 @@ class DPGLayout(Layout):
         self.folder.mkdir(parents=True, exist_ok=True)
         sweep(self.folder)
 
-    def path(self, job: Job) -> Path:
+    def path(self, job: PromptJob) -> Path:
         """<id>.png, of all four pictures."""
         return self.folder / f"{job.prompt.name}.png"
 
-    def write(self, job: Job, image: np.ndarray) -> None:
+    def write(self, job: PromptJob, image: np.ndarray) -> None:
         """Keep a tile; with the fourth one, write the grid."""
         tiles = self.tiles.setdefault(job.prompt_index, {})
         tiles[job.image_index] = image
@@ -247,7 +247,7 @@ class DPGLayout(Layout):
 LAYOUTS = {"flat": FlatLayout, "geneval": GenEvalLayout, "dpg": DPGLayout}
 
 
-def remaining_jobs(layout: Layout, process: dist.Process) -> list[Job]:
+def remaining_jobs(layout: Layout, process: dist.Process) -> list[PromptJob]:
     """The pictures that this process should still make, prompt by prompt. All processes must call it together.
 
     The first process prepares the folder and looks which pictures exist. All pictures of a prompt go to one process.
@@ -256,12 +256,12 @@ def remaining_jobs(layout: Layout, process: dist.Process) -> list[Job]:
     if process.is_main:
         layout.begin()
         for index, prompt in enumerate(layout.prompts):
-            absent = [j for j in range(layout.count) if not layout.path(Job(prompt, index, j)).exists()]
+            absent = [j for j in range(layout.count) if not layout.path(PromptJob(prompt, index, j)).exists()]
             if absent:
                 missing[index] = absent
     missing = dist.broadcast_object(missing)
     mine = list(missing.items())[process.rank::process.world_size]
-    return [Job(layout.prompts[index], index, j) for index, absent in mine for j in absent]
+    return [PromptJob(layout.prompts[index], index, j) for index, absent in mine for j in absent]
 
 
 def write_lines(path: Path, lines: list[str]) -> None:

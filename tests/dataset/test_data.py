@@ -17,7 +17,7 @@ from dataset import augmentation, image_folders, loader
 from dataset.augmentation import center_crop, code_views, random_crop, train_view
 from dataset.build import build_dataset
 from dataset.loader import StepSampler, TrainImages
-from evaluations.t2i.layouts import Job, Prompt
+from evaluations.t2i.layouts import Prompt, PromptJob
 from tests.conftest import ROOT, write_images
 from utils.images import grid, load_png, save_npz, save_png, to_float, to_uint8
 from utils.seeding import derive_seed, hash_choice, sample_generator
@@ -279,7 +279,7 @@ def test_large_numbers_repeat_no_streams():
         with pytest.raises(ValueError, match=f"^{seed} is no seed: expected a whole number from 0 to 4294967295$"):
             sample_generator(seed, 0)
         with pytest.raises(ValueError, match="is no seed"):
-            Job(Prompt("a cat"), 0, 0).seed(seed)
+            PromptJob(Prompt("a cat"), 0, 0).seed(seed)
     assert sample_generator(np.int64(3), np.int64(4)).initial_seed() == derive_seed(3, 4)
     for key in ((-1,), (0, -1), (2**64,), (0, 2**64), (0, -2**64, 1)):
         with pytest.raises(ValueError, match="no seed can be derived from"):

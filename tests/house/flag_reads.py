@@ -11,7 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 Definition = tuple[str, ast.stmt]  # (module, what defines a name at its top level)
-Function = ast.FunctionDef
+Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 @functools.cache

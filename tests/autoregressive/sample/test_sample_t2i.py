@@ -15,7 +15,7 @@ from autoregressive.sample.editing import edit
 from autoregressive.sample.options import SampleFlags
 from autoregressive.sample.pipeline import load_pipeline
 from autoregressive.sample.prompts import TextSampleFlags, draw_jobs, features_of, load_text_pipeline
-from evaluations.t2i.layouts import Job, Prompt
+from evaluations.t2i.layouts import Prompt, PromptJob
 from language import text_encoder
 from tests.autoregressive.sample.text import DIM, ENCODER, LENGTH, PROMPTS, StandIn, install, save_text_model
 from tests.conftest import call
@@ -259,7 +259,7 @@ def test_pictures_of_prompts_with_their_labels(models, pipeline, tmp_path, capsy
     table = features_of(StandIn("x"), PROMPTS, precision="none")
     for p, text in enumerate(PROMPTS):
         for j in range(2):
-            made = pipeline.to_pixels(draw_jobs(pipeline, [Job(Prompt(text), p, j)], table, seed=3))[0]
+            made = pipeline.to_pixels(draw_jobs(pipeline, [PromptJob(Prompt(text), p, j)], table, seed=3))[0]
             height = (sheet.shape[0] - 2) // 6
             there = sheet[2 + p * height:][:16, 2 + j * 18:][:, :16]
             assert np.array_equal(there, made), (p, j)

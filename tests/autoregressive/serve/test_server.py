@@ -20,7 +20,7 @@ from PIL import Image
 from autoregressive.sample.editing import edit
 from autoregressive.sample.pipeline import Pipeline, load_pipeline
 from autoregressive.sample.prompts import draw_jobs, encoder_for, features_of, load_text_pipeline
-from evaluations.t2i.layouts import Job, Prompt
+from evaluations.t2i.layouts import Prompt, PromptJob
 from tests.autoregressive.sample.editing import block, picture
 from tests.autoregressive.serve.models import CLASSES, SIZE, listed_models, save_models
 from tests.autoregressive.serve.test_routes import EDITS, GENERATIONS, pixels, png, until
@@ -101,7 +101,7 @@ def test_prompts_are_those_of_the_grid_command(client, pipelines, models):
     flags, pipeline = listed_models(models)[2].flags, pipelines["text"]
     encoder = encoder_for(flags, pipeline, device=torch.device("cpu"))
     features = features_of(encoder, [PROMPT], precision="none")
-    codes = draw_jobs(pipeline, [Job(Prompt(PROMPT), 0, j) for j in range(2)], features, seed=3)
+    codes = draw_jobs(pipeline, [PromptJob(Prompt(PROMPT), 0, j) for j in range(2)], features, seed=3)
     answer = client.post(GENERATIONS, json={"model": "text", "prompt": PROMPT, "n": 2, "seed": 3}).json()
     assert np.array_equal([pixels(datum) for datum in answer["data"]], pipeline.to_pixels(codes))
 

@@ -11,8 +11,8 @@ from evaluations.t2i.layouts import (
     DPGLayout,
     FlatLayout,
     GenEvalLayout,
-    Job,
     Prompt,
+    PromptJob,
     layout_for,
     read_prompts,
     remaining_jobs,
@@ -64,7 +64,7 @@ def test_absent_prompts(tmp_path):
         read_prompts(tmp_path)
 
 
-def picture(job: Job, *, size: int = 4) -> np.ndarray:
+def picture(job: PromptJob, *, size: int = 4) -> np.ndarray:
     """A picture that says whose it is."""
     return np.full((size, size, 3), (job.prompt_index, job.image_index, job.seed(0) % 251), np.uint8)
 
@@ -135,7 +135,7 @@ def test_dpg_grids_hold_nothing_else_whenever_it_stops(tmp_path, dpg):
     assert grid.shape == (8, 8, 3)
     tiles = [[grid[:4, :4], grid[:4, 4:]], [grid[4:, :4], grid[4:, 4:]]]
     for j, tile in enumerate(tile for row in tiles for tile in row):
-        assert (tile == picture(Job(dpg[2], 2, j))).all()
+        assert (tile == picture(PromptJob(dpg[2], 2, j))).all()
     assert layout.settings_path == tmp_path / "out.json"
 
 
@@ -173,7 +173,7 @@ def test_sharing_and_resuming_change_no_picture(tmp_path, monkeypatch, dpg, name
 
 
 def test_seeds_tell_pictures_apart():
-    seeds = {Job(Prompt("a"), p, j).seed(g) for p in range(5) for j in range(5) for g in range(3)}
+    seeds = {PromptJob(Prompt("a"), p, j).seed(g) for p in range(5) for j in range(5) for g in range(3)}
     assert len(seeds) == 75
 
 
