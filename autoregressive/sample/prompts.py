@@ -20,6 +20,7 @@ from autoregressive.sample.pipeline import Pipeline, load_pipeline
 from evaluations.t2i.layouts import Job, read_prompts
 from language.text_encoder import TextEncoder, TextEncoderFlags, load_text_encoder
 from utils import cli, dist
+from utils.checkpoints.hub import known_as
 from utils.cli import flag
 from utils.files import few, what_it_is
 from utils.recipes import FOLDER
@@ -64,7 +65,7 @@ def unlike_the_preset(flags: TextSampleFlags, pipeline: Pipeline) -> str | None:
     nothing."""
     for path in sorted(FOLDER.glob("t2i_*.json")):
         preset = json.loads(path.read_text())["sample"]
-        if Path(preset["gpt-ckpt"]).name != Path(flags.gpt_ckpt).name:
+        if Path(preset["gpt-ckpt"]).name != known_as(flags.gpt_ckpt):
             continue
         sizes = (preset["image-size"],) * 2, pipeline.image_size
         found = [f"--image-size {cli.shown_size(sizes[1])} (not {cli.shown_size(sizes[0])})"] * (sizes[0] != sizes[1])
