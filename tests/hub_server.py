@@ -117,7 +117,9 @@ class Handler(BaseHTTPRequestHandler):
         self.server.asked.append(f"POST {self.path}")
         length = int(self.headers.get("Content-Length") or 0)
         body = self.rfile.read(length) if length else self.read_chunks()
-        if not str(self.headers.get("Authorization", "")).startswith("Bearer hf_"):
+        if self.server.faults.get("status"):
+            self.answer(int(self.server.faults["status"]), b"out of order")
+        elif not str(self.headers.get("Authorization", "")).startswith("Bearer hf_"):
             self.answer(401, X_Error_Message="Invalid username or password.")
         elif self.path == "/api/repos/create":
             wanted = json.loads(body)

@@ -170,10 +170,13 @@ def saved_config(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_strict(module: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
-    """Copy `state` into `module`; a missing, extra, mis-shaped or not finite tensor is a ValueError that names it."""
+    """Copy `state` into `module`; a missing, extra, mis-shaped or not finite tensor is a ValueError that names it.
+
+    `module.stored_types` tells afterwards which types the tensors had, by name."""
     check_fit(module.state_dict(), state, source, type(module).__name__)
     check_finite(state, source)
     module.load_state_dict(state)
+    module.stored_types = {name: value.dtype for name, value in state.items()}
 
 
 def check_fit(own: dict[str, Tensor], state: dict[str, Tensor], source: str | Path, target: str) -> None:

@@ -7,13 +7,14 @@
 A file or folder of that name here comes first. The address, the token and the cache are huggingface_hub's: HF_ENDPOINT,
 HF_TOKEN (or `hf auth login`), HF_HOME, HF_HUB_OFFLINE.
 """
+import contextlib
 import functools
 import importlib.util
 import re
 import socket
 import sys
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
@@ -249,3 +250,25 @@ def _refusal(name: HubName, error: Exception, endpoint: str) -> Exception | None
     if status in (401, 403):
         return ValueError(f"{endpoint} does not let you read {name} ({status}): {token}")
     return None
+
+
+@contextlib.contextmanager
+def pushing(repository: str) -> Iterator[None]:
+    """Within the block, what huggingface_hub raises while it writes to a repository is one line."""
+    from huggingface_hub import constants, errors
+
+    try:
+        yield
+    except Exception as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if isinstance(error, errors.LocalTokenNotFoundError) or status in (401, 403):
+            raise ValueError(f"{constants.ENDPOINT} does not let you write to {repository}: `hf auth login` with a "
+                             "token that may write, or set HF_TOKEN") from None
+        if isinstance(error, errors.HFValidationError):
+            raise ValueError(f"{repository} is no name of a repository: expected owner/name ({first_line(error)[:200]})"
+                             ) from None
+        if isinstance(error, errors.HfHubHTTPError | ConnectionError) or type(error).__module__.split(".")[0] in (
+                "httpx", "httpx2", "requests", "httpcore"):
+            raise OSError(f"{repository} could not be written to {constants.ENDPOINT} ({first_line(error)[:200]}): run "
+                          "it again") from None
+        raise
