@@ -12,5 +12,6 @@
 A saved folder is what `--gpt-ckpt` and `--vq-ckpt` take, and what autoregressive/train/export.py makes of checkpoints.
 """
 from autoregressive.hub_models import ARPG, GPT, Tokenizer
+from autoregressive.hub_pipeline import LlamaGenPipeline
 
-__all__ = ["ARPG", "GPT", "Tokenizer"]
+__all__ = ["ARPG", "GPT", "LlamaGenPipeline", "Tokenizer"]

@@ -21,7 +21,7 @@ from autoregressive.train.export import (
     load_model,
     write_safetensors,
 )
-from tokenizer.build import sizes_of
+from tokenizer.build import tokenizer_sizes
 from tokenizer.tokenizer_image.vq_model import VQModel
 from utils.checkpoints.hub import HubName, hub_name, local_copy, pushing
 
@@ -153,7 +153,7 @@ class Tokenizer(HubModel, VQModel):
 
     def described(self, known: dict[str, Any]) -> dict[str, Any]:
         """See `HubModel`."""
-        return described_tokenizer(self, {"vq_model": sizes_of(self.state_dict()).get("vq_model")} | known)
+        return described_tokenizer(self, {"vq_model": tokenizer_sizes(self.state_dict()).get("vq_model")} | known)
 
 
 def owner_of(model: nn.Module) -> type[HubModel]:

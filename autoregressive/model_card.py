@@ -61,7 +61,7 @@ def numbers(found: Any) -> dict[str, str]:
     return {plain(name)[:60].replace("|", " "): f"{value:.6g}" for name, value in sound.items()}
 
 
-def table(head: str, rows: dict[str, str]) -> list[str]:
+def two_columns(head: str, rows: dict[str, str]) -> list[str]:
     """A table of two columns in Markdown."""
     return [f"| {head} | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items()), ""]
 
@@ -83,7 +83,7 @@ def published(recipe: Any) -> list[str]:
     if not rows:
         return []
     return ["## Published", "", f"For the recipe `{recipe}` ({content['title']}); not measured on these weights.", "",
-            *table("published", numbers(rows)), f"Source: {expected.get('source', 'see the recipe')}", ""]
+            *two_columns("published", numbers(rows)), f"Source: {expected.get('source', 'see the recipe')}", ""]
 
 
 def model_card(config: dict[str, Any], *, parameters: int, license: str | None = None) -> str:
@@ -107,13 +107,13 @@ def model_card(config: dict[str, Any], *, parameters: int, license: str | None =
         facts["classes"] = plain(", ".join(map(str, classes))).replace("|", " ")
     if source:
         facts["made from"] = plain(source)
-    body = [MARK, "", f"# {plain(title_of(config))}", "", *table("this model", facts), "## Use", "", "```python",
+    body = [MARK, "", f"# {plain(title_of(config))}", "", *two_columns("this model", facts), "## Use", "", "```python",
             f"from autoregressive.hub import {name}", f'model = {name}.from_pretrained("owner/name")  # or a folder',
             "```", "", f"Every command takes it as `{flag} owner/name`, or this folder.", ""]
     measured = numbers(config.get("measured"))
     if measured:
         body += ["## Measured", "", "By the training of these weights, at its last logged steps.", "",
-                 *table("measured", measured)]
+                 *two_columns("measured", measured)]
     body += published(config.get("recipe"))
     licence = f"The licence of the weights is {license}." if license else \
         "The licence of the weights is not stated here: whoever trained them decides it."

@@ -75,14 +75,14 @@ def load_tokenizer(flags: TokenizerFlags, *, device: torch.device) -> tuple[str,
                          f"{' (it looks like a GPT: --gpt-ckpt?)' if 'tok_embeddings.weight' in state else ''}")
     saved = containers.saved_config(content)
     if flags.vq_model is None and "vq_model" not in saved:
-        saved |= sizes_of(state)
+        saved |= tokenizer_sizes(state)
     name, model = new_tokenizer(flags, saved, codebook_l2_norm=saved.get("codebook_l2_norm", True))
     containers.load_strict(model, state, flags.vq_ckpt)
     model.rounded_from = saved.get("weights_sha256")
     return name, to_channels_last(model.eval().requires_grad_(False).to(device))
 
 
-def sizes_of(state: dict[str, Tensor]) -> dict[str, Any]:
+def tokenizer_sizes(state: dict[str, Tensor]) -> dict[str, Any]:
     """The preset and the codebook's sizes of a tokenizer's state dict, as far as its tensors tell."""
     first, codebook = state.get("encoder.conv_in.weight"), state["quantize.embedding.weight"]
     levels = len({name.split(".")[2] for name in state if name.startswith("encoder.conv_blocks.")})

@@ -18,7 +18,7 @@ from autoregressive.sample.set_claim import checkpoint_name
 from autoregressive.train import export
 from tests.autoregressive.sample.text import DIM, LENGTH, save_text_model
 from tests.data.references import DATA
-from tokenizer.build import TokenizerFlags, load_tokenizer, sizes_of
+from tokenizer.build import TokenizerFlags, load_tokenizer, tokenizer_sizes
 from tokenizer.tokenizer_image.vq_model import VQ_models, VQModel
 from utils import cli
 from utils.checkpoints import containers
@@ -284,7 +284,7 @@ def test_mistakes_of_conversions_are_one_line(argv, said, capsys, tmp_path, monk
 @pytest.mark.parametrize("preset", ["VQ-16", "VQ-8"])
 def test_a_tokenizer_is_known_by_its_shapes(preset):
     state = {name: torch.empty(shape, device="meta") for name, shape in LAYOUTS[preset].items()}
-    assert sizes_of(state) == {"vq_model": preset, "codebook_size": 16384, "codebook_embed_dim": 8}
+    assert tokenizer_sizes(state) == {"vq_model": preset, "codebook_size": 16384, "codebook_embed_dim": 8}
 
 
 def test_a_released_gpt_is_drawn_at_its_size(hub, tmp_path, monkeypatch):

@@ -152,7 +152,7 @@ def _fetched(name: HubName, endpoint: str, cache: str, token: str | bool | None,
         if refused is not None:
             raise refused from None
         return _from_cache(name, cache, f"{endpoint} does not answer ({first_line(error)[:150]})")
-    wanted = files_of(name, [sibling.rfilename for sibling in info.siblings or ()])
+    wanted = files_meant(name, [sibling.rfilename for sibling in info.siblings or ()])
     try:
         found = [Path(hf_hub_download(name.repository, file, revision=revision, cache_dir=cache, token=token,
                                       endpoint=endpoint, force_download=force)) for file in wanted]
@@ -188,7 +188,7 @@ def _from_cache(name: HubName, cache: str, why: str) -> Path:
     if not names or (name.inside and not any(_lies_in(file, name.inside) for file in names)):
         raise FileNotFoundError(f"there is no file or folder {name} here, nor is it in the hub's cache, and {why}: "
                                 f"where the hub can be reached, {name.download_command()}, and give what it writes")
-    meant = _meant(snapshot, files_of(name, names))
+    meant = _meant(snapshot, files_meant(name, names))
     cli.warn(f"{why}: {name} is taken from the hub's cache ({meant.name} of {commit[:12]})", kind="note")
     return meant
 
@@ -197,7 +197,7 @@ def _lies_in(file: str, place: str) -> bool:
     return file == place or file.startswith(f"{place}/")
 
 
-def files_of(name: HubName, names: Sequence[str]) -> list[str]:
+def files_meant(name: HubName, names: Sequence[str]) -> list[str]:
     """Which of a repository's files a name means, the one to be read first. Raises ValueError or FileNotFoundError."""
     if name.inside in names:
         return _with_what_belongs(name.inside, names)

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from tests.conftest import ROOT, two_processes
 from utils.checkpoints import containers
-from utils.checkpoints.hub import HubName, _fetched, files_of, hint, hub_name, known_as
+from utils.checkpoints.hub import HubName, _fetched, files_meant, hint, hub_name, known_as
 
 WEIGHTS = {"a": torch.arange(6.0), "b": torch.ones(2, 2)}
 
@@ -89,7 +89,7 @@ NAMES = ["README.md", "b.pt", "gpt/config.json", "gpt/model.safetensors", "gpt/p
                                             "parts/pytorch_model-00001-of-00001.bin"]),
     ("step", ["step/state.json", "step/.metadata", "step/__0_0.distcp"])])
 def test_which_files_a_name_means(inside, files):
-    assert files_of(HubName("owner/name", inside), NAMES) == files
+    assert files_meant(HubName("owner/name", inside), NAMES) == files
 
 
 @pytest.mark.parametrize(("inside", "kind", "said"), [
@@ -98,9 +98,9 @@ def test_which_files_a_name_means(inside, files):
     ("two/z.pt", FileNotFoundError, r"has no checkpoint two/z\.pt")])
 def test_names_that_mean_no_one_file_are_refused(inside, kind, said):
     with pytest.raises(kind, match=said):
-        files_of(HubName("owner/name", inside), NAMES)
+        files_meant(HubName("owner/name", inside), NAMES)
     with pytest.raises(FileNotFoundError, match="at its top: it has no checkpoint at all"):
-        files_of(HubName("owner/name"), ["README.md"])
+        files_meant(HubName("owner/name"), ["README.md"])
 
 
 def test_a_file_is_fetched_once_and_read_again_offline(hub, monkeypatch, capsys):
