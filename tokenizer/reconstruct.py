@@ -50,6 +50,7 @@ from tokenizer.tokenizer_image.quantize import USAGE_WINDOW
 from tokenizer.vae.model import VAE
 from utils import cli, dist, images
 from utils.checkpoints.containers import content_hash, resolve
+from utils.checkpoints.hub import hub_name
 from utils.cli import flag
 from utils.files import file_hash, replacing, sweep
 from utils.options import BatchFlags, RecipeFlags, SetFlags, WorkerFlags
@@ -148,7 +149,7 @@ def set_folder(flags: ReconstructFlags, name: str) -> Path:
     weights = flags.vq_ckpt if flags.reconstructor == "vq" else flags.local_weights
     return Path(flags.sample_dir) / "-".join([
         f"val_{flags.dataset}" if flags.reconstructor == "identity" else f"{name}-{flags.dataset}",
-        f"size-{size}-eval-{size_eval}", *([resolve(weights).stem] if weights else [])])
+        f"size-{size}-eval-{size_eval}", *([(hub_name(weights) or resolve(weights)).stem] if weights else [])])
 
 
 def main(flags: ReconstructFlags) -> None:

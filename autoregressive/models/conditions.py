@@ -76,6 +76,6 @@ class CaptionEmbedder(nn.Module):
 
     def prefixes(self, conditions: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Text features (N, caption_dim) each → prefixes (n, N, D), and the one of no caption (N, D)."""
-        one = [features[None].to(self.uncond_embedding) for features in conditions]  # alone: independent of a batch
+        one = [features[None].to(self.cap_proj.fc1.weight) for features in conditions]  # alone: independent of a batch
         return (torch.cat([self(features, drop=False) for features in one]),
                 self(self.unconditional(one[0]), drop=False)[0])

@@ -22,6 +22,7 @@ from autoregressive.models.quantized import quantize_
 from autoregressive.models.registry import MODELS, facts_of, recorded_options
 from autoregressive.models.sampling import check_sampling
 from autoregressive.models.schedule import DrawSchedule, cell_order
+from autoregressive.released import released_grid
 from autoregressive.sample.conditions import TAKEN_BY, WORDS, ClassConditions, TextConditions, conditions_of
 from autoregressive.sample.options import SampleFlags
 from autoregressive.train.finetune import class_names
@@ -207,11 +208,11 @@ def load_gpt(flags: SampleFlags, *, device: torch.device) -> tuple[CodeModel, di
         hint = " (it looks like a tokenizer: --vq-ckpt?)" if "quantize.embedding.weight" in state else ""
         raise ValueError(f"{flags.gpt_ckpt} is no GPT or ARPG checkpoint: it has no class table, no projection of text "
                          f"features or no token embeddings{hint}")
-    if facts.condition != flags.gpt_type:
+    if flags.gpt_type not in (None, facts.condition):
         raise ValueError(f"{flags.gpt_ckpt} is {facts.kind} conditioned on {WORDS[facts.condition]}, for "
                          f"{TAKEN_BY[facts.condition]}; this command takes one conditioned on {WORDS[flags.gpt_type]} "
                          f"(--gpt-type {flags.gpt_type})")
-    saved = dict(content["config"]) if isinstance(content.get("config"), dict) else {}
+    saved = containers.saved_config(content) or released_grid(flags.gpt_ckpt, facts)
     saved["weights"] = "ema" if "ema" in content else "model"
     found = {"vocab_size": facts.vocab_size, "cls_token_num": facts.prefix}
     if facts.condition == "c2i":

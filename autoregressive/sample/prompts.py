@@ -17,9 +17,10 @@ from tqdm import tqdm
 
 from autoregressive.sample.options import SampleFlags
 from autoregressive.sample.pipeline import Pipeline, load_pipeline
-from evaluations.t2i.layouts import PromptJob, read_prompts
+from evaluations.t2i.layouts import Prompt, PromptJob, read_prompts
 from language.text_encoder import TextEncoder, TextEncoderFlags, load_text_encoder
 from utils import cli, dist
+from utils.checkpoints.hub import known_as
 from utils.cli import flag
 from utils.files import few, what_it_is
 from utils.recipes import FOLDER
@@ -64,7 +65,7 @@ def unlike_the_preset(flags: TextSampleFlags, pipeline: Pipeline) -> str | None:
     nothing."""
     for path in sorted(FOLDER.glob("t2i_*.json")):
         preset = json.loads(path.read_text())["sample"]
-        if Path(preset["gpt-ckpt"]).name != Path(flags.gpt_ckpt).name:
+        if Path(preset["gpt-ckpt"]).name != known_as(flags.gpt_ckpt):
             continue
         sizes = (preset["image-size"],) * 2, pipeline.image_size
         found = [f"--image-size {cli.shown_size(sizes[1])} (not {cli.shown_size(sizes[0])})"] * (sizes[0] != sizes[1])
@@ -138,8 +139,13 @@ def beginning(text: str, length: int) -> str:
 
 def draw_jobs(pipeline: Pipeline, jobs: Sequence[PromptJob], features: dict[str, Tensor], *, seed: int) -> Tensor:
     """The codes (B, h*w) of some pictures of prompts."""
-    streams = [torch.Generator().manual_seed(job.seed(seed)) for job in jobs]
+    streams = [prompt_stream(seed, job.image_index, prompt=job.prompt_index) for job in jobs]
     return pipeline.draw([features[job.prompt.text] for job in jobs], seed=seed, generators=streams)
+
+
+def prompt_stream(seed: int, index: int, *, prompt: int = 0) -> torch.Generator:
+    """The random stream of image `index` of a prompt, which is the first of its command, or number `prompt`."""
+    return torch.Generator().manual_seed(PromptJob(Prompt(""), prompt, index).seed(seed))
 
 
 # ---- where prompts come from

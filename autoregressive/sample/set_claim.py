@@ -15,6 +15,7 @@ from typing import Any
 from autoregressive.sample.options import SampleFlags
 from utils import dist
 from utils.checkpoints.containers import resolve
+from utils.checkpoints.hub import hub_name
 from utils.files import few, replacing
 
 ENGINE = "engine"  # the key under which a set's description names what drew the images
@@ -23,6 +24,8 @@ ENGINE = "engine"  # the key under which a set's description names what drew the
 def checkpoint_name(flags: SampleFlags, *, by_folder: bool = True) -> str:
     """What a set's name calls --gpt-ckpt; with --from-fsdp by its folder's name, since all files are called
     consolidated.pth."""
+    if (name := hub_name(flags.gpt_ckpt)) is not None:
+        return name.stem
     path = resolve(flags.gpt_ckpt)
     if by_folder and (flags.from_fsdp or path.is_dir()):
         return (path if path.is_dir() else path.absolute().parent).name

@@ -30,11 +30,10 @@ from autoregressive.sample.conditions import ClassConditions
 from autoregressive.sample.editing import edit_steps, model_view
 from autoregressive.sample.masks import as_mask
 from autoregressive.sample.pipeline import load_pipeline
-from autoregressive.sample.prompts import TextSampleFlags, encoder_for, load_text_pipeline
+from autoregressive.sample.prompts import TextSampleFlags, encoder_for, load_text_pipeline, prompt_stream
 from autoregressive.serve.preview import preview
 from autoregressive.serve.protocol import Job, ModelCard, Picture
 from autoregressive.serve.served import ServedModel
-from evaluations.t2i.layouts import Prompt, PromptJob
 from utils import cli, dist
 from utils.checkpoints import containers
 from utils.finite import NotFiniteError
@@ -140,7 +139,7 @@ class ModelEngine:
     def stream(self, job: Job, index: int) -> torch.Generator:
         """The random stream of an image: that of the grid commands, where a prompt is the first of its command."""
         if isinstance(job.condition, str) and job.image is None:
-            return torch.Generator().manual_seed(PromptJob(Prompt(job.condition), 0, index).seed(job.seed))
+            return prompt_stream(job.seed, index)
         return sample_generator(job.seed, index)
 
     # ---- steps

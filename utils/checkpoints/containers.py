@@ -3,7 +3,7 @@
 Files: {"model": …} (LlamaGen), {"module": …} (DeepSpeed), {"state_dict": …} (ARPG), a bare state dict, .safetensors.
 Folders: the sharded checkpoints of our training (utils/checkpoints/sharded.py), LlamaGen's with consolidated.pth,
 exports with model.safetensors and config.json, Hugging Face's with an index of several files, and a run's folder, which
-stands for its newest checkpoint.
+stands for its newest checkpoint. Where there is none of a name, it may be one of the hub (utils/checkpoints/hub.py).
 """
 import argparse
 import hashlib
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from utils.checkpoints import sharded
+from utils.checkpoints import hub, sharded
 from utils.checkpoints.damage import is_damage, unreadable
 from utils.checkpoints.file_index import INDEX_END, check_file, homes_of, index_of, index_over
 from utils.checkpoints.lora import merge_lora
@@ -35,6 +35,7 @@ CONFIG_VALUES = {  # what a config in our form may say, and a stranger may have 
     "classes": ("a list of names", lambda value: isinstance(value, list) and all(
         isinstance(name, str) for name in value)),
 }
+CARD = "README.md"  # the hub's model card
 WEIGHT_KEYS = ("ema", "model", "module", "state_dict")  # in order of preference
 
 # Checkpoints of old pytorch-lightning (taming-transformers') name this class as a key. An empty one stands in for it.
@@ -42,8 +43,10 @@ LIGHTNING_CALLBACK = type("ModelCheckpoint", (), {"__module__": "pytorch_lightni
 
 
 def resolve(path: str | Path) -> Path:
-    """The checkpoint that `path` means: a run's folder means its newest one, step.pt the folder of that step."""
-    path = Path(path)
+    """The checkpoint that `path` means: a run's folder means its newest one, step.pt the folder of that step, a name of
+    the hub the copy of it here, which is fetched if need be."""
+    name = hub.hub_name(path)
+    path = Path(path) if name is None else hub.local_copy(name)
     if not path.exists() and path.suffix == ".pt" and path.with_suffix("").is_dir():
         path = path.with_suffix("")
     if path.is_dir():
@@ -56,9 +59,9 @@ def resolve(path: str | Path) -> Path:
 
 def read(path: str | Path) -> dict[str, Any]:
     """The content on the CPU. Raises FileNotFoundError, or ValueError for what is no safe checkpoint."""
-    path = resolve(path)
+    given, path = path, resolve(path)
     if not path.exists():
-        raise FileNotFoundError(f"no checkpoint at {path}")
+        raise FileNotFoundError(f"no checkpoint at {given}{hub.hint(given)}")
     if path.is_dir():
         if sharded.is_sharded(path):
             return with_sound_config(sharded.read_folder(path), path)
@@ -167,10 +170,13 @@ def saved_config(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_strict(module: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:
-    """Copy `state` into `module`; a missing, extra, mis-shaped or not finite tensor is a ValueError that names it."""
+    """Copy `state` into `module`; a missing, extra, mis-shaped or not finite tensor is a ValueError that names it.
+
+    `module.stored_types` tells afterwards which types the tensors had, by name."""
     check_fit(module.state_dict(), state, source, type(module).__name__)
     check_finite(state, source)
     module.load_state_dict(state)
+    module.stored_types = {name: value.dtype for name, value in state.items()}
 
 
 def check_fit(own: dict[str, Tensor], state: dict[str, Tensor], source: str | Path, target: str) -> None:
@@ -212,7 +218,8 @@ def identity_hash(path: str | Path) -> str:
 def content_hash(path: str | Path) -> str:
     """SHA-256 of a checkpoint: of the file, or of a folder's files in the order of their names.
 
-    With Hugging Face's index, of what belongs to it, whether the folder or the index is given.
+    With Hugging Face's index, of what belongs to it, whether the folder or the index is given. A model card does not
+    count, which may be written anew.
     """
     path = resolve(path)
     index = index_of(path) if path.is_dir() and not sharded.is_sharded(path) and single_file(path) is None else path
@@ -222,5 +229,5 @@ def content_hash(path: str | Path) -> str:
     elif path.is_file():
         return file_hash(path)
     else:
-        files = [file for file in sorted(path.iterdir()) if file.is_file()]
+        files = [file for file in sorted(path.iterdir()) if file.is_file() and file.name != CARD]
     return hashlib.sha256("\n".join(f"{file.name} {file_hash(file)}" for file in files).encode()).hexdigest()

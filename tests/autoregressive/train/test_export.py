@@ -78,6 +78,7 @@ def test_the_layouts_are_what_others_expect(gpt_ckpt, tmp_path):
     assert same(torch.load(tmp_path / "llamagen.pt", weights_only=True)["model"], averaged)
     assert same(torch.load(tmp_path / "consolidated" / "consolidated.pth", weights_only=True), averaged)
     config = json.loads((tmp_path / "safetensors" / "config.json").read_text())
+    assert config.pop("measured")["step"] == int(gpt_ckpt.name)
     assert config == {"kind": "gpt", "gpt_model": "GPT-S", "gpt_type": "c2i", "grid": [4, 4], "vocab_size": 256,
                       "num_classes": 3, "cls_token_num": 1, "classes": ["blue", "green", "red"], "weights": "ema",
                       "dtype": "fp32", "source": gpt_ckpt.name, "source_sha256": containers.content_hash(gpt_ckpt),
