@@ -1,0 +1,55 @@
+"""The page as a web application: it asks nothing of other hosts, and its backend belongs to the server's event loop."""
+import asyncio
+import socket
+from typing import Any
+
+from autoregressive.serve.page import Page
+from autoregressive.serve.page_style import CSS, POLICY, theme
+from autoregressive.serve.protocol import Backend
+from utils import cli
+
+LARGEST_UPLOAD = "25mb"
+PATIENCE = 3  # seconds that open connections are waited for at the end
+
+
+def web_app(page: Page) -> Any:
+    """The FastAPI application of a page."""
+    import fastapi
+    import gradio as gr
+
+    app = fastapi.FastAPI(openapi_url=None)
+
+    @app.middleware("http")
+    async def only_from_here(request: fastapi.Request, call_next: Any) -> fastapi.Response:
+        response = await call_next(request)
+        response.headers["Content-Security-Policy"] = POLICY
+        return response
+
+    return gr.mount_gradio_app(app, page.blocks, path="/", footer_links=[], run_history=False, ssr_mode=False,
+                               max_file_size=LARGEST_UPLOAD, theme=theme(), css=CSS, mcp_server=False, pwa=False)
+
+
+def listening(host: str, port: int) -> socket.socket:
+    """A socket that accepts connections. Raises ValueError where there can be none."""
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except (OSError, OverflowError) as error:
+        raise ValueError(f"cannot listen at {host}, port {port} ({getattr(error, 'strerror', None) or error}): give "
+                         "another --host or --port") from None
+
+
+async def serve_page(backend: Backend, *, host: str, port: int) -> None:
+    """Start the backend and show its page until the process is told to end."""
+    import uvicorn
+
+    place = listening(host, port)
+    try:
+        await backend.start()
+        config = uvicorn.Config(web_app(Page(backend)), log_level="warning", timeout_graceful_shutdown=PATIENCE)
+        server = uvicorn.Server(config)
+        shown = "127.0.0.1" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+        cli.say(f"the page is at http://{shown}:{place.getsockname()[1]} (Ctrl-C ends it)")
+        await server.serve(sockets=[place])
+    finally:
+        place.close()
+        await backend.stop()
