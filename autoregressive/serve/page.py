@@ -10,7 +10,7 @@ from PIL import Image
 
 from autoregressive.serve import page_jobs, page_parts
 from autoregressive.serve.page_parts import OF_MODEL, SEEN, VALUES
-from autoregressive.serve.page_style import TITLE
+from autoregressive.serve.page_style import HEADING, TITLE
 from autoregressive.serve.progress import Progress, Runs
 from autoregressive.serve.protocol import Backend, Job, ModelCard
 from dataset.pictures import PictureReader
@@ -24,7 +24,7 @@ QUIET = {"show_progress": "hidden", "api_visibility": "private"}  # programs ask
 class Page:
     """A page over a backend that is started. `blocks` is what gradio shows, `runs` what is being drawn."""
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, *, seed: int = 0) -> None:
         import gradio as gr
 
         self.cards = {card.name: card for card in backend.cards}
@@ -32,10 +32,10 @@ class Page:
         self.runs = Runs(backend)
         self.examples: Progress | None = None  # complete, drawn for the first visitor
         with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(3600, FORGOTTEN)) as self.blocks:
-            gr.HTML("<h1>LlamaGen</h1><p>Pictures, drawn code by code</p>", elem_id="heading")
+            gr.HTML(HEADING, elem_id="heading")
             with gr.Row(equal_height=False):
                 with gr.Column(scale=4, min_width=300):
-                    self.controls = page_parts.controls(list(self.cards), self.first)
+                    self.controls = page_parts.controls(list(self.cards), self.first, seed=seed)
                 with gr.Column(scale=7, min_width=300), gr.Tabs() as self.tabs:
                     with gr.Tab("Draw", id="draw"):
                         drawn = page_parts.pictures("draw", go="Draw", onward="Redraw a part of this picture")

@@ -17,14 +17,14 @@ from autoregressive.serve.progress import Progress
 from autoregressive.serve.protocol import MOST_IMAGES, ModelCard
 
 VALUES = ("chosen", "prompt", "count", "seed", "cfg_scale", "temperature", "top_k", "top_p", "steps")  # see `job_of`
-OF_MODEL = ("facts", "chosen", "prompt", "prompts", "cfg_scale", "temperature", "top_k", "top_p", "steps")
+OF_MODEL = ("model", "chosen", "prompt", "prompts", "cfg_scale", "temperature", "top_k", "top_p", "steps")
 
 
 def for_model(card: ModelCard) -> dict[str, dict[str, Any]]:
     """What the controls `OF_MODEL` show for a model: their properties."""
     values, of_class, arpg = defaults_of(card), card.condition == "class", card.family == "arpg"
     choices = class_choices(card) if of_class else []
-    return {"facts": {"value": html.escape(facts_of_card(card))},
+    return {"model": {"info": facts_of_card(card)},
             "chosen": {"choices": choices, "value": choices[min(1, len(choices) - 1)][1] if choices else None,
                        "visible": of_class},
             "prompt": {"visible": not of_class}, "prompts": {"visible": not of_class},
@@ -34,14 +34,13 @@ def for_model(card: ModelCard) -> dict[str, dict[str, Any]]:
             "steps": {"value": values["steps"] or 1, "maximum": card.grid[0] * card.grid[1], "visible": arpg}}
 
 
-def controls(models: list[str], card: ModelCard) -> dict[str, Any]:
+def controls(models: list[str], card: ModelCard, *, seed: int) -> dict[str, Any]:
     """What is drawn, and how; as for the model `card`."""
     import gradio as gr
 
     own = for_model(card)
-    made = {"model": gr.Dropdown(models, value=card.name, label="Model", filterable=False, elem_id="model",
-                                 interactive=True),
-            "facts": gr.HTML(**own["facts"], elem_classes="note"),
+    made = {"model": gr.Dropdown(models, value=card.name, **own["model"], label="Model", filterable=False,
+                                 elem_id="model", interactive=True),
             "chosen": gr.Dropdown(**own["chosen"], label="Class", info="A name, or a number", allow_custom_value=True,
                                   elem_id="class", interactive=True),
             "prompt": gr.Textbox(EXAMPLE_PROMPTS[0], **own["prompt"], label="Prompt", lines=2, max_lines=6,
@@ -49,12 +48,12 @@ def controls(models: list[str], card: ModelCard) -> dict[str, Any]:
     made["prompts"] = gr.Dataset(**own["prompts"], components=[made["prompt"]], label="For example",
                                  samples=[[prompt] for prompt in EXAMPLE_PROMPTS], elem_id="prompts")
     made["count"] = gr.Slider(1, MOST_IMAGES, value=8, step=1, label="Pictures", elem_id="count")
-    with gr.Group(), gr.Row(equal_height=True):
-        made["seed"] = gr.Number(0, label="Seed", precision=0, elem_id="seed", min_width=110, interactive=True)
-        made["another"] = gr.Checkbox(True, label="another each time", elem_id="another", min_width=110)
+    with gr.Row(equal_height=True, elem_id="seeds"):
+        made["seed"] = gr.Number(seed, label="Seed", precision=0, elem_id="seed", min_width=110, interactive=True)
+        made["another"] = gr.Checkbox(True, label="another one each time", elem_id="another", min_width=110)
     with gr.Accordion("Guidance and sampling", open=False, elem_id="sampling"):
         made["cfg_scale"] = gr.Slider(0, **own["cfg_scale"], step=0.1, label="Guidance", elem_id="cfg-scale",
-                                      info="How strongly the class or prompt is followed; 1: no more than the model does")
+                                      info="How strongly class or prompt are followed; 1: not beyond the model")
         made["temperature"] = gr.Slider(0, 2, **own["temperature"], step=0.05, label="Temperature",
                                         elem_id="temperature", info="Lower is safer, higher more varied")
         made["top_k"] = gr.Slider(0, **own["top_k"], step=1, label="Top-k", elem_id="top-k",
@@ -98,10 +97,12 @@ def seen(progress: Progress, *, sharp: bool, seed: int | None = None, captions: 
 def status(progress: Progress | None, *, seed: int | None = None) -> str:
     """How far it is, as HTML."""
     words = "" if progress is None else progress.words()
-    if seed is not None and progress.state != "running":
+    if seed is not None:
         words += f" · seed {seed}"
-    width = 100 * progress.share if progress and progress.state == "running" else 0
-    return (f'<div class="progress" role="status"><p>{html.escape(words)}</p>'
+    running = progress is not None and progress.state == "running"
+    width = 100 * progress.share if running else 0
+    idle = "" if running else " idle"
+    return (f'<div class="progress{idle}" role="status"><p>{html.escape(words)}</p>'
             f'<div class="track"><div style="width:{width:.1f}%"></div></div></div>')
 
 
@@ -118,7 +119,7 @@ def editor(card: ModelCard) -> dict[str, Any]:
         type="numpy", image_mode="RGBA", sources=(), transforms=(), layers=False, format="png", buttons=[],
         brush=gr.Brush(default_size=60, colors=[PAINT], color_mode="fixed"), show_label=False, elem_id="canvas",
         placeholder="Upload a picture, or take one that was drawn", interactive=True)
-    with gr.Row(equal_height=True):
+    with gr.Row(equal_height=True, elem_id="keeping"):
         made["keep"] = gr.Checkbox(True, label="leave the rest exactly as it was", elem_id="keep", min_width=150)
         made["feather"] = gr.Slider(0, 16, value=4, step=1, label="Blend over (pixels)", elem_id="feather",
                                     min_width=150)

@@ -1,8 +1,7 @@
 """The page as a web application: it asks nothing of other hosts, and its backend belongs to the server's event loop."""
-import asyncio
-import socket
 from typing import Any
 
+from autoregressive.serve.api import bound_socket
 from autoregressive.serve.page import Page
 from autoregressive.serve.page_style import CSS, POLICY, theme
 from autoregressive.serve.protocol import Backend
@@ -29,23 +28,15 @@ def web_app(page: Page) -> Any:
                                max_file_size=LARGEST_UPLOAD, theme=theme(), css=CSS, mcp_server=False, pwa=False)
 
 
-def listening(host: str, port: int) -> socket.socket:
-    """A socket that accepts connections. Raises ValueError where there can be none."""
-    try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except (OSError, OverflowError) as error:
-        raise ValueError(f"cannot listen at {host}, port {port} ({getattr(error, 'strerror', None) or error}): give "
-                         "another --host or --port") from None
-
-
-async def serve_page(backend: Backend, *, host: str, port: int) -> None:
-    """Start the backend and show its page until the process is told to end."""
+async def serve_page(backend: Backend, *, host: str, port: int, seed: int = 0) -> None:
+    """Start the backend and show its page until the process is told to end. seed: what the page begins with."""
     import uvicorn
 
-    place = listening(host, port)
+    place = bound_socket(host, port)
     try:
         await backend.start()
-        config = uvicorn.Config(web_app(Page(backend)), log_level="warning", timeout_graceful_shutdown=PATIENCE)
+        app = web_app(Page(backend, seed=seed))
+        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=PATIENCE)
         server = uvicorn.Server(config)
         shown = "127.0.0.1" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
         cli.say(f"the page is at http://{shown}:{place.getsockname()[1]} (Ctrl-C ends it)")

@@ -4,30 +4,34 @@ from typing import Any
 TITLE = "LlamaGen – pictures, code by code"
 PAINT = "#e5487d"
 SHARP = "sharp"  # class of what shows small pictures: enlarged without blur
+HEADING = "<h1>LlamaGen</h1><p>Pictures, drawn code by code</p>"
 CSS = """
 :root { --font: system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-.gradio-container { max-width: 1160px !important; margin: 0 auto !important; }
-#heading { padding: 10px 2px 2px; }
-#heading h1 { font-size: 1.5rem; font-weight: 650; letter-spacing: -.01em; margin: 0; }
-#heading p { margin: 2px 0 0; color: var(--body-text-color-subdued); }
-.model-facts, .note { color: var(--body-text-color-subdued); font-size: .85rem; }
-.note { margin: 0 2px; }
-.progress { min-height: 2.6rem; }
-.progress p { margin: 0 2px 6px; font-size: .9rem; color: var(--body-text-color); }
+.gradio-container > .fillable, .gradio-container .main { width: 100% !important; max-width: 1120px !important; }
+.html-container:has(.progress), .note .html-container, #heading .html-container { padding: 0 !important; }
+#heading h1 { font-size: 1.6rem; font-weight: 650; letter-spacing: -.015em; margin: 0; }
+#heading p, .note { color: var(--body-text-color-subdued); margin: 0; }
+.note { font-size: .9rem; line-height: 1.45; }
+.progress { min-height: 2rem; }
+.progress p { margin: 0 0 6px; font-size: .9rem; line-height: 1.4; min-height: 1.4em; color: var(--body-text-color); }
 .progress .track { height: 4px; border-radius: 2px; background: var(--border-color-primary); overflow: hidden; }
-.progress .track div { height: 100%; background: var(--primary-500); }
+.progress .track div { height: 100%; background: var(--primary-500); transition: width .2s linear; }
 .progress.idle .track { visibility: hidden; }
+#seeds > *, #keeping > * { align-self: stretch; }
+#another, #keep { display: flex; align-items: center; }
 .sharp img, .sharp canvas { image-rendering: pixelated; }
 .pictures .thumbnail-item img { width: 100%; height: 100%; object-fit: contain; }
-.pictures .preview img, .pictures .preview .media-button { width: 100%; height: 100%; object-fit: contain; }
+.pictures .preview img { width: 100%; height: 100%; object-fit: contain; }
+.pictures .grid-wrap { min-height: 0; max-height: none; }
 @media (max-width: 640px) {
-  .gradio-container { padding: 8px !important; }
-  #heading h1 { font-size: 1.25rem; }
+  .gradio-container .main { padding: 10px !important; }
+  #heading h1 { font-size: 1.3rem; }
 }
 """
-POLICY = ("default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; "
-          "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self' data: blob:; worker-src 'self' blob:; "
-          "object-src 'none'; base-uri 'self'")  # Content-Security-Policy
+POLICY = "; ".join([  # Content-Security-Policy
+    "default-src 'self'", "script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:", "style-src 'self' 'unsafe-inline'",
+    "img-src 'self' data: blob:", "font-src 'self' data:", "connect-src 'self' data: blob:", "worker-src 'self' blob:",
+    "object-src 'none'", "base-uri 'self'"])
 
 
 def theme() -> Any:
