@@ -18,6 +18,7 @@ from utils.cli import one_line
 
 FORGOTTEN = 24 * 3600  # seconds after which pictures of the page are deleted from this machine's disk
 KINDS = ("draw", "redraw")
+PAINTED = ("picture", "canvas", "clear")  # of the editor
 QUIET = {"show_progress": "hidden", "api_visibility": "private"}  # programs ask serve/api.py, not the page
 
 
@@ -41,7 +42,7 @@ class Page:
                         drawn = page_parts.pictures("draw", go="Draw", onward="Redraw a part of this picture")
                     with gr.Tab("Inpaint", id="redraw"):
                         self.editor = page_parts.editor(self.first)
-                        redrawn = page_parts.pictures("redraw", go="Redraw what is painted",
+                        redrawn = page_parts.pictures("redraw", go="Redraw",
                                                       onward="Go on with this picture")
             self.areas = {"draw": drawn, "redraw": redrawn}
             self._connect_drawing()
@@ -155,14 +156,14 @@ class Page:
             updates = [gr.update(**properties) for properties in page_parts.for_model(card).values()]
             updates.append(page_jobs.edit_note(card))
             if picture is None or picture.shape[:2] == card.image_size:
-                return [*updates, gr.update(interactive=card.edits), gr.skip(), gr.skip()]
+                return [*updates, gr.update(interactive=card.edits), *[gr.skip()] * 3]
             return [*updates, gr.update(interactive=card.edits), *self._to_paint(Image.fromarray(picture), card)]
 
         controls, editor = self.controls, self.editor
         controls["model"].change(
             choose, [controls["model"], editor["picture"]],
-            [*(controls[name] for name in OF_MODEL), editor["note"], self.areas["redraw"]["go"], editor["picture"],
-             editor["canvas"]], **QUIET)
+            [*(controls[name] for name in OF_MODEL), editor["note"], self.areas["redraw"]["go"],
+             *(editor[name] for name in PAINTED)], **QUIET)
         controls["prompts"].click(lambda sample: sample[0], controls["prompts"], controls["prompt"], **QUIET)
 
     def _connect_editor(self) -> None:
@@ -184,16 +185,18 @@ class Page:
                 return page_parts.on_canvas(picture, sharp=page_jobs.is_small(self.card(model)))
 
         editor, model = self.editor, self.controls["model"]
-        target = [editor["picture"], editor["canvas"]]
+        target = [editor[name] for name in PAINTED]
         for area in self.areas.values():
             area["onward"].click(take, [area["gallery"], area["selected"], model], [*target, self.tabs], **QUIET)
         editor["upload"].upload(upload, [editor["upload"], model], target, **QUIET)
         editor["clear"].click(clear, [editor["picture"], model], editor["canvas"], **QUIET)
 
     def _to_paint(self, picture: Image.Image, card: ModelCard) -> list[Any]:
-        """Updates of the editor's picture and canvas."""
+        """Updates of the editor's picture, its canvas and the button that removes the paint."""
+        import gradio as gr
+
         fitting = page_jobs.fitted(picture, card)
-        return [fitting, page_parts.on_canvas(fitting, sharp=page_jobs.is_small(card))]
+        return [fitting, page_parts.on_canvas(fitting, sharp=page_jobs.is_small(card)), gr.update(interactive=True)]
 
 
 @contextlib.contextmanager

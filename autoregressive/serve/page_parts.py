@@ -12,7 +12,7 @@ from autoregressive.serve.page_jobs import (
     enlarged,
     facts_of_card,
 )
-from autoregressive.serve.page_style import PAINT, SHARP
+from autoregressive.serve.page_style import EMPTY, PAINT, SHARP
 from autoregressive.serve.progress import Progress
 from autoregressive.serve.protocol import MOST_IMAGES, ModelCard
 
@@ -50,7 +50,7 @@ def controls(models: list[str], card: ModelCard, *, seed: int) -> dict[str, Any]
     made["count"] = gr.Slider(1, MOST_IMAGES, value=8, step=1, label="Pictures", elem_id="count")
     with gr.Row(equal_height=True, elem_id="seeds"):
         made["seed"] = gr.Number(seed, label="Seed", precision=0, elem_id="seed", min_width=110, interactive=True)
-        made["another"] = gr.Checkbox(True, label="another one each time", elem_id="another", min_width=110)
+        made["another"] = gr.Checkbox(True, label="new each time", elem_id="another", min_width=110)
     with gr.Accordion("Guidance and sampling", open=False, elem_id="sampling"):
         made["cfg_scale"] = gr.Slider(0, **own["cfg_scale"], step=0.1, label="Guidance", elem_id="cfg-scale",
                                       info="How strongly class or prompt are followed; 1: not beyond the model")
@@ -75,8 +75,8 @@ def pictures(kind: str, *, go: str, onward: str) -> dict[str, Any]:
     made["status"] = gr.HTML(status(None), elem_id=f"{kind}-status")
     made["gallery"] = gr.Gallery(columns=4, height="auto", format="png", type="numpy", interactive=False,
                                  show_label=False, object_fit="contain", buttons=["download", "fullscreen"],
-                                 elem_id=f"{kind}-pictures", elem_classes="pictures")
-    made["onward"] = gr.Button(onward, size="sm", elem_id=f"{kind}-onward", interactive=False)
+                                 elem_id=f"{kind}-pictures", elem_classes="pictures", visible=False)
+    made["onward"] = gr.Button(onward, size="sm", elem_id=f"{kind}-onward", interactive=False, visible=False)
     made["selected"] = gr.State(0)
     return made
 
@@ -90,8 +90,9 @@ def seen(progress: Progress, *, sharp: bool, seed: int | None = None, captions: 
 
     running = progress.state == "running"
     shown = [*zip(progress.pictures, captions, strict=True)] if captions else [*progress.pictures]
-    return [gr.update(value=shown, elem_classes=["pictures", *[SHARP] * sharp]), status(progress, seed=seed),
-            gr.update(interactive=not running), gr.update(interactive=running), gr.update(interactive=not running)]
+    return [gr.update(value=shown, visible=True, elem_classes=["pictures", *[SHARP] * sharp]),
+            status(progress, seed=seed), gr.update(interactive=not running), gr.update(interactive=running),
+            gr.update(interactive=not running, visible=True)]
 
 
 def status(progress: Progress | None, *, seed: int | None = None) -> str:
@@ -113,16 +114,17 @@ def editor(card: ModelCard) -> dict[str, Any]:
     made = {"note": gr.HTML(html.escape(edit_note(card)), elem_classes="note", elem_id="edit-note"),
             "picture": gr.State(None)}
     with gr.Row():
-        made["upload"] = gr.UploadButton("Upload a picture", file_types=["image"], size="sm", elem_id="upload")
-        made["clear"] = gr.Button("Remove the paint", size="sm", elem_id="clear")
+        made["upload"] = gr.UploadButton("Upload a picture", file_types=["image"], size="sm", min_width=120,
+                                         elem_id="upload")
+        made["clear"] = gr.Button("Remove the paint", size="sm", elem_id="clear", min_width=120, interactive=False)
     made["canvas"] = gr.ImageEditor(
         type="numpy", image_mode="RGBA", sources=(), transforms=(), layers=False, format="png", buttons=[],
         brush=gr.Brush(default_size=60, colors=[PAINT], color_mode="fixed"), show_label=False, elem_id="canvas",
-        placeholder="Upload a picture, or take one that was drawn", interactive=True)
+        elem_classes=EMPTY, interactive=True)
     with gr.Row(equal_height=True, elem_id="keeping"):
-        made["keep"] = gr.Checkbox(True, label="leave the rest exactly as it was", elem_id="keep", min_width=150)
+        made["keep"] = gr.Checkbox(True, label="keep the rest as it is", elem_id="keep", min_width=130)
         made["feather"] = gr.Slider(0, 16, value=4, step=1, label="Blend over (pixels)", elem_id="feather",
-                                    min_width=150)
+                                    min_width=130)
     return made
 
 
@@ -131,7 +133,7 @@ def on_canvas(picture: np.ndarray | None, *, sharp: bool) -> Any:
     import gradio as gr
 
     if picture is None:
-        return gr.update(value=None)
+        return gr.update(value=None, elem_classes=EMPTY)
     large = enlarged(picture)
     return gr.update(value={"background": large, "layers": [], "composite": None}, canvas_size=large.shape[1::-1],
                      elem_classes=[SHARP] * sharp)
