@@ -69,7 +69,7 @@ def partials(card: ModelCard, count: int, steps: int | None) -> int:
 
 def whole(name: str, value: float | None) -> int:
     """A whole number from a control. Raises ValueError."""
-    if value is None or value != int(value):
+    if value is None or not float(value).is_integer():
         raise ValueError(f"{name} is {'empty' if value is None else value}: give a whole number")
     return int(value)
 
