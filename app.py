@@ -38,14 +38,14 @@ class PageFlags(BackendFlags, DrawSeedFlags, BindFlags, KeyFlags):
 def chosen_backend(flags: PageFlags) -> Backend:
     """What draws: the models of a server, or those that are loaded here. Raises ValueError or FileNotFoundError."""
     if flags.server_url is None:
-        if flags.api_key is not None:  # that of the environment is for whoever asks or is a server
+        if flags.api_key is not None:
             raise ValueError("--api-key is what a server is sent: give --server-url too")
         return make_backend(flags)
     for field in dataclasses.fields(BackendFlags):
         if getattr(flags, field.name) != getattr(PageFlags, field.name):
             raise ValueError(f"--{field.name.replace('_', '-')} is for models that are loaded here, but --server-url "
                              "asks a server for its own: leave one of them out")
-    return ServerBackend(flags.server_url, api_key=flags.api_key or os.environ.get("LLAMAGEN_API_KEY"))
+    return ServerBackend(flags.server_url, api_key=flags.key)
 
 
 def main(flags: PageFlags) -> None:
