@@ -70,7 +70,7 @@ def test_pictures_and_what_is_asked_are_the_same_as_without_a_server(coloured, j
                  "paste"):
         assert getattr(got, name) == getattr(job, name), name
     assert list(got.indices) == list(job.indices)
-    assert job.image is None or (got.image == job.image).all() and (got.mask == job.mask).all()
+    assert job.image is None or ((got.image == job.image).all() and (got.mask == job.mask).all())
 
 
 def test_indices_with_gaps_are_asked_in_runs(coloured):
@@ -82,8 +82,8 @@ def test_indices_with_gaps_are_asked_in_runs(coloured):
 
 
 @pytest.mark.parametrize(("error", "good"), [
-    (OverloadedError("80 pictures are waiting", seconds=7), 0),
-    (OverloadedError("80 pictures are waiting", seconds=7), 9),
+    (OverloadedError("80 are waiting", seconds=7), 0),
+    (OverloadedError("80 are waiting", seconds=7), 9),
     (UnavailableError("the engine died"), 0), (UnavailableError("the engine died"), 9),
     (FailedError("it broke"), 0), (FailedError("it broke"), 9), (ValueError("no such thing"), 0)])
 def test_refusals_are_the_errors_that_a_backend_raises(coloured, error, good):

@@ -1,0 +1,285 @@
+"""The page in a real browser: headless Chromium, driven by playwright; skipped where there is none.
+
+Debian: apt-get install chromium fonts-noto-color-emoji
+"""
+import io
+import re
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from autoregressive.serve.page import Page
+from autoregressive.serve.page_server import web_app
+from autoregressive.serve.protocol import OverloadedError, UnavailableError
+from tests.autoregressive.serve.coloured import COLOURS, GREY, PROMPTED, ColouredBackend
+from tests.autoregressive.serve.serving import served
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = [pytest.mark.processes, pytest.mark.slow,
+              pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")]
+PATIENCE = 60_000  # milliseconds: for machines that do much else
+DESKTOP, PHONE = {"width": 1200, "height": 900}, {"width": 390, "height": 844}
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Headless Chromium, the same for all tests."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as started:
+        found = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield found
+        found.close()
+
+
+@pytest.fixture(scope="module")
+def place():
+    """A backend and the address of its page."""
+    pytest.importorskip("gradio")
+    backend = ColouredBackend()
+    with served(web_app(Page(backend))) as url:
+        yield backend, url
+
+
+class Tab:
+    """A tab with the page, and what it asked of other hosts."""
+
+    def __init__(self, context, url: str) -> None:
+        self.page, self.foreign, self.errors = context.new_page(), [], []
+        self.page.set_default_timeout(PATIENCE)
+        self.page.on("request", lambda request: self.foreign.append(request.url) if not request.url.startswith(
+            (url, "data:", "blob:")) else None)
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.goto(url)
+        self.wait("draw", r"3 pictures in")  # the examples of the first visit
+
+    def wait(self, kind: str, words: str) -> None:
+        self.page.locator(f"#{kind}-status", has_text=re.compile(words)).wait_for()
+
+    def said(self, words: str) -> None:
+        """Wait for an error message, and put it away."""
+        message = self.page.get_by_test_id("toast-body").filter(has_text=re.compile(words))
+        message.first.wait_for()
+        assert len(message.first.inner_text().replace("×", "").strip().splitlines()) == 1
+        message.first.get_by_role("button").click()
+
+    def set(self, control: str, value) -> None:
+        box = self.page.locator(f"#{control} input[type=number]")
+        box.fill(str(value))
+        box.press("Tab")
+
+    def choose(self, control: str, option: str) -> None:
+        self.page.locator(f"#{control} input").click()
+        self.page.get_by_role("option", name=option, exact=True).click()
+
+    def pictures(self, kind: str) -> list[np.ndarray]:
+        """What the gallery shows, as the files that it would download."""
+        sources = self.page.locator(f"#{kind}-pictures .thumbnail-item img").evaluate_all("all => all.map(i => i.src)")
+        contents = [self.page.request.get(source).body() for source in sources]
+        assert all(content.startswith(b"\x89PNG") for content in contents)
+        return [np.asarray(Image.open(io.BytesIO(content)).convert("RGB")) for content in contents]
+
+    def paint(self) -> None:
+        """A stroke over the middle of the picture."""
+        canvas = self.page.locator("#canvas canvas").first
+        canvas.scroll_into_view_if_needed()
+        self.page.locator("#canvas:not(.empty)").wait_for()
+        box = canvas.bounding_box()
+        x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+        undo = self.page.locator("#canvas button[aria-label=Undo]")
+        steps = undo.is_enabled()
+        self.page.mouse.move(x - 25, y)
+        self.page.mouse.down()
+        self.page.mouse.move(x + 25, y, steps=6)
+        self.page.mouse.up()
+        assert steps or undo.is_enabled()
+
+
+@pytest.fixture
+def open_tab(browser, place):
+    """Opens tabs with the page; afterwards no other host was asked, no script failed, nothing is drawn any more."""
+    backend, url = place
+    backend.error, backend.good, backend.held = None, 0, False
+    contexts, tabs = [], []
+
+    def opened(viewport=DESKTOP, **given) -> Tab:
+        contexts.append(browser.new_context(viewport=viewport, **given))
+        tabs.append(Tab(contexts[-1], url))
+        return tabs[-1]
+
+    yield opened
+    backend.held = False
+    assert not [url for tab in tabs for url in tab.foreign]
+    assert not [error for tab in tabs for error in tab.errors]
+    for context in contexts:
+        context.close()
+
+
+def colours(pictures: list[np.ndarray]) -> list[tuple[int, ...]]:
+    """The colours of pictures of one colour each."""
+    assert all((picture == picture[0, 0]).all() for picture in pictures)
+    return [tuple(map(int, picture[0, 0])) for picture in pictures]
+
+
+def test_pictures_appear_while_they_are_drawn_and_can_be_stopped(open_tab, place):
+    tab, backend = open_tab(), place[0]
+    assert colours(tab.pictures("draw")) == list(COLOURS[:3])
+    tab.set("count", 2)
+    backend.held, backend.good = True, 9
+    tab.page.click("#draw")
+    tab.wait("draw", r"0 of 2 pictures, 16 of 32 codes · seed \d+$")
+    upper, lower = tab.pictures("draw")[1][:8], tab.pictures("draw")[1][8:]
+    assert (upper == COLOURS[0]).all() and (lower == GREY).all()
+    backend.held = False
+    tab.wait("draw", r"^\s*2 pictures in [\d.]+ s · seed \d+")
+    assert colours(tab.pictures("draw")) == [COLOURS[0]] * 2
+    assert tab.page.locator("#draw-pictures img").first.evaluate("i => getComputedStyle(i).imageRendering") == \
+        "pixelated"
+
+    backend.held = True
+    tab.page.click("#draw")
+    tab.wait("draw", "16 of 32 codes")
+    tab.page.click("#draw-stop")
+    tab.wait("draw", r"stopped after 0 of 2 pictures, 16 of 32 codes · seed \d+")
+    assert backend.open == 0 and tab.page.locator("#draw").is_enabled()
+
+
+def test_the_seed_is_shown_and_used_again(open_tab, place):
+    tab, backend = open_tab(), place[0]
+    tab.page.click("#draw")
+    tab.wait("draw", r"8 pictures in [\d.]+ s · seed \d+")
+    seed = int(tab.page.locator("#seed input").input_value())
+    assert backend.jobs[-1].seed == seed
+    tab.page.locator("#another input").uncheck()
+    tab.page.click("#draw")
+    tab.wait("draw", rf"8 pictures in [\d.]+ s · seed {seed}")
+    assert tab.page.locator("#draw").is_enabled() and backend.jobs[-1].seed == seed
+
+
+def test_classes_by_name_and_number_prompts_and_what_a_model_takes(open_tab, place):
+    tab, backend = open_tab(), place[0]
+    tab.set("count", 1)
+    for typed, colour in (("clocks", COLOURS[2]), ("1", COLOURS[1]), ("no class", COLOURS[3])):
+        tab.page.locator("#class input").fill(typed)
+        tab.page.locator("#class input").press("Enter")
+        tab.page.click("#draw")
+        tab.wait("draw", "1 picture in")
+        tab.page.wait_for_function("() => !document.querySelector('#draw').disabled")
+        assert colours(tab.pictures("draw")) == [colour]
+    tab.page.locator("#class input").fill("cats")
+    tab.page.locator("#class input").press("Enter")
+    tab.page.click("#draw")
+    tab.said("class 'cats' is unknown: choose from faces, flags, clocks")
+
+    tab.page.get_by_text("Guidance and sampling").click()
+    assert tab.page.locator("#steps").count() == 0 and tab.page.locator("#prompt").count() == 0
+    tab.choose("model", "emoji-arpg")
+    tab.page.locator("#steps").wait_for()
+    tab.set("steps", 3)
+    assert tab.page.locator("#cfg-scale input[type=number]").input_value() == "4"
+    tab.page.click("#draw")
+    tab.wait("draw", "1 picture in")
+    assert (backend.jobs[-1].model, backend.jobs[-1].steps, backend.jobs[-1].cfg_scale) == ("emoji-arpg", 3, 4.0)
+    tab.choose("model", "emoji-text")
+    tab.page.locator("#prompt textarea").fill("a <b>red</b> heart")
+    assert tab.page.locator("#class").count() == 0
+    tab.page.click("#draw")
+    tab.page.wait_for_function("() => !document.querySelector('#draw').disabled")
+    tab.wait("draw", "1 picture in")
+    assert backend.jobs[-1].condition == "a <b>red</b> heart" and colours(tab.pictures("draw")) == [PROMPTED]
+
+
+def test_a_painted_part_is_redrawn(open_tab, place, tmp_path):
+    tab, backend = open_tab(), place[0]
+    tab.choose("model", "emoji-arpg")
+    tab.set("count", 3)
+    tab.page.get_by_role("tab", name="Inpaint").click()
+    tab.page.click("#redraw")
+    tab.said("there is no picture: upload one, or take one that was drawn")
+    tab.page.get_by_role("tab", name="Draw", exact=True).click()
+    tab.page.locator("#draw-pictures .thumbnail-item").nth(1).click()
+    tab.page.locator("#draw-pictures .preview").wait_for()
+    tab.page.click("#draw-onward")
+    tab.page.locator("#canvas:not(.empty)").wait_for()
+    tab.page.click("#redraw")
+    tab.said("nothing is painted: mark with the brush what is to be drawn anew")
+    tab.paint()
+    tab.page.click("#redraw")
+    tab.wait("redraw", "3 pictures in")
+    job = backend.jobs[-1]
+    assert (job.image == COLOURS[1]).all() and job.mask[8, 8] and not job.mask[0].any() and job.paste == 4
+    assert 0 < job.mask.sum() < 128
+    results = tab.pictures("redraw")
+    assert len(results) == 3 and tuple(results[0][8, 8]) == COLOURS[0] and tuple(results[0][0, 0]) == COLOURS[1]
+
+    tab.choose("model", "emoji-gpt")  # from the highest painted row on
+    tab.page.locator("#edit-note", has_text="row by row").wait_for()
+    tab.page.click("#redraw")
+    tab.page.wait_for_function("() => !document.querySelector('#redraw').disabled")
+    tab.wait("redraw", "3 pictures in")
+    rows = backend.jobs[-1].mask.all(1)
+    assert backend.jobs[-1].model == "emoji-gpt" and rows[-1] and (rows == backend.jobs[-1].mask.any(1)).all()
+    assert not rows[:4].any()
+
+    Image.new("RGB", (90, 60), (10, 200, 200)).save(tmp_path / "mine.jpg")
+    tab.page.locator("#upload-input, input[type=file]").first.set_input_files(tmp_path / "mine.jpg")
+    tab.page.wait_for_function("() => document.querySelector('#canvas button[aria-label=Undo]')")
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
+    tab.page.locator("#upload-input, input[type=file]").first.set_input_files(tmp_path / "broken.png")
+    tab.said(r"broken\.png")
+
+
+def test_a_server_that_is_gone_or_has_too_much_to_do_is_told_in_a_line(open_tab, place):
+    tab, backend = open_tab(), place[0]
+    for error, words in ((OverloadedError("300 pictures are waiting: try again", seconds=5), "300 pictures"),
+                         (UnavailableError("the server does not answer: is it running?"), "is it running")):
+        backend.error, backend.good = error, 6
+        tab.page.click("#draw")
+        tab.said(words)
+        tab.wait("draw", "stopped after 0 of 8 pictures")
+        assert tab.page.locator("#draw").is_enabled()
+    backend.error = None
+    tab.page.click("#draw")
+    tab.wait("draw", "8 pictures in")
+
+
+def test_two_tabs_draw_at_once_and_a_closed_one_gives_its_places_back(open_tab, place):
+    backend, tabs = place[0], [open_tab(), open_tab()]
+    backend.held, backend.good = True, 5
+    for tab, name in zip(tabs, ("flags", "clocks"), strict=True):
+        tab.choose("class", name)
+        tab.page.click("#draw")
+    for tab in tabs:
+        tab.wait("draw", "32 of 128 codes")
+    assert backend.open == 2
+    tabs[0].page.close()
+    for _ in range(PATIENCE // 100):
+        if backend.open == 1:
+            break
+        tabs[1].page.wait_for_timeout(100)
+    assert backend.open == 1
+    backend.held = False
+    tabs[1].wait("draw", "8 pictures in")
+    assert colours(tabs[1].pictures("draw")) == [COLOURS[2]] * 8
+
+
+def test_on_a_phone_nothing_is_wider_than_the_window(open_tab):
+    tab = open_tab(PHONE, has_touch=True, is_mobile=True)
+
+    def fits() -> bool:
+        return tab.page.evaluate("() => document.documentElement.scrollWidth <= innerWidth")
+
+    assert fits()
+    tab.page.get_by_text("Guidance and sampling").tap()
+    tab.page.locator("#temperature").wait_for()
+    tab.page.locator("#draw").tap()
+    tab.wait("draw", "8 pictures in")
+    assert fits()
+    first, last = (tab.page.locator("#draw-pictures .thumbnail-item").nth(i).bounding_box() for i in (0, 2))
+    assert first["x"] >= 0 and last["x"] + last["width"] <= PHONE["width"]
+    tab.page.locator("#draw-onward").tap()
+    tab.paint()
+    tab.page.locator("#redraw").tap()
+    tab.wait("redraw", "8 pictures in")
+    assert fits()
