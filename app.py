@@ -12,10 +12,14 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-OWN = Path(__file__).resolve().parent / ".venv" / "bin" / "python"  # made by the quickstart
-if __name__ == "__main__" and not (find_spec("torch") and find_spec("gradio")) and OWN.exists() and \
-        Path(sys.prefix).resolve() != OWN.parents[1]:
-    os.execv(OWN, [str(OWN), *sys.argv])  # so that `python3 app.py` works in a shell that has not activated .venv
+if __name__ == "__main__" and not (find_spec("torch") and find_spec("gradio")):
+    own = Path(__file__).resolve().parent / ".venv" / "bin" / "python"  # made by the quickstart
+    if own.exists() and Path(sys.prefix).resolve() != own.parents[1]:
+        os.execv(own, [str(own), *sys.argv])  # so that `python3 app.py` works where .venv is not activated
+    if not find_spec("torch"):
+        print(f"error: torch is not installed in {sys.executable}: run bash scripts/quickstart.sh, which makes .venv, "
+              "then this command again", file=sys.stderr)
+        sys.exit(2)
 
 from autoregressive.sample.options import DrawSeedFlags
 from autoregressive.serve.api import BindFlags, KeyFlags

@@ -136,7 +136,7 @@ def test_a_server_that_is_not_there():
 @pytest.mark.parametrize(("content", "said"), [
     ("", UnavailableError), ('data: {"type": "image_generation.partial_image"}\n\n', FailedError),
     ("data: nonsense\n\n", FailedError), ("data: [1]\n\n", FailedError), ("event: x\n: comment\n\n", UnavailableError),
-    ('data: {"type": "image_generation.completed", "b64_json": "AAAA", "image_index": 0, "share": 1}\n\n', FailedError)])
+    ('data: {"type": "x.completed", "b64_json": "AAAA", "image_index": 0, "share": 1}\n\n', FailedError)])
 def test_strange_answers_are_errors_in_a_line(content, said):
     app = make_app(ColouredBackend())
     app.router.routes[:] = [route for route in app.router.routes if "generations" not in getattr(route, "path", "")]

@@ -5,6 +5,7 @@ Debian: apt-get install chromium fonts-noto-color-emoji
 import io
 import re
 import shutil
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from PIL import Image
 
 from autoregressive.serve.page import Page
 from autoregressive.serve.page_server import web_app
-from autoregressive.serve.protocol import OverloadedError, UnavailableError
+from autoregressive.serve.protocol import Job, OverloadedError, UnavailableError
 from tests.autoregressive.serve.coloured import COLOURS, GREY, PROMPTED, ColouredBackend
 from tests.autoregressive.serve.serving import served
 
@@ -54,6 +55,24 @@ class Tab:
         self.page.goto(url)
         self.wait("draw", r"3 pictures in")  # the examples of the first visit
 
+    def until(self, condition: Callable[[], bool]) -> None:
+        """Wait for something outside of the page, while the page goes on."""
+        for _ in range(PATIENCE // 20):
+            if condition():
+                return
+            self.page.wait_for_timeout(20)
+        raise AssertionError("waited in vain")
+
+    def drawn(self, backend: ColouredBackend, kind: str = "draw") -> Job:
+        """Draw, and wait for the pictures; what was asked of the backend."""
+        before = len(backend.jobs)
+        self.page.click(f"#{kind}")
+        self.until(lambda: len(backend.jobs) > before)
+        job = backend.jobs[-1]
+        self.wait(kind, rf"\d+ pictures? in [\d.]+ s · seed {job.seed}")
+        self.page.locator(f"#{kind}:not(:disabled)").wait_for()
+        return job
+
     def wait(self, kind: str, words: str) -> None:
         self.page.locator(f"#{kind}-status", has_text=re.compile(words)).wait_for()
 
@@ -61,8 +80,8 @@ class Tab:
         """Wait for an error message, and put it away."""
         message = self.page.get_by_test_id("toast-body").filter(has_text=re.compile(words))
         message.first.wait_for()
-        assert len(message.first.inner_text().replace("×", "").strip().splitlines()) == 1
-        message.first.get_by_role("button").click()
+        assert len([line for line in message.first.inner_text().splitlines() if line not in ("", "×", "Error")]) == 1
+        message.first.get_by_test_id("toast-close").click()
 
     def set(self, control: str, value) -> None:
         box = self.page.locator(f"#{control} input[type=number]")
@@ -128,7 +147,7 @@ def test_pictures_appear_while_they_are_drawn_and_can_be_stopped(open_tab, place
     tab.set("count", 2)
     backend.held, backend.good = True, 9
     tab.page.click("#draw")
-    tab.wait("draw", r"0 of 2 pictures, 16 of 32 codes · seed \d+$")
+    tab.wait("draw", r"0 of 2 pictures, 16 of 32 codes · seed \d+")
     upper, lower = tab.pictures("draw")[1][:8], tab.pictures("draw")[1][8:]
     assert (upper == COLOURS[0]).all() and (lower == GREY).all()
     backend.held = False
@@ -147,14 +166,12 @@ def test_pictures_appear_while_they_are_drawn_and_can_be_stopped(open_tab, place
 
 def test_the_seed_is_shown_and_used_again(open_tab, place):
     tab, backend = open_tab(), place[0]
-    tab.page.click("#draw")
-    tab.wait("draw", r"8 pictures in [\d.]+ s · seed \d+")
-    seed = int(tab.page.locator("#seed input").input_value())
-    assert backend.jobs[-1].seed == seed
+    first, second = tab.drawn(backend), tab.drawn(backend)
+    assert first.seed != second.seed == int(tab.page.locator("#seed input").input_value())
     tab.page.locator("#another input").uncheck()
-    tab.page.click("#draw")
-    tab.wait("draw", rf"8 pictures in [\d.]+ s · seed {seed}")
-    assert tab.page.locator("#draw").is_enabled() and backend.jobs[-1].seed == seed
+    assert tab.drawn(backend).seed == second.seed
+    tab.set("seed", 1234)
+    assert tab.drawn(backend).seed == 1234
 
 
 def test_classes_by_name_and_number_prompts_and_what_a_model_takes(open_tab, place):
@@ -163,9 +180,7 @@ def test_classes_by_name_and_number_prompts_and_what_a_model_takes(open_tab, pla
     for typed, colour in (("clocks", COLOURS[2]), ("1", COLOURS[1]), ("no class", COLOURS[3])):
         tab.page.locator("#class input").fill(typed)
         tab.page.locator("#class input").press("Enter")
-        tab.page.click("#draw")
-        tab.wait("draw", "1 picture in")
-        tab.page.wait_for_function("() => !document.querySelector('#draw').disabled")
+        tab.drawn(backend)
         assert colours(tab.pictures("draw")) == [colour]
     tab.page.locator("#class input").fill("cats")
     tab.page.locator("#class input").press("Enter")
@@ -178,16 +193,12 @@ def test_classes_by_name_and_number_prompts_and_what_a_model_takes(open_tab, pla
     tab.page.locator("#steps").wait_for()
     tab.set("steps", 3)
     assert tab.page.locator("#cfg-scale input[type=number]").input_value() == "4"
-    tab.page.click("#draw")
-    tab.wait("draw", "1 picture in")
-    assert (backend.jobs[-1].model, backend.jobs[-1].steps, backend.jobs[-1].cfg_scale) == ("emoji-arpg", 3, 4.0)
+    job = tab.drawn(backend)
+    assert (job.model, job.steps, job.cfg_scale) == ("emoji-arpg", 3, 4.0)
     tab.choose("model", "emoji-text")
     tab.page.locator("#prompt textarea").fill("a <b>red</b> heart")
     assert tab.page.locator("#class").count() == 0
-    tab.page.click("#draw")
-    tab.page.wait_for_function("() => !document.querySelector('#draw').disabled")
-    tab.wait("draw", "1 picture in")
-    assert backend.jobs[-1].condition == "a <b>red</b> heart" and colours(tab.pictures("draw")) == [PROMPTED]
+    assert tab.drawn(backend).condition == "a <b>red</b> heart" and colours(tab.pictures("draw")) == [PROMPTED]
 
 
 def test_a_painted_part_is_redrawn(open_tab, place, tmp_path):
@@ -205,9 +216,7 @@ def test_a_painted_part_is_redrawn(open_tab, place, tmp_path):
     tab.page.click("#redraw")
     tab.said("nothing is painted: mark with the brush what is to be drawn anew")
     tab.paint()
-    tab.page.click("#redraw")
-    tab.wait("redraw", "3 pictures in")
-    job = backend.jobs[-1]
+    job = tab.drawn(backend, "redraw")
     assert (job.image == COLOURS[1]).all() and job.mask[8, 8] and not job.mask[0].any() and job.paste == 4
     assert 0 < job.mask.sum() < 128
     results = tab.pictures("redraw")
@@ -215,19 +224,36 @@ def test_a_painted_part_is_redrawn(open_tab, place, tmp_path):
 
     tab.choose("model", "emoji-gpt")  # from the highest painted row on
     tab.page.locator("#edit-note", has_text="row by row").wait_for()
-    tab.page.click("#redraw")
-    tab.page.wait_for_function("() => !document.querySelector('#redraw').disabled")
-    tab.wait("redraw", "3 pictures in")
-    rows = backend.jobs[-1].mask.all(1)
-    assert backend.jobs[-1].model == "emoji-gpt" and rows[-1] and (rows == backend.jobs[-1].mask.any(1)).all()
+    job = tab.drawn(backend, "redraw")
+    rows = job.mask.all(1)
+    assert job.model == "emoji-gpt" and rows[-1] and (rows == job.mask.any(1)).all()
     assert not rows[:4].any()
 
-    Image.new("RGB", (90, 60), (10, 200, 200)).save(tmp_path / "mine.jpg")
-    tab.page.locator("#upload-input, input[type=file]").first.set_input_files(tmp_path / "mine.jpg")
-    tab.page.wait_for_function("() => document.querySelector('#canvas button[aria-label=Undo]')")
-    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
-    tab.page.locator("#upload-input, input[type=file]").first.set_input_files(tmp_path / "broken.png")
-    tab.said(r"broken\.png")
+
+def test_a_picture_of_ones_own_is_redrawn_and_what_is_none_is_refused(open_tab, place, tmp_path):
+    tab, backend = open_tab(), place[0]
+    tab.choose("model", "emoji-arpg")
+    tab.page.get_by_role("tab", name="Inpaint").click()
+
+    def upload(name: str) -> None:
+        with tab.page.expect_file_chooser() as chooser:
+            tab.page.click("#upload")
+        chooser.value.set_files(tmp_path / name)
+
+    for name, content in (("broken.png", b"\x89PNG\r\n\x1a\nnothing"), ("notes.jpg", b"not a picture")):
+        (tmp_path / name).write_bytes(content)
+        upload(name)
+        tab.said(re.escape(name))
+    Image.new("RGB", (90, 60), (10, 200, 200)).save(tmp_path / "mine.png")
+    upload("mine.png")
+    tab.page.locator("#canvas:not(.empty)").wait_for()
+    tab.paint()
+    job = tab.drawn(backend, "redraw")
+    assert (job.image == (10, 200, 200)).all() and job.mask.any()
+    tab.page.click("#clear")
+    tab.page.locator("#canvas button[aria-label=Undo]:disabled").wait_for()
+    tab.page.click("#redraw")
+    tab.said("nothing is painted")
 
 
 def test_a_server_that_is_gone_or_has_too_much_to_do_is_told_in_a_line(open_tab, place):
@@ -254,11 +280,7 @@ def test_two_tabs_draw_at_once_and_a_closed_one_gives_its_places_back(open_tab, 
         tab.wait("draw", "32 of 128 codes")
     assert backend.open == 2
     tabs[0].page.close()
-    for _ in range(PATIENCE // 100):
-        if backend.open == 1:
-            break
-        tabs[1].page.wait_for_timeout(100)
-    assert backend.open == 1
+    tabs[1].until(lambda: backend.open == 1)
     backend.held = False
     tabs[1].wait("draw", "8 pictures in")
     assert colours(tabs[1].pictures("draw")) == [COLOURS[2]] * 8
