@@ -66,11 +66,11 @@ class Page:
         progress, failure = Progress(card, sum(len(job.indices) for job in jobs)), None
         seed = None if captions else jobs[0].seed
 
-        def update() -> list[Any]:
+        def update(shown: int | None = None) -> list[Any]:
             return [*page_parts.seen(progress, sharp=page_jobs.is_small(card), seed=seed, captions=captions),
-                    gr.skip() if seed is None else seed]
+                    gr.skip() if shown is None else shown]
 
-        yield update()
+        yield update(seed)  # later a visitor may be typing another
         try:
             async with contextlib.aclosing(self.runs.views(key, jobs, progress)) as views:
                 async for _ in views:
