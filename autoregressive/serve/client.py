@@ -56,7 +56,7 @@ class ServerBackend:
         try:
             async with self._asked("GET", "/v1/models", timeout=ANSWER_SECONDS) as response:
                 content = await response.aread()
-            self.cards = [card_of(described) for described in json.loads(content)["data"]]
+            self.cards = [described_card(described) for described in json.loads(content)["data"]]
         except (LookupError, TypeError, AttributeError, RecursionError, json.JSONDecodeError, UnicodeDecodeError):
             raise ValueError(f"{self.url} answers, but not as serve/api.py of this version: is it another server?"
                              ) from None
@@ -134,7 +134,7 @@ class ServerBackend:
             yield event
 
 
-def card_of(described: dict[str, Any]) -> ModelCard:
+def described_card(described: dict[str, Any]) -> ModelCard:
     """A model as /v1/models describes it. Raises LookupError or TypeError."""
     values = {name: described[name] for name in ModelCard.__dataclass_fields__}
     for name in ("image_size", "grid"):
@@ -154,6 +154,8 @@ def runs_of(indices: Any) -> Iterator[tuple[int, list[int]]]:
 
 def request_of(job: Job, indices: list[int]) -> tuple[str, dict[str, Any]]:
     """Route and content of the request for images of successive indices."""
+    from autoregressive.serve.answers import encoded
+
     fields = {"model": job.model, "n": len(indices), "index": indices[0], "seed": job.seed,
               "cfg_scale": job.cfg_scale, "temperature": job.temperature, "top_k": job.top_k, "top_p": job.top_p,
               "steps": job.steps, "stream": True, "partial_images": job.partials,
@@ -163,8 +165,8 @@ def request_of(job: Job, indices: list[int]) -> tuple[str, dict[str, Any]]:
         return "/v1/images/generations", {"json": fields}
     fields = fields if job.paste is None else fields | {"paste": job.paste}
     words = {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in fields.items()}
-    files = {"image": ("image.png", png(job.image), "image/png"),
-             "mask": ("mask.png", png(job.mask.astype(np.uint8) * 255), "image/png")}
+    files = {"image": ("image.png", encoded(job.image, "png", None), "image/png"),
+             "mask": ("mask.png", encoded(job.mask.astype(np.uint8) * 255, "png", None), "image/png")}
     return "/v1/images/edits", {"data": words, "files": files}
 
 
@@ -179,13 +181,6 @@ def picture_of(event: dict[str, Any], *, first: int) -> Picture | None:
         return Picture(first + int(event["image_index"]), pixels, float(event["share"]), partial)
     except (LookupError, TypeError, ValueError, OSError):
         raise FailedError("the server sent a picture that cannot be read") from None
-
-
-def png(pixels: np.ndarray) -> bytes:
-    """A picture uint8 (H, W) or (H, W, 3) as the content of a PNG file."""
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, format="PNG")
-    return file.getvalue()
 
 
 async def lines_of(parts: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

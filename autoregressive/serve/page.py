@@ -101,7 +101,7 @@ class Page:
         card, values = self.card(model), dict(zip(VALUES, values, strict=True))
         if another:
             values["seed"] = secrets.randbelow(2**32)
-        return card, page_jobs.job_of(card, **values)
+        return card, page_jobs.asked_job(card, **values)
 
     # ---- what happens when
 
@@ -122,7 +122,7 @@ class Page:
             with errors_told():
                 card, job = self.asked(*values)
                 job = page_jobs.edit_job(card, job, picture, page_jobs.painted(canvas),
-                                         paste=page_jobs.whole("blending", feather) if keep else None)
+                                         paste=page_jobs.whole_number("blending", feather) if keep else None)
             async for update in self.draw((request.session_hash, "redraw"), card, [job]):
                 yield update
 

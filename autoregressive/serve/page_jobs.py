@@ -23,9 +23,9 @@ def class_choices(card: ModelCard) -> list[tuple[str, int | str]]:
     return [(NO_CLASS, NO_CLASS), *((name, label) for label, name in enumerate(names))]
 
 
-def job_of(card: ModelCard, *, chosen: int | str | None, prompt: str | None, count: float | None, seed: float | None,
-           cfg_scale: float | None, temperature: float | None, top_k: float | None, top_p: float | None,
-           steps: float | None) -> Job:
+def asked_job(card: ModelCard, *, chosen: int | str | None, prompt: str | None, count: float | None,
+              seed: float | None, cfg_scale: float | None, temperature: float | None, top_k: float | None,
+              top_p: float | None, steps: float | None) -> Job:
     """The job that the controls describe; of `chosen` and `prompt` the model takes one. Raises ValueError for what is
     empty or what the model does not take."""
     if card.condition == "class":
@@ -36,14 +36,14 @@ def job_of(card: ModelCard, *, chosen: int | str | None, prompt: str | None, cou
         condition = (prompt or "").strip()
         if not condition:
             raise ValueError("the prompt is empty: write what is to be drawn")
-    count = whole("the number of pictures", count)
+    count = whole_number("the number of pictures", count)
     numbers = {"guidance": cfg_scale, "temperature": temperature, "top-p": top_p}
     for name, value in numbers.items():
         if value is None:
             raise ValueError(f"{name} is empty: give a number")
-    job = Job(model=card.name, condition=condition, seed=whole("the seed", seed), indices=range(count),
-              cfg_scale=float(cfg_scale), temperature=float(temperature), top_k=whole("top-k", top_k),
-              top_p=float(top_p), steps=whole("steps", steps) if card.family == "arpg" else None)
+    job = Job(model=card.name, condition=condition, seed=whole_number("the seed", seed), indices=range(count),
+              cfg_scale=float(cfg_scale), temperature=float(temperature), top_k=whole_number("top-k", top_k),
+              top_p=float(top_p), steps=whole_number("steps", steps) if card.family == "arpg" else None)
     job.check(card)
     return replace(job, partials=partials(card, count, job.steps))
 
@@ -55,9 +55,9 @@ def example_jobs(card: ModelCard) -> tuple[list[Job], list[str]]:
     if card.condition == "class":
         labels = [place * card.classes // EXAMPLES for place in range(EXAMPLES)] if card.classes > EXAMPLES else range(
             card.classes)
-        jobs = [job_of(card, chosen=label, prompt=None, **settings) for label in labels]
+        jobs = [asked_job(card, chosen=label, prompt=None, **settings) for label in labels]
         return jobs, [card.class_names[label] if card.class_names else f"class {label}" for label in labels]
-    return [job_of(card, chosen=None, prompt=prompt, **settings) for prompt in EXAMPLE_PROMPTS], list(EXAMPLE_PROMPTS)
+    return [asked_job(card, chosen=None, prompt=prompt, **settings) for prompt in EXAMPLE_PROMPTS], list(EXAMPLE_PROMPTS)
 
 
 def partials(card: ModelCard, count: int, steps: int | None) -> int:
@@ -67,7 +67,7 @@ def partials(card: ModelCard, count: int, steps: int | None) -> int:
     return max(2, min(most, MOST_PARTIALS, 64 // count)) - 1
 
 
-def whole(name: str, value: float | None) -> int:
+def whole_number(name: str, value: float | None) -> int:
     """A whole number from a control. Raises ValueError."""
     if value is None or not float(value).is_integer():
         raise ValueError(f"{name} is {'empty' if value is None else value}: give a whole number")

@@ -16,7 +16,7 @@ from autoregressive.serve.page_style import EMPTY, PAINT, SHARP
 from autoregressive.serve.progress import Progress
 from autoregressive.serve.protocol import MOST_IMAGES, ModelCard
 
-VALUES = ("chosen", "prompt", "count", "seed", "cfg_scale", "temperature", "top_k", "top_p", "steps")  # see `job_of`
+VALUES = ("chosen", "prompt", "count", "seed", "cfg_scale", "temperature", "top_k", "top_p", "steps")  # see `asked_job`
 OF_MODEL = ("model", "chosen", "prompt", "prompts", "cfg_scale", "temperature", "top_k", "top_p", "steps")
 
 

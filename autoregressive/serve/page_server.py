@@ -15,12 +15,16 @@ def web_app(page: Page) -> Any:
     """The FastAPI application of a page."""
     import fastapi
     import gradio as gr
+    from starlette.requests import ClientDisconnect
 
     app = fastapi.FastAPI(openapi_url=None)
 
     @app.middleware("http")
     async def only_from_here(request: fastapi.Request, call_next: Any) -> fastapi.Response:
-        response = await call_next(request)
+        try:
+            response = await call_next(request)
+        except ClientDisconnect:  # a tab that was closed in the middle of an upload
+            return fastapi.Response(status_code=400)
         response.headers["Content-Security-Policy"] = POLICY
         return response
 

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from autoregressive.serve import page_jobs
-from autoregressive.serve.page_jobs import NO_CLASS, class_choices, defaults_of, edit_job, example_jobs, job_of
+from autoregressive.serve.page_jobs import NO_CLASS, asked_job, class_choices, defaults_of, edit_job, example_jobs
 from tests.autoregressive.serve.coloured import CARDS, card
 
 GPT, ARPG, TEXT = CARDS
@@ -15,7 +15,7 @@ CONTROLS = {"chosen": 1, "prompt": "red heart", "count": 4, "seed": 7, "cfg_scal
 
 
 def asked(card=GPT, **changed):
-    return job_of(card, **CONTROLS | changed)
+    return asked_job(card, **CONTROLS | changed)
 
 
 def test_a_job_is_what_the_controls_say():
@@ -35,7 +35,7 @@ def test_a_list_of_classes_begins_with_none_and_has_numbers_where_there_are_no_n
     assert class_choices(GPT) == [(NO_CLASS, NO_CLASS), ("faces", 0), ("flags", 1), ("clocks", 2)]
     assert class_choices(card("x", class_names=None))[1:] == [("0", 0), ("1", 1), ("2", 2)]
     named = card("x", class_names=(NO_CLASS, "a", "b"))
-    assert job_of(named, **CONTROLS | {"chosen": class_choices(named)[1][1]}).condition == 0
+    assert asked_job(named, **CONTROLS | {"chosen": class_choices(named)[1][1]}).condition == 0
 
 
 @pytest.mark.parametrize(("given", "changed", "said"), [
