@@ -57,7 +57,8 @@ def example_jobs(card: ModelCard) -> tuple[list[Job], list[str]]:
             card.classes)
         jobs = [asked_job(card, chosen=label, prompt=None, **settings) for label in labels]
         return jobs, [card.class_names[label] if card.class_names else f"class {label}" for label in labels]
-    return [asked_job(card, chosen=None, prompt=prompt, **settings) for prompt in EXAMPLE_PROMPTS], list(EXAMPLE_PROMPTS)
+    jobs = [asked_job(card, chosen=None, prompt=prompt, **settings) for prompt in EXAMPLE_PROMPTS]
+    return jobs, list(EXAMPLE_PROMPTS)
 
 
 def partials(card: ModelCard, count: int, steps: int | None) -> int:
