@@ -20,7 +20,7 @@ from tests.house import flag_reads
 
 OURS = ("utils", "native", "dataset", "language", "tokenizer", "autoregressive", "evaluations", "compatibility",
         "benchmarks", "tests")
-FILES = sorted(path.relative_to(ROOT) for top in OURS[:-1] for path in (ROOT / top).rglob("*.py"))
+FILES = [Path("app.py"), *sorted(path.relative_to(ROOT) for top in OURS[:-1] for path in (ROOT / top).rglob("*.py"))]
 SOURCES = [path for path in FILES if path.name != "__init__.py"]
 
 GENERAL = {f"utils.{path.stem}" for path in (ROOT / "utils").glob("*.py")}  # without utils.checkpoints, utils.training
@@ -38,6 +38,7 @@ MAY_IMPORT = {
     "tokenizer": {"utils", "native", "dataset", "evaluations", "tokenizer"},
     "autoregressive": {"utils", "native", "dataset", "evaluations", "language", "tokenizer", "autoregressive"},
     "compatibility": {"utils", "dataset", "tokenizer", "autoregressive", "compatibility"},  # LlamaGen's names of them
+    "app.py": {"utils", "autoregressive"},
     "benchmarks": {*OURS[:-1], "tests.data", "tests.autoregressive.models.toy_training"},  # what the GPU check tries
 }
 MODEL_FILES = [Path("tokenizer/tokenizer_image") / name for name in

@@ -93,10 +93,10 @@ def extras() -> dict[str, list[str]]:
             for name, words in re.findall(r"^(\w+) = \[(.*)\]$", lines, flags=re.MULTILINE)}
 
 
-def test_the_quickstart_installs_what_its_control_stages_need():
+def test_the_quickstart_installs_what_its_control_stages_and_the_page_need():
     wanted = extras()
     assert "_venv.sh\" quickstart" in (script := (ROOT / "scripts" / "quickstart.sh").read_text())
-    assert "--control canny" in script and "llamagen[control,text]" in wanted["quickstart"]
+    assert "--control canny" in script and "llamagen[control,page,text]" in wanted["quickstart"]
     assert listed(wanted["control"]) == {"scikit-image", "timm"}
 
 
