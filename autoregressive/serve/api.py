@@ -102,7 +102,7 @@ async def serve(flags: ServerFlags, backend: Backend, bound: socket.socket) -> N
 def main(flags: ServerFlags) -> None:
     """Serve."""
     for package in ("fastapi", "uvicorn", "prometheus_client", "python_multipart"):
-        cli.require_package(package, purpose="the server", package="'llamagen[serve]'")
+        cli.require_package(package, purpose="the server", package="fastapi uvicorn prometheus-client python-multipart")
     for name in ("request_seconds", "most_upload", "most_pixels"):
         if not getattr(flags, name) > 0:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(flags, name)}, expected more than 0")
