@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from autoregressive.sample.batch_size import batch_that_fits, even_batch
 from autoregressive.sample.options import DrawSeedFlags
+from autoregressive.sample.pipeline import Pipeline
 from autoregressive.sample.prompts import (
     STDIN,
     TextSampleFlags,
@@ -61,40 +62,53 @@ def asked_prompts(flags: PromptGridFlags) -> list[str]:
     return found or list(EXAMPLES)
 
 
-def main(flags: PromptGridFlags) -> None:
-    """Draw the pictures of the prompts."""
-    process = dist.setup()
-    if process.world_size > 1:
-        raise ValueError(f"a grid takes one process, {process.world_size} were started: set nproc_per_node=1, or use "
-                         "sample_t2i_ddp.py")
+def asked_jobs(flags: PromptGridFlags) -> list[PromptJob]:
+    """The pictures that the flags ask for. Raises ValueError for what a grid cannot hold."""
     each = 1 if flags.images_per_prompt is None else flags.images_per_prompt
     if each < 1:
         raise ValueError(f"--images-per-prompt is {each}, expected 1 or more")
     output = Path(flags.output)
     if output.is_dir() or output.suffix.lower() == ".json":
         raise ValueError(f"--output is {output}: expected the name of a picture, such as {PromptGridFlags.output}")
-    prompts = asked_prompts(flags)
-    jobs = [PromptJob(Prompt(text), p, j) for p, text in enumerate(prompts) for j in range(each)]
+    jobs = [PromptJob(Prompt(text), p, j) for p, text in enumerate(asked_prompts(flags)) for j in range(each)]
     if len(jobs) > MOST_SHOWN:
         raise ValueError(f"{len(jobs)} pictures are too many for a grid, which holds {MOST_SHOWN}: draw them as a set "
                          "by sample_t2i_ddp.py --prompt-csv")
+    return jobs
+
+
+def save_grid(flags: PromptGridFlags, jobs: list[PromptJob], pictures: np.ndarray, pipeline: Pipeline, *,
+              text_encoder: dict, seconds: float) -> None:
+    """Write the pictures uint8 (B, H, W, 3) as a grid, what they were made with beside it, and say so."""
+    output, each = Path(flags.output), flags.images_per_prompt or 1
+    columns = min(8, each) if each > 1 else min(len(jobs), 8, max(4, len(jobs) // 2))
+    images.save_png(output, images.grid(pictures, columns=columns, lines=LABEL_LINES,
+                                        labels=[job.prompt.text for job in jobs]))
+    cli.save_config(output.with_suffix(".json"), flags, prompts=[job.prompt.text for job in jobs if not job.image_index],
+                    models=pipeline.described, text_encoder=text_encoder, warnings=pipeline.warnings)
+    height, width = pipeline.image_size
+    print(f"{len(jobs)} images of {height}x{width} in {seconds:.1f} s: {flags.output}")
+
+
+def main(flags: PromptGridFlags) -> None:
+    """Draw the pictures of the prompts."""
+    process = dist.setup()
+    if process.world_size > 1:
+        raise ValueError(f"a grid takes one process, {process.world_size} were started: set nproc_per_node=1, or use "
+                         "sample_t2i_ddp.py")
+    jobs = asked_jobs(flags)
     pipeline = load_text_pipeline(flags, device=process.device)
     encoder = encoder_for(flags, pipeline, device=process.device)
-    features, described = features_of(encoder, prompts, precision=flags.precision), encoder.described
+    features, described = features_of(encoder, [job.prompt.text for job in jobs],
+                                      precision=flags.precision), encoder.described
     del encoder
 
     start, parts = time.perf_counter(), []
     step = even_batch(len(jobs), batch_that_fits(pipeline, process.device))
     for first in range(0, len(jobs), step):
         parts.append(pipeline.to_pixels(draw_jobs(pipeline, jobs[first:first + step], features, seed=flags.seed)))
-    seconds = time.perf_counter() - start
-    columns = min(8, each) if each > 1 else min(len(jobs), 8, max(4, len(jobs) // 2))
-    images.save_png(output, images.grid(np.concatenate(parts), columns=columns, lines=LABEL_LINES,
-                                        labels=[job.prompt.text for job in jobs]))
-    cli.save_config(output.with_suffix(".json"), flags, prompts=prompts, models=pipeline.described,
-                    text_encoder=described, warnings=pipeline.warnings)
-    height, width = pipeline.image_size
-    print(f"{len(jobs)} images of {height}x{width} in {seconds:.1f} s: {flags.output}")
+    save_grid(flags, jobs, np.concatenate(parts), pipeline, text_encoder=described,
+              seconds=time.perf_counter() - start)
 
 
 if __name__ == "__main__":

@@ -3,16 +3,19 @@
 For the commands beside this file, and for the server (vllm_backend.py). Imports vLLM within its functions, and torch's
 companions not at all: see scripts/serve_env.sh.
 """
+import contextlib
 import importlib.util
 import math
 import os
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from autoregressive.sample.options import SampleFlags
 from autoregressive.sample.pipeline import Pipeline
@@ -23,7 +26,7 @@ from utils.cli import flag
 from utils.finite import NotFiniteError
 
 if TYPE_CHECKING:
-    from vllm import SamplingParams
+    from vllm import LLM, SamplingParams
 
 LEAST_TEMPERATURE, MOST_TEMPERATURE = 0.01, 2.0  # vLLM raises lower ones to the first and refuses higher ones
 BLOCK = 128  # tokens: its caches are in blocks of this size on a CPU, smaller ones on a GPU
@@ -38,7 +41,7 @@ ENVIRONMENT = {
 
 @dataclass(kw_only=True)
 class EngineFlags:
-    """vLLM."""
+    """The engine."""
 
     max_num_seqs: int = flag(32, "images that are drawn at the same time; vLLM's memory for keys and values is made for "
                                  "so many, with those without the condition beside them")
@@ -64,8 +67,6 @@ def fit_for_vllm(flags: SampleFlags, *, device: torch.device) -> SampleFlags:
             shown = "--no-left-padding" if value is False else f"--{name} {value}"
             raise ValueError(f"{shown} is not for vLLM: leave it out, or use the commands in autoregressive/sample")
     check_request(cfg_scale=flags.cfg_scale, temperature=flags.temperature)
-    if flags.max_num_seqs < 1:
-        raise ValueError(f"--max-num-seqs is {flags.max_num_seqs}, expected 1 or more")
     plain = dist.compute_dtype(flags.precision, device) == torch.float32  # vLLM has not our kernels for bfloat16
     return replace(flags, precision="none") if plain else flags
 
@@ -97,7 +98,7 @@ def engine_arguments(pipeline: Pipeline, *, max_num_seqs: int, compile: bool = F
         "hf_overrides": overrides, "max_model_len": length, "max_num_seqs": max_num_seqs,
         "max_num_batched_tokens": max(2048, max_num_seqs), "enforce_eager": not compile,
         "kv_cache_memory_bytes": blocks * block_bytes(pipeline), "enable_prompt_embeds": config.model_type == "t2i",
-        "disable_log_stats": True, "generation_config": "vllm",
+        "disable_log_stats": True, "use_tqdm_on_load": False, "generation_config": "vllm",
     }
     if compile and torch.cuda.is_available():  # the graph of a step; what is in it is not compiled
         arguments["compilation_config"] = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
@@ -160,20 +161,34 @@ def codes_from(pipeline: Pipeline, tokens: Sequence[int]) -> Tensor:
 # ---- the engine of a command
 
 
-def start_engine(pipeline: Pipeline, flags: SampleFlags) -> Any:
-    """vLLM's engine for a command, which waits for its pictures: in this process."""
+@contextlib.contextmanager
+def running_engine(pipeline: Pipeline, *, max_num_seqs: int, compile: bool) -> Iterator["LLM"]:
+    """vLLM's engine for a command, which waits for its pictures: in this process. Raises ValueError."""
+    if max_num_seqs < 1:
+        raise ValueError(f"--max-num-seqs is {max_num_seqs}, expected 1 or more")
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    from vllm import LLM
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of packages that vLLM imports
+        from vllm import LLM
 
-    arguments = engine_arguments(pipeline, max_num_seqs=flags.max_num_seqs, compile=flags.compile)
+    arguments = engine_arguments(pipeline, max_num_seqs=max_num_seqs, compile=compile)
     free_layers(pipeline)
-    return LLM(**arguments)
+    engine = LLM(**arguments)
+    try:
+        yield engine
+    finally:
+        engine.llm_engine.engine_core.shutdown()
 
 
-def draw_codes(engine: Any, pipeline: Pipeline, given: Sequence[int] | Sequence[Tensor], *,
+def draw_codes(engine: "LLM", pipeline: Pipeline, given: Sequence[int] | Sequence[Tensor], *,
                seeds: Sequence[int]) -> Tensor:
     """Labels or text features, and the seed of each image's random stream → codes (B, h*w)."""
     own = {name: pipeline.settings[name] for name in ("temperature", "top_k", "top_p")}
     prompts = [prompt_for(pipeline, one, scale=pipeline.settings["cfg_scale"]) for one in given]
-    answers = engine.generate(prompts, [sampling_for(pipeline, seed=seed, **own) for seed in seeds])
+    answers = engine.generate(prompts, [sampling_for(pipeline, seed=seed, **own) for seed in seeds], use_tqdm=image_bar)
     return torch.stack([codes_from(pipeline, answer.outputs[0].token_ids) for answer in answers])
+
+
+def image_bar(*arguments: Any, desc: str, **options: Any) -> tqdm:
+    """The bar of what vLLM draws; what it does to prompts before that takes no time."""
+    return tqdm(*arguments, **options | {"desc": "images", "disable": not desc.startswith("Processed")})
