@@ -29,6 +29,8 @@ ENTRIES = {  # name of a command: (module, class of its flags)
     "sample": ("autoregressive.sample.sample_ddp", "SampleSetFlags"),
     "sample_prompts": ("autoregressive.sample.sample_t2i_ddp", "PromptSetFlags"),
     "prompt_grid": ("autoregressive.sample.sample_t2i", "PromptGridFlags"),
+    "served_grid": ("autoregressive.serve.sample_c2i", "ServedGridFlags"),
+    "served_prompts": ("autoregressive.serve.sample_t2i", "ServedPromptFlags"),
     "reconstruct": ("tokenizer.reconstruct", "ReconstructFlags"),
     "evaluate": ("evaluations.c2i.evaluator", "EvaluatorFlags"),
     "reference": ("evaluations.c2i.reference", "ReferenceFlags"),

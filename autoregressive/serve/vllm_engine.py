@@ -59,6 +59,18 @@ def prepare_vllm() -> None:
         os.environ.setdefault(name, value)
 
 
+def register_here() -> None:
+    """Give vLLM in this process the model's class itself: else it looks at it in a process of its own, for 8 seconds.
+    """
+    from vllm import ModelRegistry
+
+    from autoregressive.serve.vllm_model import TwoStreams
+    from autoregressive.serve.vllm_plugin import ARCHITECTURE, register
+
+    register()
+    ModelRegistry.register_model(ARCHITECTURE, TwoStreams)
+
+
 def fit_for_vllm(flags: SampleFlags, *, device: torch.device) -> SampleFlags:
     """The flags to load a pipeline with. Raises ValueError for what vLLM does not do, before any model is loaded."""
     for name, plain in (("quantize", None), ("decode", "auto"), ("left_padding", True)):
@@ -167,13 +179,14 @@ def running_engine(pipeline: Pipeline, *, max_num_seqs: int, compile: bool) -> I
     if max_num_seqs < 1:
         raise ValueError(f"--max-num-seqs is {max_num_seqs}, expected 1 or more")
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    arguments = engine_arguments(pipeline, max_num_seqs=max_num_seqs, compile=compile)
+    free_layers(pipeline)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of packages that vLLM imports
         from vllm import LLM
 
-    arguments = engine_arguments(pipeline, max_num_seqs=max_num_seqs, compile=compile)
-    free_layers(pipeline)
-    engine = LLM(**arguments)
+        register_here()
+        engine = LLM(**arguments)
     try:
         yield engine
     finally:
