@@ -9,6 +9,7 @@ from autoregressive.serve import vllm_engine, vllm_model
 from tests.autoregressive.serve.vllm.tiny import TEXT, decoded, pipeline, served
 from utils.finite import NotFiniteError
 
+pytestmark = pytest.mark.processes  # vLLM asks lscpu about the processor
 LABELS = [0, 1, 2, 3, 4, 5, 1, 2]  # 5: no class
 SCALES = [2.5, 1.0, 7.5, 0.0, 1.25, 3.0, 2.5, 100.0]
 SMALL = {"block_size": 32}
