@@ -84,8 +84,9 @@ def save_grid(flags: PromptGridFlags, jobs: list[PromptJob], pictures: np.ndarra
     columns = min(8, each) if each > 1 else min(len(jobs), 8, max(4, len(jobs) // 2))
     images.save_png(output, images.grid(pictures, columns=columns, lines=LABEL_LINES,
                                         labels=[job.prompt.text for job in jobs]))
-    cli.save_config(output.with_suffix(".json"), flags, prompts=[job.prompt.text for job in jobs if not job.image_index],
-                    models=pipeline.described, text_encoder=text_encoder, warnings=pipeline.warnings)
+    prompts = [job.prompt.text for job in jobs if not job.image_index]
+    cli.save_config(output.with_suffix(".json"), flags, prompts=prompts, models=pipeline.described,
+                    text_encoder=text_encoder, warnings=pipeline.warnings)
     height, width = pipeline.image_size
     print(f"{len(jobs)} images of {height}x{width} in {seconds:.1f} s: {flags.output}")
 

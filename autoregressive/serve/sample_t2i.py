@@ -1,6 +1,6 @@
 """Draw pictures of prompts with vLLM: a grid with the prompts under the pictures.
 
-    bash scripts/serve_env.sh python autoregressive/serve/sample_t2i.py --gpt-ckpt GPT.pt --vq-ckpt VQ.pt --prompt "a cat"
+    bash scripts/serve_env.sh python autoregressive/serve/sample_t2i.py --gpt-ckpt GPT.pt --vq-ckpt VQ.pt --prompt cat
 
 The flags are those of autoregressive/sample/sample_t2i.py as far as vLLM has what they need; what is said of random
 streams and scales in sample_c2i.py beside this file holds here too.

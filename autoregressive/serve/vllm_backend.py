@@ -1,5 +1,5 @@
-"""vLLM as a backend of the server and the page: for each model an engine in a process of its own, which is started again
-should it die.
+"""vLLM as a backend of the server and the page: for each model an engine in a process of its own, started again should
+it die.
 
 An image is a request to vLLM, with a seed made of (seed, index) as the commands beside this file make it: the server
 draws their pictures, whatever is drawn beside them. They are others than those of the native backend, whose random
@@ -156,20 +156,24 @@ class VLLMBackend:
     async def _draw_images(self, model: Model, number: int, job: Job, events: asyncio.Queue) -> None:
         """Put the pictures of a job, or the first error, into its queue. Cancelled, it takes the images out of the
         engine."""
+        images: list[asyncio.Task] = []
         try:
             given = await self._in_worker(model.given, job.condition)
-            async with asyncio.TaskGroup() as group:
-                for which, index in enumerate(job.indices):
-                    group.create_task(self._draw_image(model, f"{number}-{which}", job, given, which, index, events))
-        except* Exception as errors:
-            error = errors.exceptions[0]
+            images += [asyncio.create_task(self._draw_image(model, number, job, given, which, index, events))
+                       for which, index in enumerate(job.indices)]
+            await asyncio.gather(*images)
+        except Exception as error:
             if type(error).__name__ == "EngineDeadError":
                 error = UnavailableError("vLLM has died and is being started again: try again in some seconds")
             elif not isinstance(error, ValueError | UnavailableError):
                 error = FailedError(f"{type(error).__name__}: {cli.message(error)}")
             events.put_nowait(error)
+        finally:
+            for image in images:
+                image.cancel()
+            await asyncio.gather(*images, return_exceptions=True)
 
-    async def _draw_image(self, model: Model, name: str, job: Job, given: int | Tensor, which: int, index: int,
+    async def _draw_image(self, model: Model, number: int, job: Job, given: int | Tensor, which: int, index: int,
                           events: asyncio.Queue) -> None:
         """Draw one image."""
         from vllm.sampling_params import RequestOutputKind
@@ -179,7 +183,8 @@ class VLLMBackend:
                                 top_p=job.top_p)
         sampling.output_kind = RequestOutputKind.CUMULATIVE if job.partials else RequestOutputKind.FINAL_ONLY
         tokens, shown = [], 0
-        async for answer in model.engine.generate(prompt_for(pipeline, given, scale=job.cfg_scale), sampling, name):
+        prompt = prompt_for(pipeline, given, scale=job.cfg_scale)
+        async for answer in model.engine.generate(prompt, sampling, f"{number}-{which}"):
             tokens = answer.outputs[0].token_ids
             due = min(job.partials, len(tokens) * (job.partials + 1) // codes)
             if shown < due and len(tokens) < codes:

@@ -21,7 +21,7 @@ from autoregressive.sample.options import SampleFlags
 from autoregressive.sample.pipeline import Pipeline
 from autoregressive.serve.vllm_folder import grid_config, model_folder, stored_head_size
 from autoregressive.serve.vllm_places import class_id, scale_steps, text_id
-from utils import cli, dist
+from utils import dist
 from utils.cli import flag
 from utils.finite import NotFiniteError
 

