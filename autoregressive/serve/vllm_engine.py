@@ -43,8 +43,8 @@ ENVIRONMENT = {
 class EngineFlags:
     """The engine."""
 
-    max_num_seqs: int = flag(32, "images that are drawn at the same time; vLLM's memory for keys and values is made for "
-                                 "so many, with those without the condition beside them")
+    max_num_seqs: int = flag(32, "images that are drawn at the same time; the memory of vLLM's caches is made for so "
+                                 "many, with those without the condition beside them")
 
 
 # ---- before the engine starts
