@@ -37,8 +37,7 @@ from autoregressive.serve.vllm_engine import (
     register_here,
     sampling_for,
 )
-from evaluations.t2i.layouts import Job as PromptJob
-from evaluations.t2i.layouts import Prompt
+from evaluations.t2i.layouts import Prompt, PromptJob
 from language.text_encoder import TextEncoder
 from utils import cli, dist
 from utils.seeding import derive_seed
