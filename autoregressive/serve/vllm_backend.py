@@ -27,7 +27,7 @@ from autoregressive.serve.preview import preview
 from autoregressive.serve.protocol import MOST_IMAGES, Job, ModelCard, OverloadedError, Picture, UnavailableError
 from autoregressive.serve.served import ServedModel
 from autoregressive.serve.vllm_engine import (
-    check_request,
+    check_limits,
     codes_from,
     engine_arguments,
     fit_for_vllm,
@@ -109,7 +109,7 @@ class VLLMBackend:
 
     async def start(self) -> None:
         """See `Backend`."""
-        for model in await self._in_worker(load, self.models, self.slots):
+        for model in await self._in_worker(models_for_vllm, self.models, self.slots):
             model.engine = await asyncio.to_thread(start_engine, model.arguments)
             self._served[model.card.name] = model
             self._watching.append(asyncio.create_task(self._watch(model)))
@@ -131,7 +131,7 @@ class VLLMBackend:
         model = self._served.get(job.model)
         if model is None or model.engine is None or self._stopped:
             raise UnavailableError("the models are being loaded: try again in some seconds")
-        check_request(cfg_scale=job.cfg_scale, temperature=job.temperature)
+        check_limits(cfg_scale=job.cfg_scale, temperature=job.temperature)
         outstanding = sum(self._left.values())
         if outstanding + len(job.indices) > self.most:
             raise OverloadedError(f"{outstanding} images are being drawn or wait, and {len(job.indices)} more are too "
@@ -230,7 +230,7 @@ class VLLMBackend:
             model.engine = engine
 
 
-def load(models: Sequence[ServedModel], slots: int) -> list[Model]:
+def models_for_vllm(models: Sequence[ServedModel], slots: int) -> list[Model]:
     """The models that vLLM can draw with, without their engines. Raises ValueError or FileNotFoundError."""
     device, found = dist.setup().device, []
     for served in models:

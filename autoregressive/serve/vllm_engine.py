@@ -78,12 +78,12 @@ def fit_for_vllm(flags: SampleFlags, *, device: torch.device) -> SampleFlags:
         if value != plain:
             shown = "--no-left-padding" if value is False else f"--{name} {value}"
             raise ValueError(f"{shown} is not for vLLM: leave it out, or use the commands in autoregressive/sample")
-    check_request(cfg_scale=flags.cfg_scale, temperature=flags.temperature)
+    check_limits(cfg_scale=flags.cfg_scale, temperature=flags.temperature)
     plain = dist.compute_dtype(flags.precision, device) == torch.float32  # vLLM has not our kernels for bfloat16
     return replace(flags, precision="none") if plain else flags
 
 
-def check_request(*, cfg_scale: float, temperature: float) -> None:
+def check_limits(*, cfg_scale: float, temperature: float) -> None:
     """Raise ValueError for settings that vLLM does not take; those that nobody takes are checked elsewhere."""
     scale_steps(cfg_scale)
     if not (temperature == 0 or LEAST_TEMPERATURE <= temperature <= MOST_TEMPERATURE):

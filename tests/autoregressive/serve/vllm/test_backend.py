@@ -179,5 +179,5 @@ def test_arpgs_are_left_out_and_nothing_left_is_refused(tmp_path, monkeypatch, c
     arpg.gpt.any_order = True
     monkeypatch.setattr(vllm_backend, "load_pipeline", lambda flags, device: arpg)
     with contextlib.suppress(UnavailableError), pytest.raises(ValueError, match="no model that vLLM draws with"):
-        vllm_backend.load([ServedModel("any", SampleFlags(gpt_ckpt="a.pt", vq_ckpt="b.pt"))], 2)
+        vllm_backend.models_for_vllm([ServedModel("any", SampleFlags(gpt_ckpt="a.pt", vq_ckpt="b.pt"))], 2)
     assert "any is an ARPG" in capsys.readouterr().err
