@@ -79,8 +79,9 @@ def fit_for_vllm(flags: SampleFlags, *, device: torch.device) -> SampleFlags:
             shown = "--no-left-padding" if value is False else f"--{name} {value}"
             raise ValueError(f"{shown} is not for vLLM: leave it out, or use the commands in autoregressive/sample")
     check_limits(cfg_scale=flags.cfg_scale, temperature=flags.temperature)
-    plain = dist.compute_dtype(flags.precision, device) == torch.float32  # vLLM has not our kernels for bfloat16
-    return replace(flags, precision="none") if plain else flags
+    if dist.compute_dtype(flags.precision, device) == torch.float32:  # vLLM has not our kernels for bfloat16
+        return replace(flags, precision="none")
+    return flags
 
 
 def check_limits(*, cfg_scale: float, temperature: float) -> None:
