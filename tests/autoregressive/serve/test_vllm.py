@@ -31,7 +31,7 @@ def test_with_vllm():
     if made.returncode and any(sign in made.stderr for sign in UNREACHABLE):
         pytest.skip("pip cannot reach vLLM's package from here")
     assert made.returncode == 0, made.stderr[-4000:]
-    done = subprocess.run(["bash", SCRIPT, "python", "-m", "pytest", "-q", "-p", "no:cacheprovider",
+    done = subprocess.run(["bash", SCRIPT, "python", "-m", "pytest", "-p", "no:cacheprovider",
                            "tests/autoregressive/serve/vllm"], cwd=ROOT, capture_output=True, text=True,
                           env=environment | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout[-6000:]

@@ -13,7 +13,7 @@ CHOSEN = "plain or (text and (pre-empted or three)) or runner"
 
 @pytest.mark.processes
 def test_codes_are_the_decoders():
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", CHOSEN,
+    done = subprocess.run([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", CHOSEN,
                            "tests/autoregressive/serve/vllm/test_exact.py"], cwd=ROOT, capture_output=True, text=True,
                           env={**os.environ, "TRITON_INTERPRET": "1"})
     assert done.returncode == 0 and "5 passed" in done.stdout, done.stdout[-4000:]
