@@ -57,7 +57,7 @@ class ServeBenchFlags(ServeFlags):
     """The load."""
 
     clients: str = flag("1,8,32,64", "numbers of clients that ask at once, comma-separated; the first is compared with")
-    each: int = flag(3, "requests of each client in a turn, at least 16 in all")
+    each: int = flag(5, "requests of each client in a turn, at least 30 in all")
     rounds: int = flag(3, "rounds over all servers and numbers of clients, one after the other")
     vllm_python: str | None = flag(None, "Python of the environment that scripts/serve_env.sh makes: measure vLLM too")
     mixed: int = flag(0, "requests of many kinds from 64 clients, in place of the above")
@@ -105,23 +105,23 @@ async def ask_all(server: Server, jobs: list[dict], clients: int, *, cancelled: 
     waiting, spans, answers = iter(enumerate(jobs)), [], [None] * len(jobs)
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
 
-    async def client() -> None:
-        async with httpx.AsyncClient(base_url=server.url, timeout=600, limits=limits) as asker:
-            for place, job in waiting:
-                start = time.perf_counter()
-                try:
-                    wait = 0.1 if place in cancelled else 600
-                    answer = await asyncio.wait_for(asker.post(ROUTE, json=job), wait)
-                    answer.raise_for_status()
-                    answers[place] = answer.json()["data"]
-                    spans.append(time.perf_counter() - start)
-                except asyncio.TimeoutError:
-                    pass
-                if bar is not None:
-                    bar.update()
+    async def client(asker: httpx.AsyncClient) -> None:
+        for place, job in waiting:
+            start = time.perf_counter()
+            try:
+                wait = 0.1 if place in cancelled else 600
+                answer = await asyncio.wait_for(asker.post(ROUTE, json=job), wait)
+                answer.raise_for_status()
+                answers[place] = answer.json()["data"]
+                spans.append(time.perf_counter() - start)
+            except asyncio.TimeoutError:
+                pass
+            if bar is not None:
+                bar.update()
 
-    start = time.perf_counter()
-    await asyncio.gather(*(client() for _ in range(clients)))
+    async with httpx.AsyncClient(base_url=server.url, timeout=600, limits=limits, verify=False) as asker:
+        start = time.perf_counter()
+        await asyncio.gather(*(client(asker) for _ in range(clients)))
     return spans, answers, time.perf_counter() - start
 
 
@@ -154,7 +154,7 @@ def measure_load(servers: list[Server], model: ServedModel, flags: ServeBenchFla
         for _ in range(flags.rounds):
             for count in counts:
                 for server in servers:
-                    spans, _, seconds = asyncio.run(ask_all(server, jobs(max(16, flags.each * count)), count))
+                    spans, _, seconds = asyncio.run(ask_all(server, jobs(max(30, flags.each * count)), count))
                     server.spans.setdefault(count, []).extend(spans)
                     server.rates.setdefault(count, []).append(len(spans) / seconds)
                     bar.update()
