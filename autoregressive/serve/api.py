@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from autoregressive.serve.backends import BackendFlags, make_backend
-from autoregressive.serve.protocol import Backend
+from autoregressive.serve.protocol import EngineBackend
 from utils import cli
 from utils.cli import flag
 
@@ -72,7 +72,7 @@ def bound_socket(host: str, port: int) -> socket.socket:
     return bound
 
 
-async def serve(flags: ServerFlags, backend: Backend, bound: socket.socket) -> None:
+async def serve(flags: ServerFlags, backend: EngineBackend, bound: socket.socket) -> None:
     """Load the models and answer until SIGTERM or Ctrl-C."""
     import uvicorn
 

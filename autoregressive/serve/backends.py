@@ -2,7 +2,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from autoregressive.serve.protocol import Backend
+from autoregressive.serve.protocol import EngineBackend
 from autoregressive.serve.served import ServeFlags, served_models
 from utils.cli import flag
 
@@ -18,7 +18,7 @@ class BackendFlags(ServeFlags):
     queue: int = flag(256, "images that may wait besides; a server answers 429 to what goes beyond")
 
 
-def make_backend(flags: BackendFlags) -> Backend:
+def make_backend(flags: BackendFlags) -> EngineBackend:
     """What draws with the models that the flags name. Raises ValueError or FileNotFoundError."""
     if flags.slots < 1 or flags.queue < 0:
         raise ValueError(f"--slots is {flags.slots} and --queue {flags.queue}: expected 1 or more, and 0 or more")

@@ -136,10 +136,6 @@ class Picture:
 class Backend(Protocol):
     """What draws. All methods belong to one event loop."""
 
-    decoding: int  # images that are decoded now
-    waiting: int  # images that wait for a place
-    restarts: int  # how often the process that draws was started again
-
     async def start(self) -> None:
         """Load the models; returns when `draw` can be called. Raises ValueError or FileNotFoundError."""
 
@@ -157,3 +153,11 @@ class Backend(Protocol):
     def draw(self, job: Job) -> AsyncIterator[Picture]:
         """Draw a checked job's pictures, in the order in which they are ready. To close the iterator cancels the job
         and frees its places. Raises OverloadedError or UnavailableError, also in the middle."""
+
+
+class EngineBackend(Backend, Protocol):
+    """A backend with a process of its own that draws, which a server can tell of."""
+
+    decoding: int  # images that are decoded now
+    waiting: int  # images that wait for a place
+    restarts: int  # how often the process was started again

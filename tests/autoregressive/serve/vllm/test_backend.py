@@ -114,7 +114,7 @@ async def _refusals(backend) -> None:
         await drawn(backend, job(temperature=3))
     with pytest.raises(OverloadedError):
         await drawn(backend, job(indices=range(9)))
-    assert (backend.decoding, backend.held) == (0, 0)
+    assert (backend.decoding, backend.waiting) == (0, 0)
 
 
 async def _cancelled(backend) -> None:
@@ -123,7 +123,7 @@ async def _cancelled(backend) -> None:
     await anext(pictures)
     assert backend.decoding == 3
     await pictures.aclose()
-    assert (backend.decoding, backend.held) == (0, 0)
+    assert (backend.decoding, backend.waiting) == (0, 0)
     engine = backend._served["classes"].engine
     await until(lambda: not engine.output_processor.has_unfinished_requests())
 
