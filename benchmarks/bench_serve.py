@@ -12,12 +12,14 @@ is read at the start and at the end. Rows go to benchmarks/results/serve.md.
 import asyncio
 import base64
 import io
+import json
 import os
 import random
 import statistics
 import subprocess
 import sys
 import time
+import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -73,6 +75,11 @@ class Server:
     url: str
     spans: dict[int, list[float]] = field(default_factory=dict)  # seconds of requests, by the number of clients
     rates: dict[int, list[float]] = field(default_factory=dict)  # images a second of each turn
+
+    def classes(self) -> int:
+        """How many classes its model has."""
+        with urllib.request.urlopen(f"{self.url}/v1/models") as answer:
+            return json.load(answer)["data"][0]["classes"]
 
     def memory(self) -> float:
         """Resident GiB of the server and of the processes that it started."""
@@ -141,7 +148,8 @@ def add_serve_row(cells: list[str], *, write: bool) -> None:
 
 def measure_load(servers: list[Server], model: ServedModel, flags: ServeBenchFlags) -> None:
     """Rates and waiting times by the number of clients; the servers take turns."""
-    counts, chance, classes = [int(word) for word in flags.clients.split(",")], random.Random(0), 8
+    counts, chance = [int(word) for word in flags.clients.split(",")], random.Random(0)
+    classes = servers[0].classes()
 
     def jobs(count: int) -> list[dict]:
         return [{"class": chance.randrange(classes), "seed": chance.randrange(2**32), "cfg_scale":
@@ -168,10 +176,10 @@ def measure_load(servers: list[Server], model: ServedModel, flags: ServeBenchFla
                 f"{server.memory():.2f}", "-"], write=flags.add_rows)
 
 
-def mixed_jobs(count: int) -> list[dict]:
+def mixed_jobs(count: int, *, classes: int) -> list[dict]:
     """Requests of many kinds, always the same."""
     chance = random.Random(1)
-    return [{"class": chance.randrange(8), "n": chance.choice([1, 1, 1, 2, 3, 4]), "seed": chance.randrange(1000),
+    return [{"class": chance.randrange(classes), "n": chance.choice([1, 1, 1, 2, 3, 4]), "seed": chance.randrange(1000),
              "index": chance.randrange(10), "cfg_scale": chance.choice([1.0, 1.5, 2.0, 4.0]),
              "temperature": chance.choice([0.8, 0.9, 1.0]), "top_k": chance.choice([0, 50]),
              "top_p": chance.choice([1.0, 0.95])} for _ in range(count)]
@@ -189,7 +197,7 @@ def offline(model: ServedModel, jobs: list[dict]) -> list[np.ndarray]:
 
 def measure_mixed(server: Server, model: ServedModel, flags: ServeBenchFlags) -> None:
     """Many kinds of requests, a tenth of them cancelled: rates, memory, and whether the pictures are the same."""
-    jobs, clients = mixed_jobs(flags.mixed), 64
+    jobs, clients = mixed_jobs(flags.mixed, classes=server.classes()), 64
     cancelled = frozenset(range(7, len(jobs), 10))
     asyncio.run(ask_all(server, jobs[:clients], clients))
     before = server.memory()
