@@ -10,6 +10,7 @@ import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
@@ -114,8 +115,9 @@ class LlamaGenPipeline:
             raise ValueError("this model draws classes: give class_labels=[…]" if classes else
                              "this model draws what a text says: give prompt=…")
         given = class_labels if classes else prompt
-        given = [given] if isinstance(given, int | str) else list(given)
-        if num_images_per_prompt < 1 or not given:
+        given = [given] if isinstance(given, Integral | str) else list(given)
+        given = [one.item() if isinstance(one, torch.Tensor | np.generic) else one for one in given]
+        if not isinstance(num_images_per_prompt, Integral) or num_images_per_prompt < 1 or not given:
             raise ValueError(f"{len(given)} conditions of {num_images_per_prompt} images: expected 1 or more")
         if output_type not in ("pil", "np", "pt"):
             raise ValueError(f"output_type is {output_type!r}, expected pil, np or pt")

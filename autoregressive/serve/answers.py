@@ -3,6 +3,7 @@ import asyncio
 import io
 import secrets
 import time
+import traceback
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, suppress
@@ -12,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from autoregressive.serve.fields import RefusedError
-from autoregressive.serve.protocol import OverloadedError, Picture, UnavailableError
+from autoregressive.serve.protocol import FailedError, OverloadedError, Picture, UnavailableError
 from utils import cli
 
 RETRY_AFTER = 5  # seconds, while models are loaded
@@ -108,4 +109,7 @@ def refusal(error: Exception) -> RefusedError:
         return RefusedError(str(error), status=503, code="unavailable", retry_after=RETRY_AFTER)
     if isinstance(error, ValueError):
         return RefusedError(cli.message(error))
-    return RefusedError(f"the pictures could not be drawn: {cli.message(error)}", status=500)
+    if isinstance(error, FailedError):
+        return RefusedError(f"the pictures could not be drawn: {cli.message(error)}", status=500)
+    traceback.print_exception(error)
+    return RefusedError("an error of the server, of which its log says more", status=500)

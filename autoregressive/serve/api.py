@@ -8,6 +8,7 @@ Routes: POST /v1/images/generations and /v1/images/edits, GET /v1/models, /healt
 the one that the grid commands draw with the same settings, whatever else is being drawn.
 """
 import asyncio
+import math
 import os
 import signal
 import socket
@@ -15,6 +16,7 @@ import sys
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -23,7 +25,7 @@ from autoregressive.serve.protocol import EngineBackend
 from utils import cli
 from utils.cli import flag
 
-CONNECTIONS = 2048  # at once
+CONNECTIONS = 1024  # at once
 
 
 @dataclass(kw_only=True)
@@ -72,19 +74,25 @@ def bound_socket(host: str, port: int) -> socket.socket:
     return bound
 
 
-async def serve(flags: ServerFlags, backend: EngineBackend, bound: socket.socket) -> None:
-    """Load the models and answer until SIGTERM or Ctrl-C."""
+async def answer_until_told(app: Any, bound: socket.socket, *, drain_seconds: int) -> None:
+    """Serve an ASGI application until SIGTERM or Ctrl-C; requests in progress have time to finish."""
     import uvicorn
 
-    from autoregressive.serve.routes import make_app
-
     class Server(uvicorn.Server):
-        """Ends in order on a signal, and does not raise it once more afterwards."""
+        """Does not raise a signal once more when it has ended, so that what comes after is done too."""
 
         def capture_signals(self) -> AbstractContextManager[None]:
             for number in (signal.SIGINT, signal.SIGTERM):
                 asyncio.get_running_loop().add_signal_handler(number, self.handle_exit, number, None)
             return nullcontext()
+
+    await Server(uvicorn.Config(app, log_level="warning", limit_concurrency=CONNECTIONS,
+                                timeout_graceful_shutdown=drain_seconds)).serve(sockets=[bound])
+
+
+async def serve(flags: ServerFlags, backend: EngineBackend, bound: socket.socket) -> None:
+    """Load the models and answer until SIGTERM or Ctrl-C."""
+    from autoregressive.serve.routes import make_app
 
     try:
         await backend.start()
@@ -94,8 +102,7 @@ async def serve(flags: ServerFlags, backend: EngineBackend, bound: socket.socket
         names = ", ".join(card.name for card in backend.cards)
         print(f"ready: http://{f'[{host}]' if ':' in host else host}:{port}/v1/images/generations draws {names}",
               flush=True)
-        await Server(uvicorn.Config(app, log_level="warning", limit_concurrency=CONNECTIONS,
-                                    timeout_graceful_shutdown=flags.drain_seconds)).serve(sockets=[bound])
+        await answer_until_told(app, bound, drain_seconds=flags.drain_seconds)
     finally:
         await backend.stop()
 
@@ -104,9 +111,11 @@ def main(flags: ServerFlags) -> None:
     """Serve."""
     for package in ("fastapi", "uvicorn", "prometheus_client", "python_multipart"):
         cli.require_package(package, purpose="the server", package="fastapi uvicorn prometheus-client python-multipart")
-    for name in ("request_seconds", "most_upload", "most_pixels"):
-        if not getattr(flags, name) > 0:
+    for name in ("request_seconds", "most_upload", "most_pixels", "drain_seconds"):
+        if not 0 < getattr(flags, name) < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(flags, name)}, expected more than 0")
+    if flags.key is not None and not (flags.key.isascii() and flags.key.isprintable()):
+        raise ValueError("the API key has letters that HTTP headers cannot carry: expected printable ASCII")
     with bound_socket(flags.host, flags.port) as bound:
         asyncio.run(serve(flags, make_backend(flags), bound))
 

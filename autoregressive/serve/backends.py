@@ -15,7 +15,8 @@ class BackendFlags(ServeFlags):
                                                         "environment that scripts/serve_env.sh makes)",
                                               choices=("native", "vllm"))
     slots: int = flag(64, "images of a model that are decoded at once, or fewer where memory is short")
-    queue: int = flag(256, "images that may wait besides; a server answers 429 to what goes beyond")
+    queue: int = flag(256, "images that may wait besides (there is always room for one request); a server answers 429 "
+                            "to what goes beyond")
 
 
 def make_backend(flags: BackendFlags) -> EngineBackend:

@@ -11,8 +11,7 @@ from urllib.parse import urlsplit
 import numpy as np
 from PIL import Image
 
-from autoregressive.serve.native_backend import FailedError
-from autoregressive.serve.protocol import Job, ModelCard, OverloadedError, Picture, UnavailableError
+from autoregressive.serve.protocol import FailedError, Job, ModelCard, OverloadedError, Picture, UnavailableError
 from utils.cli import require_package
 
 CONNECT_SECONDS, ANSWER_SECONDS = 5.0, 20.0  # until there is a connection, until models are listed

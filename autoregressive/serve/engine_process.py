@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from autoregressive.models.decoder import CodeDecoder
@@ -27,8 +26,7 @@ from autoregressive.models.generate import check_logits
 from autoregressive.models.plan import Finished, Request
 from autoregressive.sample.batch_size import batch_that_fits
 from autoregressive.sample.conditions import ClassConditions
-from autoregressive.sample.editing import edit_steps, model_view
-from autoregressive.sample.masks import as_mask
+from autoregressive.sample.editing import edit_steps
 from autoregressive.sample.pipeline import load_pipeline
 from autoregressive.sample.prompts import TextSampleFlags, encoder_for, load_text_pipeline, prompt_stream
 from autoregressive.serve.preview import preview
@@ -98,10 +96,7 @@ class ModelEngine:
             self.drawings[number] = drawing
             self.waiting += [Wanted(drawing, which, self.stream(job, index)) for which, index in enumerate(job.indices)]
             return
-        picture = Image.fromarray(job.image)
-        mask = None if job.mask is None else as_mask(job.mask, job.image.shape[:2])
-        image, _, mask = model_view(picture, mask, self.pipeline.image_size)
-        drawing.edit = edit_steps(self.pipeline, image, mask, conditions=[drawing.given] * len(job.indices),
+        drawing.edit = edit_steps(self.pipeline, job.image, job.mask, conditions=[drawing.given] * len(job.indices),
                                   seed=job.seed, indices=job.indices, paste=job.paste)
         self.drawings[number] = drawing
         self.go_on(drawing, None)
@@ -326,7 +321,8 @@ class Engines:
         except Exception as error:
             traceback.print_exc()
             for drawing in list(engine.drawings.values()):
-                self.connection.send(("failed", drawing.number, f"{type(error).__name__}: {cli.message(error)}"))
+                self.connection.send(("failed", drawing.number, f"{type(error).__name__} in a step, of which the "
+                                                                "server's log says more"))
             engine.waiting.clear()
             engine.active.clear()
             engine.drawings.clear()
@@ -354,8 +350,8 @@ def main(connection: Connection, models: list[ServedModel], slots: int) -> None:
         connection.send(("failed", None, cli.message(error)))
         return
     engines = Engines(found, connection)
-    connection.send(("ready", [engine.card for engine in found]))
     try:
+        connection.send(("ready", [engine.card for engine in found]))
         engines.run()
     except (EOFError, OSError):
         sys.exit(0)

@@ -1,4 +1,5 @@
 """What a request over HTTP says, field by field, and the job that it means. Nothing else reaches a backend."""
+import functools
 import io
 import re
 import secrets
@@ -9,6 +10,7 @@ import numpy as np
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from autoregressive.sample.editing import model_view
 from autoregressive.sample.masks import as_mask
 from autoregressive.serve.protocol import MOST_IMAGES, MOST_PARTIALS, MOST_PROMPT, Job, ModelCard
 from dataset.pictures import PictureReader, UnreadableError
@@ -44,7 +46,7 @@ class GenerationFields(BaseModel):
     index: int | None = Field(None, ge=0, lt=SEEDS - MOST_IMAGES)
     cfg_scale: float | None = None
     temperature: float | None = None
-    top_k: int | None = Field(None, ge=0, lt=2**63)
+    top_k: int | None = Field(None, ge=0, lt=2**31)
     top_p: float | None = None
     steps: int | None = Field(None, ge=1, lt=2**31)
     response_format: Literal["b64_json", "url"] | None = None
@@ -81,8 +83,11 @@ def fields_of(kind: type[GenerationFields], values: Any, *, strings: bool = Fals
         raise RefusedError(f"{name}: {text}", param=name) from None
 
 
-def card_for(name: str | None, cards: list[ModelCard]) -> ModelCard:
-    """The model of a request; without a name the first. Raises RefusedError."""
+def card_for(name: str | None, cards: list[ModelCard], *, edit: bool = False) -> ModelCard:
+    """The model of a request; without a name the first, for an edit the first ARPG, which redraws any part. Raises
+    RefusedError."""
+    if edit and name is None:
+        name = next((card.name for card in cards if card.family == "arpg"), None)
     card = next((card for card in cards if name in (None, card.name)), None)
     if card is None:
         raise RefusedError(f"there is no model {name!r} here: choose from {', '.join(card.name for card in cards)}",
@@ -103,6 +108,12 @@ def job_of(fields: GenerationFields, card: ModelCard, *, image: bytes | None = N
     first, pictures = fields.index or 0, {}
     if image is not None:
         pixels, hole = picture_and_mask(image, mask, most_pixels=most_pixels)
+        try:
+            if hole.shape != card.image_size:
+                pixels, _, hole = model_view(Image.fromarray(pixels), hole, card.image_size)
+        except ValueError:
+            raise RefusedError(f"the mask lies in the part of the picture that is cut off to make it {width}x{height}",
+                               param="mask") from None
         pictures = {"image": pixels, "mask": hole, "paste": fields.paste}
     job = Job(model=card.name, condition=condition_of(fields, card), steps=fields.steps, **settings, **pictures,
               seed=secrets.randbelow(SEEDS) if fields.seed is None else fields.seed,
@@ -111,7 +122,8 @@ def job_of(fields: GenerationFields, card: ModelCard, *, image: bytes | None = N
     try:
         job.check(card)
     except ValueError as error:
-        raise RefusedError(str(error)) from None
+        about = str(error).split()[0]
+        raise RefusedError(str(error), param=about if about in GenerationFields.model_fields else None) from None
     return job
 
 
@@ -137,7 +149,7 @@ def condition_of(fields: GenerationFields, card: ModelCard) -> int | str | None:
 def picture_and_mask(image: bytes, mask: bytes | None, *, most_pixels: int) -> tuple[np.ndarray, np.ndarray]:
     """A picture, uint8 (H, W, 3), and what is drawn anew, bool (H, W): the transparent parts of the mask, or if it has
     none the white ones; without a mask the transparent parts of the picture. Raises RefusedError."""
-    reader = PictureReader()
+    reader = picture_reader()
     opened = look_at(image, "image", most_pixels=most_pixels)
     picture = opaque(reader, image, "image")
     source, name = (image, "image") if mask is None else (mask, "mask")
@@ -154,6 +166,12 @@ def picture_and_mask(image: bytes, mask: bytes | None, *, most_pixels: int) -> t
     if not hole.any():
         raise RefusedError("the mask marks nothing: what is to be drawn anew is transparent, or white", param="mask")
     return np.asarray(picture), hole
+
+
+@functools.cache
+def picture_reader() -> PictureReader:
+    """One for all requests: it says once that there are transparent pictures."""
+    return PictureReader()
 
 
 def look_at(content: bytes, name: str, *, most_pixels: int) -> Image.Image:

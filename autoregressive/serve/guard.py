@@ -1,5 +1,6 @@
 """What stands before a server's routes: the key, the size of what is sent and the time that sending it takes."""
 import asyncio
+import contextlib
 import hmac
 import time
 from collections.abc import Awaitable, Callable
@@ -9,11 +10,17 @@ from autoregressive.serve.fields import RefusedError
 
 OPEN = ("/health", "/v1/images/files/")  # beginnings of paths that need no key
 Receive = Callable[[], Awaitable[dict[str, Any]]]
+Send = Callable[[dict[str, Any]], Awaitable[None]]
+
+
+class StalledError(Exception):
+    """A client reads nothing of its answer."""
 
 
 def error_body(error: RefusedError) -> dict[str, Any]:
     """An error in OpenAI's shape."""
-    kind = "invalid_request_error" if error.status < 500 else "server_error"
+    kind = "server_error" if error.status >= 500 else "invalid_request_error"
+    kind = "rate_limit_error" if error.status == 429 else kind
     return {"error": {"message": str(error), "type": kind, "param": error.param, "code": error.code}}
 
 
@@ -25,12 +32,12 @@ def error_headers(error: RefusedError) -> dict[str, str]:
 
 class Guard:
     """ASGI middleware. Requests without the key are refused (401), with a body of more than `most_bytes` (413), or
-    whose body takes more than `seconds` to arrive (408)."""
+    whose body takes more than `seconds` to arrive (408). A client that reads nothing for as long is cut off."""
 
     def __init__(self, app: Callable, *, api_key: str | None, most_bytes: int, seconds: float) -> None:
         self.app, self.key, self.most_bytes, self.seconds = app, api_key, most_bytes, seconds
 
-    async def __call__(self, scope: dict[str, Any], receive: Receive, send: Callable) -> None:
+    async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
         """Hand a request on, or refuse it."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
@@ -48,7 +55,8 @@ class Guard:
                                    headers=error_headers(error) | {"Connection": "close"})
             await refusal(scope, receive, send)
             return
-        await self.app(scope, self.limited(receive), send)
+        with contextlib.suppress(StalledError):
+            await self.app(scope, self.limited(receive), self.watched(send))
 
     def check_key(self, path: str, headers: dict[bytes, bytes]) -> None:
         """Raise RefusedError for a request that needs the key and has it not."""
@@ -61,6 +69,16 @@ class Guard:
     def too_large(self) -> RefusedError:
         """The refusal of a large body."""
         return RefusedError(f"the request has more than {self.most_bytes / 2**20:g} MiB", status=413)
+
+    def watched(self, send: Send) -> Send:
+        """`send` with the limit on time."""
+        async def watched_send(message: dict[str, Any]) -> None:
+            try:
+                await asyncio.wait_for(send(message), self.seconds)
+            except asyncio.TimeoutError:
+                raise StalledError from None
+
+        return watched_send
 
     def limited(self, receive: Receive) -> Receive:
         """`receive` with the limits on size and time."""

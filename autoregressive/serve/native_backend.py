@@ -11,24 +11,30 @@ from collections.abc import AsyncIterator, Sequence
 from multiprocessing.connection import Connection
 from typing import Literal
 
-from autoregressive.serve.protocol import MOST_IMAGES, Job, ModelCard, OverloadedError, Picture, UnavailableError
+from autoregressive.serve.protocol import (
+    MOST_IMAGES,
+    FailedError,
+    Job,
+    ModelCard,
+    OverloadedError,
+    Picture,
+    UnavailableError,
+)
 from autoregressive.serve.served import ServedModel
 from utils import cli
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds before a process that died is started again
 RATE_OVER = 64  # pictures from whose times the rate is estimated
-
-
-class FailedError(RuntimeError):
-    """A picture could not be drawn."""
+UNREAD = 64  # partial pictures of a job are left out while so many pictures of it wait to be read
 
 
 class NativeBackend:
-    """See `Backend`. At most `slots` images of a model are decoded at once, and at most `waiting` more wait."""
+    """See `Backend`. At most `slots` images of a model are decoded at once, and at most `waiting` more wait; there is
+    always room for one job."""
 
     def __init__(self, models: Sequence[ServedModel], *, slots: int = 64, waiting: int = 256) -> None:
         assert slots > 0 and waiting >= 0, (slots, waiting)
-        self.models, self.slots, self.most = list(models), slots, max(MOST_IMAGES, slots + waiting)
+        self.models, self.slots, self.most = list(models), slots, max(MOST_IMAGES, slots * len(models) + waiting)
         self.cards: list[ModelCard] = []
         self.decoding = self.waiting = 0  # images that are decoded and that wait, as the process last said
         self.restarts = 0
@@ -81,18 +87,15 @@ class NativeBackend:
         if outstanding + len(job.indices) > self.most:
             raise OverloadedError(f"{outstanding} images are being drawn or wait, and {len(job.indices)} more are too "
                                   f"many: there is room for {self.most}", seconds=self._seconds_for(outstanding))
-        number, events = next(self._numbers), asyncio.Queue()
-        self._jobs[number], self._left[number] = events, len(job.indices)
+        number, events, unread = next(self._numbers), asyncio.Queue(), len(job.indices)
+        self._jobs[number], self._left[number] = events, unread
         self._outbox.put(("draw", number, job))
         try:
-            while self._left[number]:
+            while unread:
                 event = await events.get()
                 if isinstance(event, Exception):
-                    self._left[number] = 0
                     raise event
-                if event.partial is None:
-                    self._left[number] -= 1
-                    self._finished.append(time.monotonic())
+                unread -= event.partial is None
                 yield event
         finally:
             del self._jobs[number]
@@ -147,8 +150,8 @@ class NativeBackend:
 
     def _note(self, ready: asyncio.Future, message: tuple) -> None:
         """What the process said."""
-        if ready is not self._ready:
-            return  # an earlier process
+        if ready is not self._ready or self._stopped:
+            return  # an earlier process, or nobody waits for it
         kind, *rest = message
         if kind == "ready":
             ready.set_result(*rest)
@@ -156,9 +159,22 @@ class NativeBackend:
             self.decoding, self.waiting = rest
         elif rest[0] is None:
             ready.set_exception(ValueError(rest[1]))
-        elif (events := self._jobs.get(rest[0])) is not None:
-            events.put_nowait(rest[1] if kind == "picture" else
-                              ValueError(rest[1]) if kind == "refused" else FailedError(rest[1]))
+        elif rest[0] in self._jobs:
+            self._hand_out(kind, *rest)
+
+    def _hand_out(self, kind: str, number: int, content: Picture | str) -> None:
+        """Put what was said of a job where it is read. Its places are free when its pictures are drawn, read or not;
+        of one who reads slowly partial pictures are left out."""
+        events = self._jobs[number]
+        if kind != "picture":
+            self._left[number] = 0
+            events.put_nowait(ValueError(content) if kind == "refused" else FailedError(content))
+        elif content.partial is None:
+            self._left[number] -= 1
+            self._finished.append(time.monotonic())
+            events.put_nowait(content)
+        elif events.qsize() < UNREAD:
+            events.put_nowait(content)
 
     def _give_up(self, why: str) -> None:
         """Tell all jobs that they will not be finished."""
@@ -187,7 +203,7 @@ class NativeBackend:
                 self._launch()
                 self.cards = await self._ready
                 return
-            except (ValueError, OSError) as error:
+            except Exception as error:  # whatever it is, the server goes on trying
                 cli.warn(f"{cli.message(error)}; tried again in {pause:g} s")
             await asyncio.sleep(pause)
             pause = min(LONGEST_PAUSE, 2 * pause)

@@ -1,7 +1,7 @@
 """The page as a web application: it asks nothing of other hosts, and its backend belongs to the server's event loop."""
 from typing import Any
 
-from autoregressive.serve.api import bound_socket
+from autoregressive.serve.api import answer_until_told, bound_socket
 from autoregressive.serve.page import Page
 from autoregressive.serve.page_style import CSS, POLICY, theme
 from autoregressive.serve.protocol import Backend
@@ -34,17 +34,13 @@ def web_app(page: Page) -> Any:
 
 async def serve_page(backend: Backend, *, host: str, port: int, seed: int = 0) -> None:
     """Start the backend and show its page until the process is told to end. seed: what the page begins with."""
-    import uvicorn
-
     place = bound_socket(host, port)
     try:
         await backend.start()
         app = web_app(Page(backend, seed=seed))
-        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=PATIENCE)
-        server = uvicorn.Server(config)
         shown = "127.0.0.1" if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
         cli.say(f"the page is at http://{shown}:{place.getsockname()[1]} (Ctrl-C ends it)")
-        await server.serve(sockets=[place])
+        await answer_until_told(app, place, drain_seconds=PATIENCE)
     finally:
         place.close()
         await backend.stop()

@@ -56,10 +56,10 @@ class Runs:
 
         Raises what the backend raises; nothing when it was stopped: `progress` says how it ended.
         """
-        await self.stop(key, state="replaced")
         changed = asyncio.Event()
-        task = asyncio.create_task(self._draw(jobs, progress, changed))
-        self.tasks[key] = task, progress
+        earlier = self.tasks.pop(key, None)
+        task = asyncio.create_task(self._draw(jobs, progress, changed, after=earlier))
+        self.tasks[key] = task, progress  # before anything is waited for: a second click may come meanwhile
         task.add_done_callback(lambda _: changed.set())
         try:
             while not task.done():
@@ -80,15 +80,22 @@ class Runs:
                 del self.tasks[key]
             await asyncio.wait([task])
 
-    async def stop(self, key: Hashable, *, state: Literal["stopped", "replaced"] = "stopped") -> None:
+    async def stop(self, key: Hashable) -> None:
         """Stop what is drawn for the key, if anything is; returns when the backend has let go of it."""
-        task, progress = self.tasks.pop(key, (None, None))
-        if task is not None:
-            progress.state = state
-            task.cancel()
-            await asyncio.wait([task])
+        earlier = self.tasks.pop(key, None)
+        if earlier is not None:
+            await self._end(*earlier, state="stopped")
 
-    async def _draw(self, jobs: Sequence[Job], progress: Progress, changed: asyncio.Event) -> None:
+    async def _end(self, task: asyncio.Task, progress: Progress, *, state: Literal["stopped", "replaced"]) -> None:
+        progress.state = state
+        task.cancel()
+        await asyncio.wait([task])
+
+    async def _draw(self, jobs: Sequence[Job], progress: Progress, changed: asyncio.Event, *,
+                    after: tuple[asyncio.Task, Progress] | None) -> None:
+        if after is not None:
+            await self._end(*after, state="replaced")
+
         async def draw(job: Job, first: int) -> None:
             async with contextlib.aclosing(self.backend.draw(job)) as pictures:
                 async for picture in pictures:

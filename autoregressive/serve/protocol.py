@@ -11,7 +11,6 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from autoregressive.models.sampling import check_sampling
 from utils.seeding import check_seed
 
 MOST_IMAGES = 64  # of one job
@@ -31,6 +30,10 @@ class OverloadedError(RuntimeError):
 
 class UnavailableError(RuntimeError):
     """The engine is not there: it is being loaded, or it died and is started again."""
+
+
+class FailedError(RuntimeError):
+    """A picture could not be drawn."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ class Job:
     top_p: float = 1.0
     steps: int | None = None  # of an ARPG; None: the model's default
     partials: int = 0  # pictures of each image before it is complete
-    image: np.ndarray | None = field(default=None, repr=False)  # an edit: uint8 (H, W, 3), cropped as by edit.py
+    image: np.ndarray | None = field(default=None, repr=False)  # an edit: uint8 (H, W, 3) of the model's size
     mask: np.ndarray | None = field(default=None, repr=False)  # bool (H, W): what is drawn anew
     paste: int | None = None  # of an edit: known pixels as they were, mixed up to so many pixels from the mask
 
@@ -103,15 +106,14 @@ class Job:
             raise ValueError(f"{len(self.indices)} images are asked for, expected 1 to {MOST_IMAGES}")
         if not all(isinstance(index, Integral) and 0 <= index < 2**32 for index in self.indices):
             raise ValueError(f"the images' indices are not from 0 to {2**32 - 1}")
-        for name in ("cfg_scale", "temperature", "top_p"):
+        for name, most in (("cfg_scale", MOST_SCALE), ("temperature", MOST_TEMPERATURE), ("top_p", 1.0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
                 raise ValueError(f"{name} is {value}, expected a number")
-        if not 0 <= self.cfg_scale <= MOST_SCALE:
-            raise ValueError(f"cfg_scale is {self.cfg_scale:g}, expected 0 to {MOST_SCALE:g}")
-        if self.temperature > MOST_TEMPERATURE:
-            raise ValueError(f"temperature is {self.temperature:g}, expected 0 to {MOST_TEMPERATURE:g}")
-        check_sampling(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
+            if not 0 <= value <= most:
+                raise ValueError(f"{name} is {value:g}, expected 0 to {most:g}")
+        if isinstance(self.top_k, bool) or not isinstance(self.top_k, Integral) or not 0 <= self.top_k < 2**31:
+            raise ValueError(f"top_k is {str(self.top_k)[:20]}, expected 0 (all codes) or more, below {2**31}")
         if self.steps is not None and card.family == "gpt":
             raise ValueError(f"steps are for an ARPG, which draws many codes at once; {card.name} is a GPT")
         codes = card.grid[0] * card.grid[1]
@@ -121,6 +123,10 @@ class Job:
             raise ValueError(f"{self.partials} partial pictures are asked for, expected 0 to {MOST_PARTIALS}")
         if self.image is not None and not card.edits:
             raise ValueError(f"{card.name} does not edit pictures here")
+        if self.image is not None and not (self.image.shape == (*card.image_size, 3) and self.mask is not None
+                                           and self.mask.shape == card.image_size):
+            raise ValueError(f"the picture is {self.image.shape} and its mask {np.shape(self.mask)}, expected "
+                             f"{(*card.image_size, 3)} and {card.image_size}")
 
 
 @dataclass(frozen=True)

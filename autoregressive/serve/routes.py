@@ -11,6 +11,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from autoregressive.serve.answers import (
     MIME,
@@ -27,7 +28,9 @@ from autoregressive.serve.protocol import EngineBackend, Job, ModelCard, Picture
 from autoregressive.serve.telemetry import Telemetry
 
 GONE = 499  # the status that logs have for a client that went away
-BODY_SECONDS = 60.0  # in which a request must arrive
+BODY_SECONDS = 60.0  # in which a request must arrive, and in which a client must read something of its answer
+UPLOADS_AT_ONCE = 2  # pictures that are decoded at the same time
+MOST_JSON = 2**20  # bytes; more than any request that makes sense
 
 
 def make_app(backend: EngineBackend, *, api_key: str | None = None, request_seconds: float = 600.0,
@@ -61,6 +64,7 @@ class Routes:
     def __init__(self, backend: EngineBackend, *, request_seconds: float, most_pixels: int) -> None:
         self.backend, self.request_seconds, self.most_pixels = backend, request_seconds, most_pixels
         self.kept, self.telemetry = KeptPictures(), Telemetry(backend)
+        self.decoding = asyncio.Semaphore(UPLOADS_AT_ONCE)
 
     # ---- what is there
 
@@ -97,7 +101,7 @@ class Routes:
 
     def answer(self, route: str, error: Exception) -> Response:
         """What a client is told of an error."""
-        if isinstance(error, ClientGoneError):
+        if isinstance(error, ClientGoneError | ClientDisconnect):
             self.telemetry.note(route, GONE)
             return Response(status_code=GONE)
         told = refusal(error)
@@ -119,8 +123,11 @@ class Routes:
     async def generations(self, request: Request) -> Response:
         """Pictures of a class or a prompt."""
         async def read() -> tuple[GenerationFields, Job]:
+            body = await request.body()
+            if len(body) > MOST_JSON:
+                raise RefusedError(f"the JSON has more than {MOST_JSON / 2**20:g} MiB", status=413)
             try:
-                values = json.loads(await request.body())
+                values = json.loads(body)
             except (ValueError, RecursionError):  # also of bytes that are no UTF-8
                 raise RefusedError('the body is no JSON: expected {"prompt": …, …}') from None
             fields = fields_of(GenerationFields, values)
@@ -133,8 +140,9 @@ class Routes:
         async def read() -> tuple[EditFields, Job]:
             values, files = await read_form(request)
             fields = fields_of(EditFields, values, strings=True)
-            job = await asyncio.to_thread(job_of, fields, card_for(fields.model, self.backend.cards), **files,
-                                          most_pixels=self.most_pixels)
+            card = card_for(fields.model, self.backend.cards, edit=True)
+            async with self.decoding:  # a picture of 58 KB may have 16 million pixels
+                job = await asyncio.to_thread(job_of, fields, card, **files, most_pixels=self.most_pixels)
             return fields, job
 
         return await self.respond(request, "edits", read)

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from autoregressive.models.registry import facts_of
 from autoregressive.sample.options import SampleFlags
 from autoregressive.sample.prompts import TextSampleFlags
+from autoregressive.serve.protocol import MOST_SCALE
 from utils import cli
 from utils.checkpoints import containers
 from utils.cli import flag
@@ -73,7 +74,11 @@ def served_models(flags: ServeFlags) -> list[ServedModel]:
                              "another by --model-name, or in the list of --models")
         if names.count(name) > 1:
             raise ValueError(f"--models {flags.models} has two models named {name}: clients could not tell them apart")
-    return [ServedModel(name, sampling_flags(own)) for name, own in entries]
+    found = [ServedModel(name, sampling_flags(own)) for name, own in entries]
+    for model in found:
+        if not 0 <= model.flags.cfg_scale <= MOST_SCALE:
+            raise ValueError(f"--cfg-scale of {model.name} is {model.flags.cfg_scale}, expected 0 to {MOST_SCALE:g}")
+    return found
 
 
 def name_of(path: str) -> str:

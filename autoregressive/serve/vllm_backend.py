@@ -22,9 +22,17 @@ from autoregressive.sample.batch_size import batch_that_fits
 from autoregressive.sample.pipeline import Pipeline, load_pipeline
 from autoregressive.sample.prompts import TextSampleFlags, encoder_for, load_text_pipeline
 from autoregressive.serve.engine_process import KEPT_PROMPTS, card_of
-from autoregressive.serve.native_backend import FIRST_PAUSE, LONGEST_PAUSE, FailedError
+from autoregressive.serve.native_backend import FIRST_PAUSE, LONGEST_PAUSE
 from autoregressive.serve.preview import preview
-from autoregressive.serve.protocol import MOST_IMAGES, Job, ModelCard, OverloadedError, Picture, UnavailableError
+from autoregressive.serve.protocol import (
+    MOST_IMAGES,
+    FailedError,
+    Job,
+    ModelCard,
+    OverloadedError,
+    Picture,
+    UnavailableError,
+)
 from autoregressive.serve.served import ServedModel
 from autoregressive.serve.vllm_engine import (
     check_limits,
@@ -79,7 +87,7 @@ class VLLMBackend:
     def __init__(self, models: Sequence[ServedModel], *, slots: int = 64, waiting: int = 256) -> None:
         assert slots > 0 and waiting >= 0, (slots, waiting)
         prepare_vllm()
-        self.models, self.slots, self.most = list(models), slots, max(MOST_IMAGES, slots + waiting)
+        self.models, self.slots, self.most = list(models), slots, max(MOST_IMAGES, slots * len(models) + waiting)
         self.restarts, self._left, self._stopped = 0, {}, False
         self._served: dict[str, Model] = {}
         self._numbers = itertools.count()

@@ -83,7 +83,8 @@ def test_settings_that_are_none(field, value):
     ({"size": "1024x1024"}, "draws pictures of 16x16"), ({"size": "big"}, "width x height"),
     ({"size": "16x16x16"}, "width x height"), ({"response_format": "jpg"}, "response_format"),
     ({"output_format": "gif"}, "output_format"), ({"background": "transparent"}, "background"),
-    ({"steps": 3}, "steps are for an ARPG"), ({"top_p": 1.1}, "top-p"), ({"user": "x" * 201}, "user"),
+    ({"steps": 3}, "steps are for an ARPG"), ({"top_p": 1.1}, "top_p is 1.1"),
+    ({"user": "x" * 201}, "user"),
     ({"model": "x" * 201}, "model")])
 def test_requests_without_sense(values, said):
     with pytest.raises(RefusedError, match=said):

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from autoregressive.serve.answers import KeptPictures
-from autoregressive.serve.protocol import OverloadedError, UnavailableError
+from autoregressive.serve.protocol import FailedError, OverloadedError, UnavailableError
 from autoregressive.serve.routes import make_app
 from tests.autoregressive.serve.coloured import CARDS, COLOURS, ColouredBackend
 from tests.autoregressive.serve.serving import served
@@ -52,7 +52,8 @@ def error(response: httpx.Response) -> str:
     """The message of an answer in OpenAI's shape of errors."""
     told = response.json()["error"]
     assert told.keys() == {"message", "type", "param", "code"}
-    assert told["type"] == ("invalid_request_error" if response.status_code < 500 else "server_error")
+    assert told["type"] == {429: "rate_limit_error", 500: "server_error", 503: "server_error", 504: "server_error"}.get(
+        response.status_code, "invalid_request_error")
     return told["message"]
 
 
@@ -121,14 +122,18 @@ def test_an_error_in_the_middle_of_events_is_an_event(client, backend):
     assert response.status_code == 200 and last["event"] == "error" and last["error"]["message"] == "it died"
 
 
-def test_refusals_of_backends(client, backend):
+def test_refusals_of_backends(client, backend, capsys):
     for failed, status, retry in ((OverloadedError("full", seconds=7), 429, "7"), (UnavailableError("gone"), 503, "5"),
-                                  (ValueError("no such thing"), 400, None), (RuntimeError("NaN"), 500, None)):
+                                  (ValueError("no such thing"), 400, None), (FailedError("NaN"), 500, None)):
         backend.error = failed
         for asked in ({}, {"stream": True}):
             response = client.post(GENERATIONS, json=asked)
             assert response.status_code == status and response.headers.get("retry-after") == retry
             assert str(failed) in error(response)
+    backend.error = KeyError("a secret of another request")
+    response = client.post(GENERATIONS, json={})
+    assert response.status_code == 500 and "its log says more" in error(response) and "secret" not in response.text
+    assert "a secret of another request" in capsys.readouterr().err
     backend.state = "loading"
     assert client.get("/health").status_code == 503
     backend.state = "ready"
@@ -196,6 +201,22 @@ FORMS = [
 ]
 
 
+def test_an_edit_without_a_model_goes_to_one_that_redraws_any_part(client, backend):
+    client.post(EDITS, files={"image": png(PICTURE), "mask": png(MASK)}, data={"prompt": "flags"})
+    client.post(GENERATIONS, json={"prompt": "flags"})
+    assert [job.model for job in backend.jobs] == ["emoji-arpg", "emoji-gpt"]
+
+
+def test_large_pictures_are_cropped_before_they_reach_the_backend(client, backend):
+    large, mask = PICTURE.repeat(3, 0).repeat(4, 1), MASK.repeat(3, 0).repeat(4, 1)  # 48 x 64: the sides are cut off
+    client.post(EDITS, files={"image": png(large), "mask": png(mask)})
+    assert backend.jobs[0].image.shape == (16, 16, 3) and backend.jobs[0].mask.shape == (16, 16)
+    left = np.zeros_like(mask)
+    left[:, :4] = 255
+    refused = client.post(EDITS, files={"image": png(large), "mask": png(left)})
+    assert refused.status_code == 400 and "cut off" in error(refused)
+
+
 @pytest.mark.parametrize(("request_", "said"), FORMS, ids=range(len(FORMS)))
 def test_forms_that_are_no_edit(client, backend, request_, said):
     response = client.post(EDITS, **request_)
@@ -214,6 +235,32 @@ def test_large_bodies_are_refused_before_they_are_read(url, client):
         with socket.create_connection((host, int(port)), timeout=20) as raw:
             raw.sendall(f"POST {route} HTTP/1.1\r\nHost: x\r\nContent-Length: {10**12}\r\n\r\n".encode())
             assert b" 413 " in raw.recv(4096)  # nothing of the body was sent
+
+
+def test_long_json_is_not_read(backend):
+    with served(make_app(backend)) as url, httpx.Client(base_url=url, timeout=30) as client:
+        response = client.post(GENERATIONS, content=b'{"prompt": "' + b"x" * 2**20 + b'"}')
+        assert response.status_code == 413 and not backend.jobs
+
+
+def test_a_client_that_reads_nothing_is_cut_off(url, client, backend):
+    host, port = url.removeprefix("http://").split(":")
+    asked = json.dumps({"n": 64, "stream": True, "partial_images": 64})
+    with socket.socket() as raw:
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        raw.connect((host, int(port)))
+        raw.sendall(f"POST {GENERATIONS} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(asked)}\r\n\r\n{asked}".encode())
+        until(lambda: backend.open == 1)
+        until(lambda: backend.open == 0)
+    assert client.get("/health").status_code == 200
+
+
+def test_a_cut_upload_is_a_client_that_went_away(url, client):
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as raw:
+        raw.sendall(f"POST {GENERATIONS} HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{{".encode())
+    counted = 'llamagen_requests_total{route="generations",status="499"} 1.0'
+    until(lambda: counted in client.get("/metrics").text)
 
 
 def test_slow_senders_are_refused(url):
