@@ -86,6 +86,35 @@ def test_a_new_run_replaces_that_of_the_same_visitor_and_no_other():
     assert asyncio.run(draw()) == ["replaced", "complete", "complete"]
 
 
+def test_two_clicks_at_once_draw_once():
+    async def draw():
+        class Slow(ColouredBackend):
+            """Takes a while to let go of a job."""
+
+            async def draw(self, job):
+                try:
+                    async for picture in super().draw(job):
+                        yield picture
+                finally:
+                    await asyncio.sleep(0.05)
+
+        backend = Slow(pause=0.01)
+        runs, seen = Runs(backend), [Progress(CARDS[0], 1) for _ in range(3)]
+
+        async def follow(progress):
+            async for _ in runs.views("me", [job()], progress):
+                pass
+
+        first = asyncio.create_task(follow(seen[0]))
+        while not backend.open:
+            await asyncio.sleep(0)
+        clicks = [asyncio.create_task(follow(progress)) for progress in seen[1:]]
+        await asyncio.wait([first, *clicks])
+        return [progress.state for progress in seen], backend.open, len(runs.tasks)
+
+    assert asyncio.run(draw()) == (["replaced", "replaced", "complete"], 0, 0)
+
+
 def test_closing_the_views_cancels_the_job():
     async def draw():
         backend = ColouredBackend(pause=0.001)
