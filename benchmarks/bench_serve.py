@@ -206,7 +206,9 @@ def measure_mixed(server: Server, model: ServedModel, flags: ServeBenchFlags) ->
     after, drawn, same = server.memory(), 0, 0
     os.kill(server.process.pid, 15)
     for answer, pictures in zip(answers, offline(model, jobs), strict=True):
-        for datum, expected in zip(answer or (), pictures, strict=False):
+        if answer is None:  # cancelled
+            continue
+        for datum, expected in zip(answer, pictures, strict=True):
             drawn += 1
             pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(datum["b64_json"]))))
             same += np.array_equal(pixels, expected)
