@@ -24,7 +24,9 @@ from torch import Tensor
 from utils.files import cache_folder
 
 SOURCES = Path(__file__).resolve().parent
-FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
+FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared",
+         "-pthread")
+TUNINGS = ("-march=native",), ()  # the latter where a compiler lacks the former
 
 # sh -c COMPILE <temporary folder> <library> <compiler> <its arguments>. Its standard input is a pipe whose other end we
 # hold and write nothing to. A process of its own waits for that end to close, which the kernel does when we end, by
@@ -67,10 +69,12 @@ def prepare(*kernels: tuple[str, ...]) -> None:
         threading.Thread(target=load, args=arguments, daemon=True).start()
 
 
-def pointer(x: Tensor | None) -> ctypes.c_void_p:
-    """Where a contiguous CPU tensor's values begin."""
-    assert x is None or (x.is_contiguous() and x.device.type == "cpu"), (x.shape, x.stride(), x.device)
-    return ctypes.c_void_p(None if x is None else x.data_ptr())
+def pointer(x: Tensor | None) -> int | None:
+    """Where a contiguous CPU tensor's values begin, for an argument or field declared as c_void_p."""
+    if x is None:
+        return None
+    assert x.is_contiguous() and x.is_cpu, (x.shape, x.stride(), x.device)
+    return x.data_ptr()
 
 
 @functools.cache
@@ -96,9 +100,8 @@ def _load(name: str, defines: tuple[str, ...]) -> ctypes.CDLL | None:
                 return ctypes.CDLL(str(_built(name, compiler, [f"-D{define}" for define in defines], folder)))
         except (OSError, subprocess.CalledProcessError) as error:
             problem = error
-    lines = (getattr(problem, "stderr", None) or str(problem)).strip().splitlines()
     _say(f"the C++ kernels could not be built with {compiler}: PyTorch's kernels do the work, which are slower "
-         f"({lines[0] if lines else problem})")
+         f"({first_line(problem)})")
     return None
 
 
@@ -111,20 +114,29 @@ def _built(name: str, compiler: str, defines: list[str], folder: Path) -> Path:
     """The shared library of <name>.cpp in `folder`, named by all it depends on; built where it is missing."""
     texts = [path.read_bytes() for path in (SOURCES / f"{name}.cpp", *sorted(SOURCES.glob("*.h")))]
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
-    parts = [*texts, version, " ".join([*FLAGS, *defines]).encode(), cpu().encode()]
-    key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
-    library = folder / f"{name}-{key}.so"
-    if library.is_file():
-        return library
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     failure = None
-    for tuning in (("-march=native", "-fopenmp"), ("-march=native",), ("-fopenmp",), ()):  # some lack one
-        try:
-            _compile([compiler, *FLAGS, *tuning, *defines, str(SOURCES / f"{name}.cpp")], library)
-            return library
-        except subprocess.CalledProcessError as error:
-            failure = failure or error
+    for tuning in TUNINGS:
+        parts = [*texts, version, " ".join([*FLAGS, *tuning, *defines]).encode(), cpu().encode()]
+        key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+        library = folder / f"{name}-{key}.so"
+        if not library.is_file():
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            try:
+                _compile([compiler, *FLAGS, *tuning, *defines, str(SOURCES / f"{name}.cpp")], library)
+            except subprocess.CalledProcessError as error:
+                failure = failure or error
+                continue
+        if failure is not None:
+            _say(f"{compiler} {' '.join(TUNINGS[0])} failed ({first_line(failure)}): the C++ kernels of {name}.cpp "
+                 f"were compiled for any {platform.machine()} processor, and are slower")
+        return library
     raise failure
+
+
+def first_line(error: Exception) -> str:
+    """What a failure says first: of a compiler's many words, its first error."""
+    lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines() or [str(error)]
+    return next((line for line in lines if "error:" in line), lines[0])
 
 
 def _compile(command: list[str], library: Path) -> None:
@@ -142,6 +154,7 @@ def _compile(command: list[str], library: Path) -> None:
         os.close(ours)
 
 
+@functools.cache
 def cpu() -> str:
     """The CPU's model and features, which decide what -march=native means."""
     try:

@@ -10,8 +10,10 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <memory>
 #include <vector>
 #include "simd.h"
+#include "team.h"
 
 typedef double d8 __attribute__((vector_size(64)));
 typedef float m8 __attribute__((vector_size(32), aligned(4), may_alias));  // eight floats in memory, at any address
@@ -22,6 +24,7 @@ static const long PIXELS = 48;  // outputs of a block of a direct convolution
 static const long MOST_PANELS = 64;  // of such a block
 static const long CHUNK = 64;  // pixels whose moments are summed at once
 static const long FEW = 8;     // pixels summed in fp32 before the sum is added in fp64
+static const long FEW_FLOATS = 4096;  // a thread reads them sooner than it shares them
 
 struct Input {
     const float* values;  // (batch, height, width, channels)
@@ -38,7 +41,14 @@ struct Output {
     long panels() const { return (channels + COLUMNS - 1) / COLUMNS; }
 };
 
-static float* aligned(long count) { return (float*)std::aligned_alloc(64, (count * 4 + 63) / 64 * 64); }
+struct Free {
+    void operator()(float* p) const { std::free(p); }
+};
+typedef std::unique_ptr<float, Free> Floats;
+
+static void make(Floats& room, long count) {  // room for so many, unless it was made before
+    if (!room) room.reset((float*)std::aligned_alloc(64, (count * 4 + 63) / 64 * 64));
+}
 
 static inline f8 load_part(const float* p, long n) {
     if (n >= 8) return load(p);
@@ -170,34 +180,35 @@ struct Filter {
 static long position_stride(long depth, long panels) { return panels * depth * COLUMNS + 16; }
 
 // weights (out, in, 3, 3) with strides -> (position, panel, in, 16)
-static void transform_weights(const float* weights, const long* stride, long in, long out, float* to, int threads) {
+static void transform_weights(const float* weights, const long* stride, long in, long out, float* to,
+                              Team::Call& team) {
     const long depth = (in + 7) / 8 * 8, panels = (out + COLUMNS - 1) / COLUMNS, step = position_stride(depth, panels);
-#pragma omp parallel for num_threads(threads) schedule(static) collapse(2)
-    for (long p = 0; p < panels; p++)
-        for (long ci = 0; ci < depth; ci += 8) {
-            f8 g[8][2][9];  // (input channel, half of the panel, weight of the window)
-            for (int half = 0; half < 2; half++)
-                for (int k = 0; k < 9; k++) {
-                    for (long i = 0; i < 8; i++) {
-                        const long co = p * COLUMNS + half * 8 + i;
-                        const float* from = weights + co * stride[0] + ci * stride[1] + k / 3 * stride[2] +
-                                            k % 3 * stride[3];
-                        const f8 row = co < out ? load_strided(from, stride[1], in - ci) : all(0.0f);
-                        for (int j = 0; j < 8; j++) g[j][half][k][i] = row[j];
-                    }
+    team.loop(panels * depth / 8, [&](long item, long) {
+        const long p = item / (depth / 8), ci = item % (depth / 8) * 8;
+        f8 g[8][2][9];  // (input channel, half of the panel, weight of the window)
+        for (int half = 0; half < 2; half++)
+            for (int k = 0; k < 9; k++) {
+                for (long i = 0; i < 8; i++) {
+                    const long co = p * COLUMNS + half * 8 + i;
+                    const float* from = weights + co * stride[0] + ci * stride[1] + k / 3 * stride[2] +
+                                        k % 3 * stride[3];
+                    const f8 row = co < out ? load_strided(from, stride[1], in - ci) : all(0.0f);
+                    for (int j = 0; j < 8; j++) g[j][half][k][i] = row[j];
                 }
-            for (int i = 0; i < 8; i++)
-                for (int half = 0; half < 2; half++) {
-                    f8 rows[N * 3], u[N * N];
-                    for (int x = 0; x < 3; x++) Filter::weights(g[i][half] + x, 3, rows + x, 3);
-                    for (int y = 0; y < N; y++) Filter::weights(rows + 3 * y, 1, u + N * y, 1);
-                    for (int k = 0; k < N * N; k++)
-                        store(to + k * step + (p * depth + ci + i) * COLUMNS + half * 8, u[k]);
-                }
-        }
+            }
+        for (int i = 0; i < 8; i++)
+            for (int half = 0; half < 2; half++) {
+                f8 rows[N * 3], u[N * N];
+                for (int x = 0; x < 3; x++) Filter::weights(g[i][half] + x, 3, rows + x, 3);
+                for (int y = 0; y < N; y++) Filter::weights(rows + 3 * y, 1, u + N * y, 1);
+                for (int k = 0; k < N * N; k++)
+                    store(to + k * step + (p * depth + ci + i) * COLUMNS + half * 8, u[k]);
+            }
+    });
 }
 
-static void convolve_tiles(const Input& in, const float* weights, const Output& out, int threads) {
+static void convolve_tiles(const Input& in, const float* weights, const Output& out, Team::Call& team) {
+    const long threads = team.threads();
     const long depth = in.padded(), panels = out.panels(), step = position_stride(depth, panels);
     const long tiles_high = (out.height + M - 1) / M, tiles_wide = (out.width + M - 1) / M;
     const long high = (tiles_high + HIGH - 1) / HIGH, wide = (tiles_wide + WIDE - 1) / WIDE;
@@ -205,55 +216,54 @@ static void convolve_tiles(const Input& in, const float* weights, const Output& 
     // The panels are split where the weights overflow the shared cache, or where there are too few blocks for all.
     const long heavy = (N * N * step * 4 >> 24) + 1, idle = blocks >= 2 * threads ? 1 : 2 * threads / blocks;
     const long groups = std::min(std::max(heavy, idle), panels);
-#pragma omp parallel num_threads(threads)
-    {
-        const long most = HIGH * WIDE, columns = ((panels + groups - 1) / groups) * COLUMNS;
-        const long in_step = most * depth + 16, out_step = most * columns + 16;
-        const long patch_wide = WIDE * M + 2, patch_high = HIGH * M + 2;
-        float* patch = aligned(patch_high * patch_wide * depth);
-        float* inputs = aligned(N * N * in_step);
-        float* outputs = aligned(N * N * out_step);
-#pragma omp for schedule(dynamic)
-        for (long item = 0; item < groups * blocks; item++) {
-            const long group = item / blocks, block = item % blocks, image = block / (high * wide);
-            const long first_panel = panels * group / groups, count = panels * (group + 1) / groups - first_panel;
-            const long top = block / wide % high * HIGH, left = block % wide * WIDE;  // in tiles
-            const long rows = std::min(HIGH, tiles_high - top), across = std::min(WIDE, tiles_wide - left);
-            for (long y = 0; y < rows * M + 2; y++)
-                for (long x = 0; x < across * M + 2; x++)
-                    read_pixel(patch + (y * patch_wide + x) * depth, in, image, top * M + y - 1, left * M + x - 1);
-            for (long t = 0; t < rows * across; t++) {
-                const float* from = patch + (t / across * M * patch_wide + t % across * M) * depth;
-                for (long c = 0; c < depth; c += 8) {
-                    f8 half[N * N];
-                    const m8* d = (const m8*)(from + c);
-                    m8* v = (m8*)(inputs + t * depth + c);
-                    for (int x = 0; x < N; x++) Filter::input(d + x * depth / 8, patch_wide * depth / 8, half + x, N);
-                    for (int y = 0; y < N; y++) Filter::input(half + N * y, 1, v + N * y * in_step / 8, in_step / 8);
-                }
-            }
-            for (int i = 0; i < N * N; i++)
-                matrix_product(inputs + i * in_step, depth, weights + i * step + first_panel * depth * COLUMNS, depth,
-                               count, rows * across, outputs + i * out_step, columns);
-            for (long t = 0; t < rows * across; t++) {
-                const long y0 = (top + t / across) * M, x0 = (left + t % across) * M;
-                const long end = std::min(count * COLUMNS, out.channels - first_panel * COLUMNS);
-                for (long c = 0; c < end; c += 8) {
-                    f8 half[M * N], y[M * M];
-                    const m8* m = (const m8*)(outputs + t * columns + c);
-                    for (int x = 0; x < N; x++) Filter::output(m + x * out_step / 8, N * out_step / 8, half + x, N);
-                    for (int i = 0; i < M; i++) Filter::output(half + N * i, 1, y + M * i, 1);
-                    for (long i = 0; i < M && y0 + i < out.height; i++)
-                        for (long j = 0; j < M && x0 + j < out.width; j++)
-                            write_part(out, (image * out.height + y0 + i) * out.width + x0 + j,
-                                       first_panel * COLUMNS + c, y[M * i + j]);
-                }
+    const long most = HIGH * WIDE, columns = ((panels + groups - 1) / groups) * COLUMNS;
+    const long in_step = most * depth + 16, out_step = most * columns + 16;
+    const long patch_wide = WIDE * M + 2, patch_high = HIGH * M + 2;
+    struct Own {
+        Floats patch, inputs, outputs;
+    };
+    std::vector<Own> own(threads);
+    team.loop(groups * blocks, [&](long item, long thread) {
+        Own& mine = own[thread];
+        make(mine.patch, patch_high * patch_wide * depth);
+        make(mine.inputs, N * N * in_step);
+        make(mine.outputs, N * N * out_step);
+        float *patch = mine.patch.get(), *inputs = mine.inputs.get(), *outputs = mine.outputs.get();
+        const long group = item / blocks, block = item % blocks, image = block / (high * wide);
+        const long first_panel = panels * group / groups, count = panels * (group + 1) / groups - first_panel;
+        const long top = block / wide % high * HIGH, left = block % wide * WIDE;  // in tiles
+        const long rows = std::min(HIGH, tiles_high - top), across = std::min(WIDE, tiles_wide - left);
+        for (long y = 0; y < rows * M + 2; y++)
+            for (long x = 0; x < across * M + 2; x++)
+                read_pixel(patch + (y * patch_wide + x) * depth, in, image, top * M + y - 1, left * M + x - 1);
+        for (long t = 0; t < rows * across; t++) {
+            const float* from = patch + (t / across * M * patch_wide + t % across * M) * depth;
+            for (long c = 0; c < depth; c += 8) {
+                f8 half[N * N];
+                const m8* d = (const m8*)(from + c);
+                m8* v = (m8*)(inputs + t * depth + c);
+                for (int x = 0; x < N; x++) Filter::input(d + x * depth / 8, patch_wide * depth / 8, half + x, N);
+                for (int y = 0; y < N; y++) Filter::input(half + N * y, 1, v + N * y * in_step / 8, in_step / 8);
             }
         }
-        std::free(patch);
-        std::free(inputs);
-        std::free(outputs);
-    }
+        for (int i = 0; i < N * N; i++)
+            matrix_product(inputs + i * in_step, depth, weights + i * step + first_panel * depth * COLUMNS, depth,
+                           count, rows * across, outputs + i * out_step, columns);
+        for (long t = 0; t < rows * across; t++) {
+            const long y0 = (top + t / across) * M, x0 = (left + t % across) * M;
+            const long end = std::min(count * COLUMNS, out.channels - first_panel * COLUMNS);
+            for (long c = 0; c < end; c += 8) {
+                f8 half[M * N], y[M * M];
+                const m8* m = (const m8*)(outputs + t * columns + c);
+                for (int x = 0; x < N; x++) Filter::output(m + x * out_step / 8, N * out_step / 8, half + x, N);
+                for (int i = 0; i < M; i++) Filter::output(half + N * i, 1, y + M * i, 1);
+                for (long i = 0; i < M && y0 + i < out.height; i++)
+                    for (long j = 0; j < M && x0 + j < out.width; j++)
+                        write_part(out, (image * out.height + y0 + i) * out.width + x0 + j,
+                                   first_panel * COLUMNS + c, y[M * i + j]);
+            }
+        }
+    });
 }
 
 // ---- any other window: patches are gathered into the rows of one matrix product
@@ -264,10 +274,9 @@ struct Window {
 
 // weights (out, in, side, side) with strides -> (panel, side * side * in, 16)
 static void pack_weights(const float* weights, const long* stride, long side, long in, long out, float* to,
-                         int threads) {
+                         Team::Call& team) {
     const long depth = (in + 7) / 8 * 8, panels = (out + COLUMNS - 1) / COLUMNS, all = side * side * depth;
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (long p = 0; p < panels; p++)
+    team.loop(panels, [&](long p, long) {
         for (long column = 0; column < COLUMNS; column++)
             for (long k = 0; k < side * side; k++) {
                 const long co = p * COLUMNS + column;
@@ -275,39 +284,41 @@ static void pack_weights(const float* weights, const long* stride, long side, lo
                 for (long ci = 0; ci < depth; ci++)
                     to[(p * all + k * depth + ci) * COLUMNS + column] = co < out && ci < in ? from[ci * stride[1]] : 0;
             }
+    });
 }
 
 static void convolve_windows(const Input& in, const Window& window, const float* weights, const Output& out,
-                             int threads) {
+                             Team::Call& team) {
+    const long threads = team.threads();
     const long depth = in.padded(), area = window.side * window.side, all = area * depth, panels = out.panels();
     const long pixels = in.batch * out.height * out.width, blocks = (pixels + PIXELS - 1) / PIXELS;
     const long idle = blocks >= 2 * threads ? 1 : 2 * threads / blocks;
     const long groups = std::min(std::max((panels + MOST_PANELS - 1) / MOST_PANELS, idle), panels);
-#pragma omp parallel num_threads(threads)
-    {
-        const long columns = (panels + groups - 1) / groups * COLUMNS;
-        float* inputs = aligned(PIXELS * all);
-        float* outputs = aligned(PIXELS * columns);
-#pragma omp for schedule(dynamic)
-        for (long item = 0; item < groups * blocks; item++) {
-            const long group = item / blocks, first = item % blocks * PIXELS, rows = std::min(PIXELS, pixels - first);
-            const long first_panel = panels * group / groups, count = panels * (group + 1) / groups - first_panel;
-            for (long r = 0; r < rows; r++) {
-                const long image = (first + r) / (out.height * out.width), at = (first + r) % (out.height * out.width);
-                const long y = at / out.width * window.stride - window.before;
-                const long x = at % out.width * window.stride - window.before;
-                for (long k = 0; k < area; k++)
-                    read_pixel(inputs + r * all + k * depth, in, image, y + k / window.side, x + k % window.side);
-            }
-            matrix_product(inputs, all, weights + first_panel * all * COLUMNS, all, count, rows, outputs, columns);
-            const long end = std::min(count * COLUMNS, out.channels - first_panel * COLUMNS);
-            for (long r = 0; r < rows; r++)
-                for (long c = 0; c < end; c += 8)
-                    write_part(out, first + r, first_panel * COLUMNS + c, load(outputs + r * columns + c));
+    const long columns = (panels + groups - 1) / groups * COLUMNS;
+    struct Own {
+        Floats inputs, outputs;
+    };
+    std::vector<Own> own(threads);
+    team.loop(groups * blocks, [&](long item, long thread) {
+        Own& mine = own[thread];
+        make(mine.inputs, PIXELS * all);
+        make(mine.outputs, PIXELS * columns);
+        float *inputs = mine.inputs.get(), *outputs = mine.outputs.get();
+        const long group = item / blocks, first = item % blocks * PIXELS, rows = std::min(PIXELS, pixels - first);
+        const long first_panel = panels * group / groups, count = panels * (group + 1) / groups - first_panel;
+        for (long r = 0; r < rows; r++) {
+            const long image = (first + r) / (out.height * out.width), at = (first + r) % (out.height * out.width);
+            const long y = at / out.width * window.stride - window.before;
+            const long x = at % out.width * window.stride - window.before;
+            for (long k = 0; k < area; k++)
+                read_pixel(inputs + r * all + k * depth, in, image, y + k / window.side, x + k % window.side);
         }
-        std::free(inputs);
-        std::free(outputs);
-    }
+        matrix_product(inputs, all, weights + first_panel * all * COLUMNS, all, count, rows, outputs, columns);
+        const long end = std::min(count * COLUMNS, out.channels - first_panel * COLUMNS);
+        for (long r = 0; r < rows; r++)
+            for (long c = 0; c < end; c += 8)
+                write_part(out, first + r, first_panel * COLUMNS + c, load(outputs + r * columns + c));
+    });
 }
 
 // ---- GroupNorm
@@ -330,39 +341,43 @@ static void chunk_moments(const float* x, long pixels, long channels, double* su
     }
 }
 
-// ---- what Python calls; activations are channels-last, weights have any strides
-
-extern "C" {
-
 // GroupNorm as a factor and a summand for each channel of each image: scale and shift (batch, channels).
-void group_norm(const float* x, long batch, long pixels, long channels, long groups, const float* weight,
-                const float* bias, double eps, float* scale, float* shift, int threads) {
-    const long chunks = (pixels + CHUNK - 1) / CHUNK, each = channels / groups;
+struct Norm {
+    const float *weight, *bias;  // (channels,) each
+    long groups;
+    double eps;
+};
+
+static void group_norm(const float* x, long batch, long pixels, long channels, const Norm& norm, float* scale,
+                       float* shift, Team::Call& team) {
+    const long chunks = (pixels + CHUNK - 1) / CHUNK, each = channels / norm.groups;
     std::vector<double> moments(batch * chunks * 2 * channels);
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (long item = 0; item < batch * chunks; item++) {
+    team.loop(batch * chunks, [&](long item, long) {
         const long first = item % chunks * CHUNK;
         double* sums = moments.data() + item * 2 * channels;
         chunk_moments(x + (item / chunks * pixels + first) * channels, std::min(CHUNK, pixels - first), channels, sums,
                       sums + channels);
-    }
-#pragma omp parallel for num_threads(threads) schedule(static) collapse(2)
-    for (long image = 0; image < batch; image++)
-        for (long group = 0; group < groups; group++) {
-            double sum = 0, square = 0;
-            for (long chunk = 0; chunk < chunks; chunk++) {
-                const double* sums = moments.data() + (image * chunks + chunk) * 2 * channels;
-                for (long c = group * each; c < (group + 1) * each; c++) sum += sums[c], square += sums[channels + c];
-            }
-            const double mean = sum / (each * pixels);
-            const double variance = std::max(square / (each * pixels) - mean * mean, 0.0);
-            const double inverse = 1 / std::sqrt(variance + eps);
-            for (long c = group * each; c < (group + 1) * each; c++) {
-                scale[image * channels + c] = weight[c] * inverse;
-                shift[image * channels + c] = bias[c] - mean * weight[c] * inverse;
-            }
+    }, FEW_FLOATS / (CHUNK * channels) + 1);
+    team.loop(batch * norm.groups, [&](long item, long) {
+        const long image = item / norm.groups, group = item % norm.groups;
+        double sum = 0, square = 0;
+        for (long chunk = 0; chunk < chunks; chunk++) {
+            const double* sums = moments.data() + (image * chunks + chunk) * 2 * channels;
+            for (long c = group * each; c < (group + 1) * each; c++) sum += sums[c], square += sums[channels + c];
         }
+        const double mean = sum / (each * pixels);
+        const double variance = std::max(square / (each * pixels) - mean * mean, 0.0);
+        const double inverse = 1 / std::sqrt(variance + norm.eps);
+        for (long c = group * each; c < (group + 1) * each; c++) {
+            scale[image * channels + c] = norm.weight[c] * inverse;
+            shift[image * channels + c] = norm.bias[c] - mean * norm.weight[c] * inverse;
+        }
+    }, FEW_FLOATS / (chunks * each) + 1);
 }
+
+// ---- what Python calls; activations are channels-last, weights have any strides
+
+extern "C" {
 
 // Floats that the packed weights take.
 long packed_size(int winograd, long side, long in, long out) {
@@ -370,20 +385,27 @@ long packed_size(int winograd, long side, long in, long out) {
     return winograd ? N * N * position_stride(depth, panels) : panels * side * side * depth * COLUMNS;
 }
 
-// y = residual + convolution(silu(scale x + shift)) + bias; what is null or 0 is left out. `packed`: room for the
-// weights. winograd: for windows of 3, stride 1 and zeros all around only.
-void convolution(int winograd, const float* x, long batch, long height, long width, long in, const float* scale,
-                 const float* shift, int silu, int upsample, const float* weights, const long* weight_stride,
-                 long side, long stride, long before, float* packed, const float* bias, const float* residual,
-                 float* y, long out_height, long out_width, long out, int threads) {
+// y = residual + convolution(silu(norm(x))) + bias; what is null or 0 is left out. `packed`: room for the weights.
+// winograd: for windows of 3, stride 1 and zeros all around only.
+void convolution(int winograd, const float* x, long batch, long height, long width, long in, const float* norm_weight,
+                 const float* norm_bias, long groups, double eps, int silu, int upsample, const float* weights,
+                 const long* weight_stride, long side, long stride, long before, float* packed, const float* bias,
+                 const float* residual, float* y, long out_height, long out_width, long out, int threads) {
+    Team::Call team(threads);
+    std::vector<float> scaling(groups ? 2 * batch * in : 0);
+    float *scale = nullptr, *shift = nullptr;
+    if (groups) {
+        scale = scaling.data(), shift = scale + batch * in;
+        group_norm(x, batch, height * width, in, Norm{norm_weight, norm_bias, groups, eps}, scale, shift, team);
+    }
     const Input input{x, scale, shift, batch, height, width, in, silu, upsample};
     const Output output{y, bias, residual, out_height, out_width, out};
     if (winograd) {
-        transform_weights(weights, weight_stride, in, out, packed, threads);
-        convolve_tiles(input, packed, output, threads);
+        transform_weights(weights, weight_stride, in, out, packed, team);
+        convolve_tiles(input, packed, output, team);
     } else {
-        pack_weights(weights, weight_stride, side, in, out, packed, threads);
-        convolve_windows(input, Window{side, stride, before}, packed, output, threads);
+        pack_weights(weights, weight_stride, side, in, out, packed, team);
+        convolve_windows(input, Window{side, stride, before}, packed, output, team);
     }
 }
 

@@ -1,4 +1,4 @@
-// One step of a Llama decoder over cached tokens: embeddings in, logits out, all layers in one parallel region.
+// One step of a Llama decoder over cached tokens: embeddings in, logits out, all layers in one call.
 //
 // A step is flat: n tokens of any rows (sequences), each with its place in its row's cache and the number of places
 // that it sees; and asks, whose logits are wanted: fed tokens, or queries of their own that attend keys and values which all
@@ -9,11 +9,9 @@
 #include <limits>
 #include <type_traits>
 #include <vector>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 #include "product.h"
+#include "team.h"
 
 constexpr int SIDE = 16;  // positions side by side in the cache of keys
 constexpr int COLUMNS = 48;  // that a thread computes at a time: whole tiles, and whole cache lines of results
@@ -69,6 +67,8 @@ struct Step {
     const float* const* added;  // of each layer what is added to x before it, (n, D) or null; null: nothing at all
 };
 
+static inline int64_t blocks(int64_t columns) { return (columns + COLUMNS - 1) / COLUMNS; }
+static inline int64_t few(int64_t width) { return 4096 / width + 1; }  // rows that a thread does sooner than it shares them
 static inline int64_t rounded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // Sixteen cached numbers as two vectors. In bfloat16, number i lies beside number i + 8.
@@ -173,29 +173,39 @@ static void attend(const float* queries, const Cached* keys, const Cached* value
 static int64_t scratch_of_thread(const Model& m) { return QUERIES * (m.capacity + 2 * rounded(m.head_dim, SIDE)); }
 static int64_t spaced(int64_t width) { return width + 32; }  // no power of two: rows would share cache sets
 
-// What the functions below work with; every thread has its own. They are called by all threads together.
+// What the functions below work with.
 struct Work {
+    Team::Call& team;
     const Model& m;
     const float* table;
     In* normed;             // rows of D, `spaced`
     float* qkv;             // rows of (H + 2 G) K
     In *attended, *hidden;  // rows of H K and F, `spaced`
-    float* mine;            // scratch_of_thread floats, then COLUMNS for each row
+    float* own;             // of each thread: scratch_of_thread floats, then COLUMNS for each row
+    int64_t rows;
 
     int64_t width() const { return (m.heads + 2 * m.kv_heads) * m.head_dim; }
+    float* scratch(int64_t thread) const { return own + thread * (scratch_of_thread(m) + rows * COLUMNS); }
 };
 
+// normed row i = norm of row of(i) of x.
+template <class Of> static void norm_rows(const Work& w, const float* x, const float* weight, int64_t n, const Of& of) {
+    const int64_t D = w.m.dim;
+    w.team.loop(n, [&](int64_t i, int64_t) { rms_norm(x + of(i) * D, weight, D, w.m.eps, w.normed + i * spaced(D)); },
+                few(D));
+}
+
 static void norm_rows(const Work& w, const float* x, const float* weight, int64_t n) {
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < n; i++) rms_norm(x + i * w.m.dim, weight, w.m.dim, w.m.eps, w.normed + i * spaced(w.m.dim));
+    norm_rows(w, x, weight, n, [](int64_t i) { return i; });
 }
 
 // put(i, j, y) for every y = x_i . w_j.
 template <class Put>
-static void project(const In* x, int64_t ldx, int64_t n, const Linear& linear, int64_t N, int64_t K,
+static void project(const Work& w, const In* x, int64_t ldx, int64_t n, const Linear& linear, int64_t N, int64_t K,
                     const Put& put) {
-#pragma omp for schedule(guided)
-    for (int64_t j = 0; j < N; j += COLUMNS) product<WEIGHTS>(x, ldx, n, linear, j, std::min(N, j + COLUMNS), K, put);
+    w.team.loop(blocks(N), [&](int64_t block, int64_t) {
+        product<WEIGHTS>(x, ldx, n, linear, block * COLUMNS, std::min(N, (block + 1) * COLUMNS), K, put);
+    });
 }
 
 // The rows' queries, keys and values into qkv, in one loop, as there is little to do for few rows.
@@ -204,25 +214,25 @@ static void project_qkv(const Work& w, const Attention& a, int64_t n) {
     const Linear* linears[] = {&a.q, &a.k, &a.v};
     const int64_t sizes[] = {a.q.weight ? H : 0, a.k.weight ? G : 0, a.k.weight ? G : 0}, offsets[] = {0, H, H + G};
     int64_t chunks[4] = {};
-    for (int p = 0; p < 3; p++) chunks[p + 1] = chunks[p] + (sizes[p] + COLUMNS - 1) / COLUMNS;
-#pragma omp for schedule(guided)
-    for (int64_t c = 0; c < chunks[3]; c++) {
+    for (int p = 0; p < 3; p++) chunks[p + 1] = chunks[p] + blocks(sizes[p]);
+    w.team.loop(chunks[3], [&](int64_t c, int64_t) {
         const int p = (c >= chunks[1]) + (c >= chunks[2]);
         const int64_t begin = (c - chunks[p]) * COLUMNS;
         float* into = w.qkv + offsets[p];
         product<WEIGHTS>(w.normed, spaced(D), n, *linears[p], begin, std::min(sizes[p], begin + COLUMNS), D,
                          [&](int64_t i, int64_t j, float y) { into[i * width + j] = y; });
-    }
+    });
 }
 
 // The tokens [first, end) of one row, and one KV head: store keys and values, let all queries of the group attend.
-static void attend_head(const Work& w, const Attention& a, const Tokens& t, int64_t first, int64_t end, int64_t g) {
+static void attend_head(const Work& w, const Attention& a, const Tokens& t, int64_t first, int64_t end, int64_t g,
+                        float* scratch) {
     const Model& m = w.m;
     const int64_t K = m.head_dim, P = rounded(K, SIDE), group = m.heads / m.kv_heads, width = w.width();
     const int64_t cache_row = t.row[first] * m.kv_heads + g;
     Cached* keys = (Cached*)a.keys + cache_row * m.capacity * K;
     Cached* values = (Cached*)a.values + cache_row * m.capacity * P;
-    float* turned = w.mine;                  // (QUERIES, P)
+    float* turned = scratch;                 // (QUERIES, P)
     float* attended = turned + QUERIES * P;  // (QUERIES, P)
     float* scores = attended + QUERIES * P;  // (QUERIES, capacity)
     for (int64_t i = first; a.k.weight && i < end; i++) {
@@ -257,49 +267,44 @@ static void attention(const Work& w, const Attention& a, const Tokens& t, const 
     const Model& m = w.m;
     const int64_t n = t.count, D = m.dim, H = m.heads * m.head_dim;
     if (query) {
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < n; i++) std::copy(query, query + H, w.qkv + i * w.width());
+        w.team.loop(n, [&](int64_t i, int64_t) { std::copy(query, query + H, w.qkv + i * w.width()); }, few(H));
     } else {
         norm_rows(w, x, a.norm, n);
         project_qkv(w, a, n);
     }
-#pragma omp for schedule(dynamic)
-    for (int64_t i = 0; i < ((int64_t)starts.size() - 1) * m.kv_heads; i++)
-        attend_head(w, a, t, starts[i / m.kv_heads], starts[i / m.kv_heads + 1], i % m.kv_heads);
+    w.team.loop(((int64_t)starts.size() - 1) * m.kv_heads, [&](int64_t i, int64_t thread) {
+        attend_head(w, a, t, starts[i / m.kv_heads], starts[i / m.kv_heads + 1], i % m.kv_heads, w.scratch(thread));
+    });
     if (a.q.weight)
-        project(w.attended, spaced(H), n, a.out, D, H, [&](int64_t i, int64_t j, float y) { x[i * D + j] += y; });
+        project(w, w.attended, spaced(H), n, a.out, D, H, [&](int64_t i, int64_t j, float y) { x[i * D + j] += y; });
 }
 
 // x += down(silu(gate n) * up n) with n = norm(x).
 static void feed_forward(const Work& w, const FeedForward& f, int64_t n, float* x) {
     const int64_t D = w.m.dim, F = w.m.hidden, apart = spaced(F);
     norm_rows(w, x, f.norm, n);
-#pragma omp for schedule(guided)
-    for (int64_t j = 0; j < F; j += COLUMNS) {
-        const int64_t first = j, end = std::min(F, j + COLUMNS);
-        float* gate = w.mine + scratch_of_thread(w.m);  // (n, COLUMNS)
+    w.team.loop(blocks(F), [&](int64_t block, int64_t thread) {
+        const int64_t first = block * COLUMNS, end = std::min(F, first + COLUMNS);
+        float* gate = w.scratch(thread) + scratch_of_thread(w.m);  // (n, COLUMNS)
         product<WEIGHTS>(w.normed, spaced(D), n, f.gate, first, end, D, [&](int64_t i, int64_t j, float y) {
             gate[i * COLUMNS + j - first] = y; });
         for (int64_t i = 0; i < n; i++) silu(gate + i * COLUMNS, end - first);
         product<WEIGHTS>(w.normed, spaced(D), n, f.up, first, end, D, [&](int64_t i, int64_t j, float y) {
             put_input<WEIGHTS>(w.hidden + i * apart, j, gate[i * COLUMNS + j - first] * y); });
-    }
-    project(w.hidden, apart, n, f.down, D, F, [&](int64_t i, int64_t j, float y) { x[i * D + j] += y; });
+    });
+    project(w, w.hidden, apart, n, f.down, D, F, [&](int64_t i, int64_t j, float y) { x[i * D + j] += y; });
 }
 
 // The logits of `n` rows of x: those that `chosen` names, or the first.
 static void head(const Work& w, const float* x, const int64_t* chosen, int64_t n, float* logits, int64_t stride) {
     const int64_t D = w.m.dim;
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < n; i++)
-        rms_norm(x + (chosen ? chosen[i] : i) * D, w.m.norm, D, w.m.eps, w.normed + i * spaced(D));
-    project(w.normed, spaced(D), n, w.m.output, w.m.vocab, D,
+    norm_rows(w, x, w.m.norm, n, [&](int64_t i) { return chosen ? chosen[i] : i; });
+    project(w, w.normed, spaced(D), n, w.m.output, w.m.vocab, D,
             [&](int64_t i, int64_t j, float y) { logits[i * stride + j] = y; });
 }
 
-static void add(const float* terms, int64_t n, float* x) {
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < n; i++) x[i] += terms[i];
+static void add(const Work& w, const float* terms, int64_t n, float* x) {
+    w.team.loop(n, [&](int64_t i, int64_t) { x[i] += terms[i]; }, few(1));
 }
 
 static std::vector<int64_t> starts_of_rows(const Tokens& t) {
@@ -316,27 +321,19 @@ static void run(const Model& m, const Step& s) {
     float* qkv = s.scratch + n * spaced(D);
     float* attended = qkv + n * rounded((m.heads + 2 * m.kv_heads) * m.head_dim, SIDE);
     float* hidden = attended + n * spaced(m.heads * m.head_dim);
-#pragma omp parallel num_threads(s.threads)
-    {
-#ifdef _OPENMP
-        const int64_t thread = omp_get_thread_num();
-#else
-        const int64_t thread = 0;
-#endif
-        float* mine = hidden + n * spaced(m.hidden) + thread * (scratch_of_thread(m) + n * COLUMNS);
-        const Work w{m, s.table, (In*)s.scratch, qkv, (In*)attended, (In*)hidden, mine};
-        for (int64_t l = 0; l < m.layers; l++) {
-            if (s.added && s.added[l]) add(s.added[l], s.fed.count * D, s.x);
-            attention(w, m.layer[l].attention, s.fed, fed, s.x);
-            feed_forward(w, m.layer[l].feed_forward, s.fed.count, s.x);
-        }
-        if (m.queries) attention(w, m.shared, s.fed, fed, s.x);
-        for (int64_t l = 0; l < m.queries; l++) {
-            attention(w, m.query[l].attention, s.asked, asked, s.y, l ? nullptr : s.query);
-            feed_forward(w, m.query[l].feed_forward, s.asked.count, s.y);
-        }
-        head(w, m.queries ? s.y : s.x, m.queries ? nullptr : s.token, s.asked.count, s.logits, s.stride);
+    Team::Call team(s.threads);
+    const Work w{team, m, s.table, (In*)s.scratch, qkv, (In*)attended, (In*)hidden, hidden + n * spaced(m.hidden), n};
+    for (int64_t l = 0; l < m.layers; l++) {
+        if (s.added && s.added[l]) add(w, s.added[l], s.fed.count * D, s.x);
+        attention(w, m.layer[l].attention, s.fed, fed, s.x);
+        feed_forward(w, m.layer[l].feed_forward, s.fed.count, s.x);
     }
+    if (m.queries) attention(w, m.shared, s.fed, fed, s.x);
+    for (int64_t l = 0; l < m.queries; l++) {
+        attention(w, m.query[l].attention, s.asked, asked, s.y, l ? nullptr : s.query);
+        feed_forward(w, m.query[l].feed_forward, s.asked.count, s.y);
+    }
+    head(w, m.queries ? s.y : s.x, m.queries ? nullptr : s.token, s.asked.count, s.logits, s.stride);
 }
 
 extern "C" {
@@ -353,7 +350,8 @@ int64_t scratch_size(const Model* m, int64_t tokens, int64_t threads) {
 // What the first layer of queries projects y (D,) to, before its rotation: out (H K,), the same for every query that
 // starts as y does. `scratch` holds what a step of one token needs.
 void first_query(const Model* m, const float* y, float* out, float* scratch) {
-    const Work w{*m, nullptr, (In*)scratch, out, nullptr, nullptr, nullptr};
+    Team::Call team(1);
+    const Work w{team, *m, nullptr, (In*)scratch, out, nullptr, nullptr, nullptr, 1};
     norm_rows(w, y, m->query->attention.norm, 1);
     project_qkv(w, m->query->attention, 1);
 }

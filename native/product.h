@@ -234,7 +234,7 @@ static void product(const Input<Type>* x, int64_t ldx, int64_t M, const Linear& 
         } else {
             if (rows == 1) n = strips<f8, Type, 1, 8>(x, ldx, m, rows, w, n, end, K, put);
             if (rows == 2) n = strips<f8, Type, 2, 4>(x, ldx, m, rows, w, n, end, K, put);
-#ifdef WIDE
+#ifdef SIXTEEN_LANES
             constexpr int WIDE_ROWS = Type == INT4 ? 4 : 8;  // times 3 vectors of columns: 24 sums in 32 registers
             if (rows > 2) n = strips<f16, Type, WIDE_ROWS, 6>(x, ldx, m, rows, w, n, end, K, put);
 #endif

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "simd.h"
+#include "team.h"
 
 struct Draws {
     const float* logits;            // (rows, stride)
@@ -123,11 +124,15 @@ static int64_t draw(const Draws& d, int64_t i, std::vector<float>& logits, std::
 }
 
 extern "C" void sample(const Draws* d) {
-#pragma omp parallel num_threads(d->threads)
-    {
-        std::vector<float> logits((d->vocab + 31) / 32 * 32), other;
+    struct Own {
+        std::vector<float> logits, other;
         std::vector<std::pair<float, int32_t>> ranked;
-#pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < d->count; i++) d->codes[i] = draw(*d, i, logits, other, ranked);
-    }
+    };
+    Team::Call team(d->threads);
+    std::vector<Own> own(team.threads());
+    team.loop(d->count, [&](int64_t i, int64_t thread) {
+        Own& mine = own[thread];
+        mine.logits.resize((d->vocab + 31) / 32 * 32);
+        d->codes[i] = draw(*d, i, mine.logits, mine.other, mine.ranked);
+    });
 }

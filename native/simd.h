@@ -72,7 +72,7 @@ static inline f8 held(f8 x) {
 // Where registers hold sixteen floats: two vectors of eight side by side, each computed with as if it were alone.
 template <class V> constexpr int HALVES = sizeof(V) / sizeof(f8);
 #ifdef __AVX512F__
-#define WIDE
+#define SIXTEEN_LANES
 typedef float f16 __attribute__((vector_size(64), aligned(4)));
 typedef int32_t i16 __attribute__((vector_size(64), aligned(4)));
 typedef uint32_t u16 __attribute__((vector_size(64), aligned(4)));
@@ -100,7 +100,7 @@ static inline f8 sums(f16 a, f16 b, f16 c, f16 d) {
 
 // 32 bytes at `p`, and for two halves 32 at `other` too.
 template <class X> static inline X read_halves(const char* p, const char* other) {
-#ifdef WIDE
+#ifdef SIXTEEN_LANES
     if constexpr (sizeof(X) == 64)
         return (X)_mm512_inserti64x4((__m512i)_mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)p)),
                                      _mm256_loadu_si256((const __m256i*)other), 1);
@@ -110,7 +110,7 @@ template <class X> static inline X read_halves(const char* p, const char* other)
 }
 
 template <class V> static inline V load_twice(const float* p) {  // the same in each half
-#ifdef WIDE
+#ifdef SIXTEEN_LANES
     if constexpr (sizeof(V) == 64) return (V)_mm512_broadcast_f64x4(_mm256_loadu_pd((const double*)p));
     else
 #endif

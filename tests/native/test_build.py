@@ -1,5 +1,6 @@
 """Builds of the C++ kernels: whole or not at all, and nothing of them outlives the program."""
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -96,3 +97,46 @@ def test_what_the_compiler_says_is_told(tmp_path):
     with pytest.raises(subprocess.CalledProcessError) as error:
         build._built("sample", str(path), [], tmp_path / "kernels")
     assert error.value.stderr.strip() == "out of order" and not list((tmp_path / "kernels").iterdir())
+
+
+PICKY = """#!/bin/sh
+for word in "$@"; do
+    case $word in -march=*) [ -e "$0.healthy" ] || { echo "kernel.cpp:1: error: no such tuning" >&2; exit 1; } ;; esac
+    last=$word
+done
+case $1 in --version) echo 1; exit ;; esac
+for word in "$@"; do case $word in -march=*) tuned=tuned ;; esac; done
+while [ "$1" != -o ]; do shift; done
+echo "plain $tuned" > "$2"
+"""
+
+
+def test_a_build_without_tuning_is_said_and_does_not_stay(tmp_path, capfd):
+    path, folder = tmp_path / "picky", tmp_path / "kernels"
+    path.write_text(PICKY)
+    path.chmod(0o755)
+    build._say.cache_clear()
+    plain = build._built("sample", str(path), [], folder)
+    assert plain.read_text() == "plain \n"
+    said = capfd.readouterr().err
+    assert said.count("\n") == 1 and "-march=native failed (kernel.cpp:1: error: no such tuning)" in said
+    assert "slower" in said and "sample.cpp" in said
+    (tmp_path / "picky.healthy").touch()
+    tuned = build._built("sample", str(path), [], folder)
+    assert tuned != plain and tuned.read_text() == "plain tuned\n" and capfd.readouterr().err == ""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="processors of another kind")
+@pytest.mark.parametrize("processor", ["x86-64", "x86-64-v3", "cascadelake", "cooperlake"])
+@pytest.mark.parametrize("kernels", [("conv",), ("sample",), *(("decode", f"WEIGHTS={i}") for i in range(4))],
+                         ids="".join)
+def test_kernels_compile_for_other_processors(kernels, processor):
+    """Without vectors, with AVX2, with AVX-512, with its bfloat16: here they run for one of them."""
+    name, *defines = kernels
+    compiler = build._compiler()
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    built = subprocess.run([compiler, *build.FLAGS, "-fsyntax-only", f"-march={processor}",
+                            *(f"-D{define}" for define in defines), str(build.SOURCES / f"{name}.cpp")],
+                           capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
