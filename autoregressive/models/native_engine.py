@@ -103,6 +103,7 @@ class NativeEngine:
     def __init__(self, model: nn.Module, weights: int, kernels: ctypes.CDLL) -> None:
         self.model, self.weights, self.kernels = model, weights, kernels
         kernels.scratch_size.restype = c_int64
+        kernels.first_query.argtypes = (c_void_p,) * 4
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         self.rows = self.capacity = 0
@@ -188,7 +189,7 @@ class NativeEngine:
         return _Attention(self._norm(part.norm), *map(_linear, part[1:]), self.keys[cache].data_ptr(),
                           self.values[cache].data_ptr())
 
-    def _norm(self, norm: RMSNorm) -> c_void_p:
+    def _norm(self, norm: RMSNorm) -> int:
         self.kept.append(norm.weight.float().contiguous())
         return pointer(self.kept[-1])
 

@@ -4,6 +4,7 @@ import asyncio
 import collections
 import itertools
 import multiprocessing
+import os
 import queue
 import threading
 import time
@@ -114,6 +115,8 @@ class NativeBackend:
     def _launch(self) -> None:
         """Start a process; `_ready` is done when it has loaded the models, or has failed to."""
         context = multiprocessing.get_context("spawn")
+        # PyTorch's threads would spin for milliseconds after each operation, on the cores that the decoder's wait for.
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         ours, theirs = context.Pipe()
         from autoregressive.serve import engine_process
 

@@ -24,10 +24,9 @@ def convolve(layer: nn.Conv2d, x: Tensor, *, norm: nn.GroupNorm | None = None, d
     `upsample` doubles h and w first (nearest neighbour). A layer of stride 2 without padding gets one zero row below
     and one zero column on the right.
     """
-    if ready(layer, x, *(() if norm is None else norm.parameters()), *(() if residual is None else (residual,))):
+    if ready(layer, x, norm, residual):
         return run_kernel(x, layer.weight, layer.bias, stride=layer.stride[0], before=layer.padding[0],
-                          upsample=upsample, scaling=None if norm is None else scaling(norm, x), silu=norm is not None,
-                          residual=residual)
+                          upsample=upsample, norm=norm, silu=norm is not None, residual=residual)
     if norm is not None:
         x = F.silu(norm(x))
     if dropout is not None:
@@ -40,23 +39,25 @@ def convolve(layer: nn.Conv2d, x: Tensor, *, norm: nn.GroupNorm | None = None, d
     return y if residual is None else residual + y
 
 
-def ready(layer: nn.Module, *others: Tensor) -> bool:
-    """Whether the kernels may run `layer` (with `others`, its inputs): eval mode, no gradient, no autocast, no tracing,
-    fp32 on a CPU, a compiler."""
-    tensors = (*layer.parameters(), *others)
-    return (not layer.training and all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors)
-            and type(layer.weight) in (Tensor, nn.Parameter)
-            and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
-            and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
-            and not torch.is_autocast_enabled("cpu") and kernels() is not None)
+def ready(layer: nn.Module, *others: Tensor | nn.Module | None) -> bool:
+    """Whether the kernels may run `layer` (with `others`, its inputs and norm): eval mode, no gradient, no autocast, no
+    tracing, fp32 on a CPU, a compiler."""
+    gradients = torch.is_grad_enabled()
+    for one in (layer, *others):
+        for t in (one,) if isinstance(one, Tensor) else () if one is None else (one.weight, getattr(one, "bias", None)):
+            if t is not None and not (t.is_cpu and t.dtype is torch.float32 and not (gradients and t.requires_grad)):
+                return False
+    return (not layer.training and type(layer.weight) in (Tensor, nn.Parameter)
+            and not (torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled("cpu"))
+            and kernels() is not None)
 
 
 def run_kernel(x: Tensor, weight: Tensor, bias: Tensor | None, *, stride: int = 1, before: int = 0,
-               upsample: bool = False, scaling: tuple[Tensor, Tensor] | None = None, silu: bool = False,
+               upsample: bool = False, norm: nn.GroupNorm | None = None, silu: bool = False,
                residual: Tensor | None = None) -> Tensor:
     """The kernels' convolution of x (B, in, h, w) by weight (out, in, k, k), h' = h (doubled by `upsample`) / stride.
 
-    `before`: zeros above and left of the picture; `scaling`: a factor and a summand (B, in) each, applied to x first.
+    `before`: zeros above and left of the picture; `norm`, then `silu`, are applied to x first.
     """
     out, channels, side, _ = weight.shape
     if x.ndim != 4 or x.shape[1] != channels:
@@ -66,29 +67,21 @@ def run_kernel(x: Tensor, weight: Tensor, bias: Tensor | None, *, stride: int = 
     y = x.new_empty(x.shape[0], height, width, out)
     if y.numel() == 0:
         return y.permute(0, 3, 1, 2)
-    packed = x.new_empty(kernels().packed_size(winograd, side, channels, out))
+    library = kernels()
+    packed = x.new_empty(library.packed_size(winograd, side, channels, out))
     x, residual = pixel_rows(x), None if residual is None else pixel_rows(residual)
-    factor, summand = scaling or (None, None)
-    kernels().convolution(
-        winograd, pointer(x), *x.shape, pointer(factor), pointer(summand), silu, upsample, weight.data_ptr(),
-        (ctypes.c_long * 4)(*weight.stride()), side, stride, before, pointer(packed), pointer(bias), pointer(residual),
-        pointer(y), height, width, out, torch.get_num_threads())
+    normed = (None, None, 0, 0.0) if norm is None else (
+        pointer(norm.weight), pointer(norm.bias), norm.num_groups, norm.eps)
+    strides = (ctypes.c_long * 4)(*weight.stride())
+    library.convolution(
+        winograd, pointer(x), *x.shape, *normed, silu, upsample, weight.data_ptr(), strides, side, stride, before,
+        pointer(packed), pointer(bias), pointer(residual), pointer(y), height, width, out, torch.get_num_threads())
     return y.permute(0, 3, 1, 2)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """F.linear by the kernels: (N, in) → (N, out)."""
     return run_kernel(x.t()[None, :, None], weight[:, :, None, None], bias)[0, :, 0].t()
-
-
-def scaling(norm: nn.GroupNorm, x: Tensor) -> tuple[Tensor, Tensor]:
-    """GroupNorm as a factor and a summand for each image and channel of x, (B, C) each."""
-    x = pixel_rows(x)
-    batch, height, width, channels = x.shape
-    factor, summand = x.new_empty(2, batch, channels)
-    kernels().group_norm(pointer(x), batch, height * width, channels, norm.num_groups, pointer(norm.weight),
-                         pointer(norm.bias), norm.eps, pointer(factor), pointer(summand), torch.get_num_threads())
-    return factor, summand
 
 
 def pixel_rows(x: Tensor) -> Tensor:
@@ -108,9 +101,8 @@ def declared(library: ctypes.CDLL) -> ctypes.CDLL:
     keep_freed_memory()
     integer, size, address = ctypes.c_int, ctypes.c_long, ctypes.c_void_p
     library.packed_size.argtypes, library.packed_size.restype = (integer, size, size, size), size
-    library.group_norm.argtypes = (address, *[size] * 4, address, address, ctypes.c_double, address, address, integer)
     library.convolution.argtypes = (
-        integer, address, *[size] * 4, address, address, integer, integer, address, address, *[size] * 3,
-        *[address] * 4, *[size] * 3, integer)
-    library.group_norm.restype = library.convolution.restype = None
+        integer, address, *[size] * 4, address, address, size, ctypes.c_double, integer, integer, address, address,
+        *[size] * 3, *[address] * 4, *[size] * 3, integer)
+    library.convolution.restype = None
     return library

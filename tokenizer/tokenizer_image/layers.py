@@ -64,9 +64,8 @@ class AttnBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         layers = self.q, self.k, self.v
-        if convolution.ready(self.q, x, *self.norm.parameters()):
-            scaling = convolution.scaling(self.norm, x)
-            z = [convolution.run_kernel(x, layer.weight, layer.bias, scaling=scaling) for layer in layers]
+        if convolution.ready(self.q, x, self.norm):
+            z = [convolution.run_kernel(x, layer.weight, layer.bias, norm=self.norm) for layer in layers]
         else:
             normed = self.norm(x)
             z = [layer(normed) for layer in layers]
