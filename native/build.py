@@ -101,7 +101,7 @@ def _load(name: str, defines: tuple[str, ...]) -> ctypes.CDLL | None:
         except (OSError, subprocess.CalledProcessError) as error:
             problem = error
     _say(f"the C++ kernels could not be built with {compiler}: PyTorch's kernels do the work, which are slower "
-         f"({first_line(problem)})")
+         f"({first_error(problem)})")
     return None
 
 
@@ -127,13 +127,13 @@ def _built(name: str, compiler: str, defines: list[str], folder: Path) -> Path:
                 failure = failure or error
                 continue
         if failure is not None:
-            _say(f"{compiler} {' '.join(TUNINGS[0])} failed ({first_line(failure)}): the C++ kernels of {name}.cpp "
+            _say(f"{compiler} {' '.join(TUNINGS[0])} failed ({first_error(failure)}): the C++ kernels of {name}.cpp "
                  f"were compiled for any {platform.machine()} processor, and are slower")
         return library
     raise failure
 
 
-def first_line(error: Exception) -> str:
+def first_error(error: Exception) -> str:
     """What a failure says first: of a compiler's many words, its first error."""
     lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines() or [str(error)]
     return next((line for line in lines if "error:" in line), lines[0])
