@@ -219,7 +219,7 @@ static void convolve_tiles(const Input& in, const float* weights, const Output& 
     const long most = HIGH * WIDE, columns = ((panels + groups - 1) / groups) * COLUMNS;
     const long in_step = most * depth + 16, out_step = most * columns + 16;
     const long patch_wide = WIDE * M + 2, patch_high = HIGH * M + 2;
-    struct Own {
+    struct alignas(64) Own {
         Floats patch, inputs, outputs;
     };
     std::vector<Own> own(threads);
@@ -295,7 +295,7 @@ static void convolve_windows(const Input& in, const Window& window, const float*
     const long idle = blocks >= 2 * threads ? 1 : 2 * threads / blocks;
     const long groups = std::min(std::max((panels + MOST_PANELS - 1) / MOST_PANELS, idle), panels);
     const long columns = (panels + groups - 1) / groups * COLUMNS;
-    struct Own {
+    struct alignas(64) Own {
         Floats inputs, outputs;
     };
     std::vector<Own> own(threads);

@@ -124,7 +124,7 @@ static int64_t draw(const Draws& d, int64_t i, std::vector<float>& logits, std::
 }
 
 extern "C" void sample(const Draws* d) {
-    struct Own {
+    struct alignas(64) Own {
         std::vector<float> logits, other;
         std::vector<std::pair<float, int32_t>> ranked;
     };

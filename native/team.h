@@ -6,7 +6,8 @@
 // than a moment sleeps. What a piece computes does not depend on who claims it.
 //
 // A program has one team, which makes one call after the other. Helpers are started when a call first wants them, and
-// sleep between calls; a process made by fork starts its own.
+// sleep between calls; a process made by fork starts its own. With pthreads: what the C++ library has of them needs a
+// newer one than some Pythons bring.
 #pragma once
 #include <pthread.h>
 #include <sched.h>
@@ -15,22 +16,31 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
-#include <condition_variable>
 #include <cstdint>
 #include <cstdlib>
-#include <mutex>
-#include <system_error>
-#include <thread>
+#include <memory>
+#include <vector>
 #ifdef __x86_64__
 #include <immintrin.h>
 #endif
+
+#ifndef TEAM
+#define TEAM unnamed_team
+#endif
+inline namespace TEAM {  // named after this text by build.py: libraries share a team only if they agree what it looks like
 
 class Team {
    public:
     // The program's team for the length of one call from Python: others wait for their turn.
     class Call {
        public:
-        explicit Call(int64_t threads) : team(*current()), turn(team.one_call) { team.gather(threads); }
+        explicit Call(int64_t threads) : team(current()) {
+            pthread_mutex_lock(&team.one_call);
+            team.gather(threads);
+        }
+        ~Call() { pthread_mutex_unlock(&team.one_call); }
+        Call(const Call&) = delete;
+
         int64_t threads() const { return team.threads; }
 
         // body(i, thread) for each i < count, in any order; thread < threads() tells apart those that run at once.
@@ -49,7 +59,6 @@ class Team {
 
        private:
         Team& team;
-        std::lock_guard<std::mutex> turn;
     };
 
    private:
@@ -60,8 +69,16 @@ class Team {
     static constexpr std::chrono::microseconds MOMENT{50};  // to wait for the last pieces without giving way to others
     static constexpr std::chrono::microseconds PAUSE{150};  // to wait for the next loop before going to sleep
 
-    std::mutex one_call;  // held by whose turn it is
-    int64_t threads = 1, helpers = 0;
+    struct alignas(64) Helper {
+        Team* team;
+        int64_t thread;
+        std::atomic<bool> asleep{false};
+        pthread_cond_t wake = PTHREAD_COND_INITIALIZER;
+    };
+
+    pthread_mutex_t one_call = PTHREAD_MUTEX_INITIALIZER;  // held by whose turn it is
+    int64_t threads = 1;
+    std::vector<std::unique_ptr<Helper>> helpers;  // number i is thread i + 1
 
     // The loop in progress. Who takes pieces from `open` has a part in the loop that it numbers, which then cannot end
     // before that part is done: the other fields are read only after that, and are those of that loop.
@@ -71,74 +88,103 @@ class Team {
     const void* body = nullptr;
     Run run = nullptr;
 
-    std::mutex bed;  // of those who sleep
-    std::condition_variable more, done;
+    alignas(64) pthread_mutex_t bed = PTHREAD_MUTEX_INITIALIZER;  // of those who sleep
+    pthread_cond_t done = PTHREAD_COND_INITIALIZER;
     std::atomic<int> sleepers{0};
     std::atomic<bool> caller_sleeps{false};
 
-    // Never freed: helpers use it until the process ends. Shared by all libraries that include this file (a function
-    // that is inline and not static is one for the program).
-    static Team*& current() {
-        static Team* team = made();
+    // Never freed: helpers use it until the process ends. Shared by the libraries that include this file where a
+    // function that is inline is one for the program (g++ on Linux); elsewhere each has its own.
+    static std::atomic<Team*>& place() {
+        static std::atomic<Team*> team{nullptr};
         return team;
     }
-    static Team* made() {
-        pthread_atfork(nullptr, nullptr, [] { current() = new Team; });  // the child has no helpers, and perhaps a lock
-        return new Team;
+    static Team& current() {
+        static const int registered = pthread_atfork(nullptr, nullptr, [] { place() = nullptr; });  // no helpers there
+        (void)registered;
+        if (!place()) {
+            Team *none = nullptr, *made = new Team;
+            if (!place().compare_exchange_strong(none, made)) delete made;  // somebody else was first
+        }
+        return *place();
     }
 
     void gather(int64_t count) {
         count = std::min(count, (int64_t)THREADS);
-        while (helpers + 1 < count && start(helpers + 1)) helpers++;
-        threads = std::max<int64_t>(1, std::min(count, helpers + 1));
+        while ((int64_t)helpers.size() + 1 < count && start()) continue;
+        threads = std::max<int64_t>(1, std::min(count, (int64_t)helpers.size() + 1));
     }
 
-    // A helper: it hears no signals, which are for the program's own threads. False where the system allows no more.
-    bool start(int64_t thread) {
-        sigset_t all, before;
-        sigfillset(&all);
-        pthread_sigmask(SIG_SETMASK, &all, &before);
-        bool started = true;
-        try {
-            std::thread([this, thread] { help(thread); }).detach();
-        } catch (const std::system_error&) {
-            started = false;
-        }
+    // One more helper. It hears no signals but of its own faults: the others are for the program's threads. False where
+    // the system allows no more.
+    bool start() {
+        helpers.push_back(std::make_unique<Helper>());
+        helpers.back()->team = this;
+        helpers.back()->thread = (int64_t)helpers.size();
+        sigset_t most, before;
+        sigfillset(&most);
+        for (int fault : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT, SIGTRAP}) sigdelset(&most, fault);
+        pthread_sigmask(SIG_SETMASK, &most, &before);
+        pthread_attr_t how;
+        pthread_attr_init(&how);
+        pthread_attr_setdetachstate(&how, PTHREAD_CREATE_DETACHED);
+        unbind(&how);
+        pthread_t made;
+        const bool started = !pthread_create(&made, &how, begin, helpers.back().get());
+        pthread_attr_destroy(&how);
         pthread_sigmask(SIG_SETMASK, &before, nullptr);
+        if (!started) helpers.pop_back();
         return started;
     }
 
-    template <class Body> void share(int64_t count, const Body& todo) {
+    static void* begin(void* helper) {
+        ((Helper*)helper)->team->help(*(Helper*)helper);
+        return nullptr;
+    }
+
+    // OpenMP, asked to bind threads to cores, has bound the one that starts helpers: they are not for that core alone.
+    static void unbind(pthread_attr_t* how) {
+#ifdef __linux__
+        cpu_set_t every;
+        CPU_ZERO(&every);
+        for (int cpu = 0; cpu < CPU_SETSIZE; cpu++) CPU_SET(cpu, &every);
+        for (const char* name : {"OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY"})
+            if (std::getenv(name)) pthread_attr_setaffinity_np(how, sizeof every, &every);  // those that are ours count
+#endif
+    }
+
+    template <class Body> void share(int64_t count, const Body& todo) noexcept {
+        const int64_t wanted = std::min(threads, count);
         pieces = count, body = &todo;
         run = [](const void* body, int64_t first, int64_t end, int64_t thread) {
             (*(const Body*)body)(first, end, thread);
         };
         undone.store(count, std::memory_order_relaxed);
         const uint64_t number = (open.load(std::memory_order_relaxed) >> BEFORE_LOOP) + 1;
-        open.store(number << BEFORE_LOOP | (uint64_t)threads << BEFORE_THREADS | (uint64_t)count);
-        if (sleepers.load()) {
-            { std::lock_guard<std::mutex> lock(bed); }  // who is about to sleep has looked at `open` before, or sleeps now
-            more.notify_all();
-        }
+        open.store(number << BEFORE_LOOP | (uint64_t)wanted << BEFORE_THREADS | (uint64_t)count);
+        for (int64_t i = 0; sleepers.load() && i < wanted - 1; i++)
+            if (helpers[i]->asleep.load()) rouse(*helpers[i]);
         work(0);
         const auto over = [&] { return undone.load() == 0; };
         if (spin(over, MOMENT)) return;
-        std::unique_lock<std::mutex> lock(bed);
+        pthread_mutex_lock(&bed);
         caller_sleeps.store(true);
-        done.wait(lock, over);
+        while (!over()) pthread_cond_wait(&done, &bed);
         caller_sleeps.store(false);
+        pthread_mutex_unlock(&bed);
     }
 
     // Claims pieces and does them, until none is left: fewer at a time towards the end, so that all end at about once.
-    void work(int64_t thread) {
+    void work(int64_t thread) noexcept {
         uint64_t seen = open.load();
         while (calls(seen, thread)) {
-            const int64_t left = seen & PIECES, share = std::max<int64_t>(1, left / (2 * threads_of(seen)));
+            const int64_t left = seen & PIECES, share = std::max<int64_t>(1, left / (3 * threads_of(seen)));
             if (!open.compare_exchange_weak(seen, seen - share)) continue;
             run(body, pieces - left, pieces - left + share, thread);
             if (undone.fetch_sub(share) == share && caller_sleeps.load()) {
-                { std::lock_guard<std::mutex> lock(bed); }
-                done.notify_one();
+                pthread_mutex_lock(&bed);
+                pthread_cond_signal(&done);
+                pthread_mutex_unlock(&bed);
             }
             seen = open.load();
         }
@@ -147,17 +193,31 @@ class Team {
     static int64_t threads_of(uint64_t loop) { return loop >> BEFORE_THREADS & THREADS; }
     static bool calls(uint64_t loop, int64_t thread) { return (loop & PIECES) && thread < threads_of(loop); }
 
-    void help(int64_t thread) {
-        const auto called = [&] { return calls(open.load(), thread); };
+    void help(Helper& me) {
+        const auto called = [&] { return calls(open.load(), me.thread); };
         for (;;) {
-            if (!spin(called, PAUSE)) {
-                std::unique_lock<std::mutex> lock(bed);
-                sleepers++;
-                more.wait(lock, called);
-                sleepers--;
-            }
-            work(thread);
+            if (spin(called, PAUSE)) work(me.thread);
+            else sleep(me, called);
         }
+    }
+
+    // Sleeps until it is roused, unless it is called now: either the caller sees it asleep, or it sees the new loop.
+    template <class Condition> void sleep(Helper& me, const Condition& called) {
+        pthread_mutex_lock(&bed);
+        me.asleep.store(true);
+        sleepers++;
+        while (me.asleep.load() && !called()) pthread_cond_wait(&me.wake, &bed);
+        if (me.asleep.exchange(false)) sleepers--;
+        pthread_mutex_unlock(&bed);
+    }
+
+    void rouse(Helper& one) {
+        pthread_mutex_lock(&bed);
+        if (one.asleep.exchange(false)) {
+            sleepers--;
+            pthread_cond_signal(&one.wake);
+        }
+        pthread_mutex_unlock(&bed);
     }
 
     // Waits for something, for at most so long: then, or after a moment, other threads have the core sooner than this
@@ -168,8 +228,10 @@ class Team {
              waited = std::chrono::steady_clock::now() - start) {
             for (int i = 0; i < 32; i++) {
                 if (has_come()) return true;
-#ifdef __x86_64__
+#if defined(__x86_64__)
                 _mm_pause();
+#elif defined(__aarch64__)
+                asm volatile("isb");
 #endif
             }
             if (waited > MOMENT) sched_yield();
@@ -177,3 +239,5 @@ class Team {
         return false;
     }
 };
+
+}  // namespace TEAM

@@ -2,15 +2,18 @@
 it die."""
 import asyncio
 import collections
+import contextlib
 import itertools
 import multiprocessing
 import os
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from multiprocessing.connection import Connection
 from typing import Literal
+
+import torch
 
 from autoregressive.serve.protocol import (
     MOST_IMAGES,
@@ -22,11 +25,27 @@ from autoregressive.serve.protocol import (
     UnavailableError,
 )
 from autoregressive.serve.served import ServedModel
+from native import build
 from utils import cli
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 60.0  # seconds before a process that died is started again
 RATE_OVER = 64  # pictures from whose times the rate is estimated
 UNREAD = 64  # partial pictures of a job are left out while so many pictures of it wait to be read
+
+
+@contextlib.contextmanager
+def quiet_threads() -> Iterator[None]:
+    """Let PyTorch's threads sleep between operations in a process that is started within the block, if the C++ kernels
+    do the work there: else they spin for milliseconds, on the cores that the kernels' threads wait for."""
+    name = "OMP_WAIT_POLICY"
+    if name in os.environ or not build.available() or torch.cuda.is_available():
+        yield
+        return
+    os.environ[name] = "passive"
+    try:
+        yield
+    finally:
+        del os.environ[name]
 
 
 class NativeBackend:
@@ -115,15 +134,14 @@ class NativeBackend:
     def _launch(self) -> None:
         """Start a process; `_ready` is done when it has loaded the models, or has failed to."""
         context = multiprocessing.get_context("spawn")
-        # PyTorch's threads would spin for milliseconds after each operation, on the cores that the decoder's wait for.
-        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         ours, theirs = context.Pipe()
         from autoregressive.serve import engine_process
 
         self._ready, self._outbox = self._loop.create_future(), queue.SimpleQueue()
         self._process = context.Process(target=engine_process.main, args=(theirs, self.models, self.slots),
                                         name="engine", daemon=True)
-        self._process.start()
+        with quiet_threads():
+            self._process.start()
         theirs.close()
         for work in (self._send, self._receive):
             threading.Thread(target=work, args=(ours, self._outbox, self._ready), daemon=True).start()

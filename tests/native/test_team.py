@@ -1,6 +1,7 @@
 """The threads that share the kernels' loops: every piece is done once, whoever calls, forks or comes late."""
 import os
 import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from native import build
+from tests.conftest import ROOT
 from tokenizer.tokenizer_image import convolution
 from tokenizer.tokenizer_image.convolution import convolve
 
@@ -69,3 +71,24 @@ def test_a_fork_has_threads_of_its_own(layer):
         assert torch.equal(convolve(layer, picture), expected)
     finally:
         torch.set_num_threads(before)
+
+
+WHERE = """import os
+import torch
+torch.set_num_threads(2)
+from tests.native.test_team import convolve, nn
+layer = nn.Conv2d(24, 40, 3, padding=1).eval().requires_grad_(False)
+convolve(layer, torch.randn(1, 24, 20, 28))
+print(*{len(os.sched_getaffinity(int(task))) for task in os.listdir("/proc/self/task") if int(task) != os.getpid()})
+"""
+
+
+@pytest.mark.processes
+@pytest.mark.skipif(not Path("/proc/self/task").exists() or len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
+@pytest.mark.parametrize("name", ["OMP_PROC_BIND", "GOMP_CPU_AFFINITY"])
+def test_threads_are_not_bound_to_the_core_of_the_one_that_started_them(name):
+    value = {"OMP_PROC_BIND": "true", "GOMP_CPU_AFFINITY": "0-1"}[name]
+    run = subprocess.run([sys.executable, "-c", WHERE], capture_output=True, text=True, cwd=ROOT,
+                         env={**os.environ, name: value, "OMP_NUM_THREADS": "2"})
+    assert run.returncode == 0, run.stderr
+    assert max(map(int, run.stdout.split())) > 1

@@ -78,6 +78,18 @@ def test_group_norm_does_not_lose_a_small_spread_on_a_large_mean():
     torch.testing.assert_close(found.double(), exact, atol=2e-4, rtol=0)
 
 
+@needs_kernels
+def test_a_norm_without_weights_and_what_does_not_fit():
+    layer, x = conv(8, 16, 3, padding=1), torch.randn(1, 8, 6, 6)
+    plain = nn.GroupNorm(2, 8, affine=False)
+    assert not ready(layer, x, plain)
+    torch.testing.assert_close(convolve(layer, x, norm=plain), layer(F.silu(plain(x))))
+    with pytest.raises(ValueError, match="the residual is"):
+        convolve(layer, x, residual=torch.zeros(1, 16, 5, 6))
+    with pytest.raises(ValueError, match="the norm is for 4 channels"):
+        convolve(layer, x, norm=nn.GroupNorm(2, 4).requires_grad_(False))
+
+
 def outcome(model: VQModel, pixels: Tensor) -> tuple[Tensor, Tensor]:
     codes = encode_images(model, pixels)
     return codes, decode_images(model, codes, (pixels.shape[2] // 2, pixels.shape[3] // 2))

@@ -44,6 +44,8 @@ def ready(layer: nn.Module, *others: Tensor | nn.Module | None) -> bool:
     tracing, fp32 on a CPU, a compiler."""
     gradients = torch.is_grad_enabled()
     for one in (layer, *others):
+        if isinstance(one, nn.GroupNorm) and not one.affine:
+            return False
         for t in (one,) if isinstance(one, Tensor) else () if one is None else (one.weight, getattr(one, "bias", None)):
             if t is not None and not (t.is_cpu and t.dtype is torch.float32 and not (gradients and t.requires_grad)):
                 return False
@@ -65,6 +67,10 @@ def run_kernel(x: Tensor, weight: Tensor, bias: Tensor | None, *, stride: int = 
     winograd = (side, stride, before) == (3, 1, 1)
     height, width = (size * 2 if upsample else size // stride for size in x.shape[2:])
     y = x.new_empty(x.shape[0], height, width, out)
+    if residual is not None and residual.shape != (len(x), out, height, width):
+        raise ValueError(f"the residual is {tuple(residual.shape)}, the layer gives {(len(x), out, height, width)}")
+    if norm is not None and norm.num_channels != channels:
+        raise ValueError(f"the norm is for {norm.num_channels} channels, the input has {channels}")
     if y.numel() == 0:
         return y.permute(0, 3, 1, 2)
     library = kernels()
