@@ -340,7 +340,8 @@ class Engines:
 
 def main(connection: Connection, models: list[ServedModel], slots: int) -> None:
     """Load the models and draw. The one who started this process ends it, by closing the pipe."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the server ends in order
+    for number in (signal.SIGINT, signal.SIGTERM):  # they reach all of a group or service: the server ends in order
+        signal.signal(number, signal.SIG_IGN)
     try:
         device = dist.setup().device
         found = [ModelEngine(model, device=device, slots=slots, send=connection.send) for model in models]

@@ -1,6 +1,7 @@
 """The decoder of this program as a backend: in a process of its own (engine_process.py), which is started again should
 it die."""
 import asyncio
+import atexit
 import collections
 import contextlib
 import itertools
@@ -82,6 +83,7 @@ class NativeBackend:
     async def start(self) -> None:
         """See `Backend`."""
         self._loop = asyncio.get_running_loop()
+        atexit.register(self._kill)  # should nobody call `stop`: Python would wait for it, which does not hear SIGTERM
         self._launch()
         self.cards = await self._ready
 
@@ -98,6 +100,12 @@ class NativeBackend:
             if process.is_alive():
                 process.kill()
                 await asyncio.to_thread(process.join)
+
+    def _kill(self) -> None:
+        """End the process, if there is one."""
+        self._stopped = True
+        if self._process is not None:
+            self._process.kill()
 
     async def draw(self, job: Job) -> AsyncIterator[Picture]:
         """See `Backend`."""

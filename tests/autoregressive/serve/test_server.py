@@ -209,7 +209,8 @@ def test_a_stopped_server_finishes_what_it_has_and_a_killed_one_leaves_nothing(m
             asked = asyncio.ensure_future(asker.post(GENERATIONS, json={"model": "gpt", "n": 20}))
             while "llamagen_images_decoding 0.0" in (await asker.get("/metrics")).text:
                 await asyncio.sleep(0.005)
-            second.send_signal(signal.SIGTERM)
+            for process in (engine, second.pid):  # as a service manager does, which ends all of a service's processes
+                os.kill(process, signal.SIGTERM)
             return await asked
 
     answer = asyncio.run(ask_and_stop())
@@ -221,6 +222,25 @@ def test_a_stopped_server_finishes_what_it_has_and_a_killed_one_leaves_nothing(m
     third.kill()
     third.wait()
     until(lambda: not os.path.exists(f"/proc/{engine}"))
+
+
+ABANDONED = """import asyncio, sys
+from autoregressive.serve.native_backend import NativeBackend
+from autoregressive.serve.served import ServeFlags, served_models
+
+if __name__ == "__main__":
+    backend = NativeBackend(served_models(ServeFlags(models=sys.argv[1])))
+    asyncio.run(backend.start())
+    print(backend.pid)
+"""
+
+
+def test_who_forgets_to_stop_a_backend_ends_with_it_all_the_same(models, tmp_path):
+    (tmp_path / "abandoned.py").write_text(ABANDONED)
+    ran = subprocess.run([sys.executable, str(tmp_path / "abandoned.py"), str(models)], capture_output=True, text=True,
+                         cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=120)
+    assert ran.returncode == 0, ran.stderr
+    assert not os.path.exists(f"/proc/{ran.stdout.split()[-1]}")
 
 
 def test_what_is_wrong_is_one_line(models, tmp_path):
