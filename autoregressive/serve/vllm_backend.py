@@ -21,7 +21,7 @@ from torch import Tensor
 from autoregressive.sample.batch_size import batch_that_fits
 from autoregressive.sample.pipeline import Pipeline, load_pipeline
 from autoregressive.sample.prompts import TextSampleFlags, encoder_for, load_text_pipeline
-from autoregressive.serve.engine_process import KEPT_PROMPTS, card_of
+from autoregressive.serve.model_engine import KEPT_PROMPTS, card_of
 from autoregressive.serve.native_backend import FIRST_PAUSE, LONGEST_PAUSE
 from autoregressive.serve.preview import preview
 from autoregressive.serve.protocol import (
