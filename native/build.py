@@ -3,7 +3,8 @@
 Why not PyTorch's own CPU kernels: in decoding, their product of two rows with a matrix runs at a quarter of the
 memory's speed, its last bit depends on the number of rows, and half precision is emulated. The sources here need no
 PyTorch headers (plain pointers, called through ctypes), so they build in seconds. Without a compiler, or with
-LLAMAGEN_NATIVE=0 in the environment, everything runs on PyTorch's kernels instead.
+LLAMAGEN_NATIVE=0 in the environment, everything runs on PyTorch's kernels instead. LLAMAGEN_NATIVE=avx2, avx512, bf16dot
+or amx keeps the kernels to these units of the processor and those before them, as though it had no others.
 """
 import ctypes
 import functools
@@ -21,11 +22,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from utils.files import cache_folder
+from utils.files import cache_folder, few
 
 SOURCES = Path(__file__).resolve().parent
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared",
          "-pthread")
+UNITS = {"avx2": "avx2", "avx512": "avx512f", "bf16dot": "avx512_bf16", "amx": "amx_bf16"}  # → the name Linux gives them
 TUNINGS = ("-march=native",), ()  # the latter where a compiler lacks the former
 
 # sh -c COMPILE <temporary folder> <library> <compiler> <its arguments>. Its standard input is a pipe whose other end we
@@ -48,9 +50,10 @@ _LOCKS: dict[tuple[str, tuple[str, ...]], threading.Lock] = defaultdict(threadin
 
 def load(name: str, *defines: str) -> ctypes.CDLL | None:
     """The kernels of <name>.cpp, compiled with `defines` (NAME=VALUE each), or None where they are switched off or
-    cannot be built (said once, on stderr)."""
+    cannot be built (said once, on stderr). Raises ValueError if LLAMAGEN_NATIVE wants units that are not there."""
     if not available():
         return None
+    defines = *defines, f"UNITS={units()}"
     with _LOCKS[name, defines]:
         return _load(name, defines)
 
@@ -61,6 +64,37 @@ os.register_at_fork(after_in_child=_LOCKS.clear)  # after a fork the parent goes
 def available() -> bool:
     """Whether kernels are wanted and can be compiled here."""
     return os.environ.get("LLAMAGEN_NATIVE") != "0" and _compiler() is not None
+
+
+def units() -> int:
+    """How many of UNITS the kernels may use: those that the processor has, or up to the one that LLAMAGEN_NATIVE names.
+
+    Raises ValueError if it names one that is not there.
+    """
+    return _units(os.environ.get("LLAMAGEN_NATIVE", "1"))
+
+
+@functools.cache
+def _units(wanted: str) -> int:
+    flags, has = cpu().split(), 0
+    for flag in UNITS.values():
+        if flag not in flags or (flag == "amx_bf16" and not _tiles_permitted()):
+            break
+        has += 1
+    if wanted in ("", "1"):
+        return has
+    if wanted not in UNITS:
+        raise ValueError(f"LLAMAGEN_NATIVE={wanted}: give 0 (PyTorch's kernels), 1 (the C++ kernels as the processor "
+                         f"runs them best) or {', '.join(UNITS)} (with these units)")
+    if list(UNITS).index(wanted) >= has:
+        raise ValueError(f"LLAMAGEN_NATIVE={wanted}: the processor has {few(list(UNITS)[:has]) or 'no such units'}")
+    return list(UNITS).index(wanted) + 1
+
+
+def _tiles_permitted() -> bool:
+    """Ask Linux for the registers of AMX, which it gives to processes that ask."""
+    arch_prctl, ask_for, tiles = 158, 0x1023, 18
+    return ctypes.CDLL(None).syscall(*map(ctypes.c_long, (arch_prctl, ask_for, tiles))) == 0
 
 
 def prepare(*kernels: tuple[str, ...]) -> None:
@@ -115,8 +149,9 @@ def _built(name: str, compiler: str, defines: list[str], folder: Path) -> Path:
     texts = [path.read_bytes() for path in (SOURCES / f"{name}.cpp", *sorted(SOURCES.glob("*.h")))]
     defines = [*defines, f"-DTEAM=team_{hashlib.sha256((SOURCES / 'team.h').read_bytes()).hexdigest()[:16]}"]
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
-    failure = None
+    failure, without = None, ("-mno-avx512f",) if "-DUNITS=1" in defines and "avx512f" in cpu().split() else ()
     for tuning in TUNINGS:
+        tuning = *tuning, *(without if tuning else ())
         parts = [*texts, version, " ".join([*FLAGS, *tuning, *defines]).encode(), cpu().encode()]
         key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
         library = folder / f"{name}-{key}.so"

@@ -14,7 +14,9 @@
 #include "team.h"
 
 constexpr int SIDE = 16;  // positions side by side in the cache of keys
-constexpr int COLUMNS = 48;  // that a thread computes at a time: whole tiles, and whole cache lines of results
+constexpr int COLUMNS = IN_TILES<WEIGHTS> ? 64 : 48;  // that a thread computes at a time: whole tiles of products, and
+// whole cache lines of results
+constexpr int64_t NEAR = 1 << 19;  // bytes of inputs that stay in the second-level cache of a core
 typedef Input<WEIGHTS> In;
 typedef std::conditional_t<WEIGHTS == FLOAT, float, uint16_t> Cached;
 
@@ -182,7 +184,7 @@ struct Work {
     float* qkv;             // rows of (H + 2 G) K
     In *attended, *hidden;  // rows of H K and F, `spaced`
     float* own;             // of each thread: scratch_of_thread floats, then COLUMNS for each row
-    int64_t rows;
+    int64_t rows;           // all of the above have room for so many, a multiple of ROUND
 
     int64_t width() const { return (m.heads + 2 * m.kv_heads) * m.head_dim; }
     float* scratch(int64_t thread) const { return own + thread * (scratch_of_thread(m) + rows * COLUMNS); }
@@ -199,12 +201,28 @@ static void norm_rows(const Work& w, const float* x, const float* weight, int64_
     norm_rows(w, x, weight, n, [](int64_t i) { return i; });
 }
 
+// Arranges n rows of x and calls part(x, first, rows, begin, end, thread) for all pieces of their product with a matrix
+// of N columns: `x` begins with row `first`. Many rows are done some at a time, which then stay in the cache.
+template <class Part>
+static void in_parts(const Work& w, In* x, int64_t ldx, int64_t n, int64_t N, int64_t K, const Part& part) {
+    constexpr int64_t GROUP = ROUND<WEIGHTS>, LEAST = 96;  // the latter: a multiple of the rows of all tiles
+    if (GROUP > 1)
+        w.team.loop((n + GROUP - 1) / GROUP, [&](int64_t i, int64_t) { arrange<WEIGHTS>(x + i * GROUP * ldx, ldx, K); },
+                    few(GROUP * K / 8));
+    const int64_t fit = NEAR / (K * (int64_t)sizeof(In)), most = std::max<int64_t>(1, fit / LEAST) * LEAST;
+    w.team.loop((n + most - 1) / most * blocks(N), [&](int64_t piece, int64_t thread) {
+        const int64_t first = piece / blocks(N) * most, begin = piece % blocks(N) * COLUMNS;
+        part(x + first * ldx, first, std::min(n - first, most), begin, std::min(N, begin + COLUMNS), thread);
+    });
+}
+
 // put(i, j, y) for every y = x_i . w_j.
 template <class Put>
-static void project(const Work& w, const In* x, int64_t ldx, int64_t n, const Linear& linear, int64_t N, int64_t K,
+static void project(const Work& w, In* x, int64_t ldx, int64_t n, const Linear& linear, int64_t N, int64_t K,
                     const Put& put) {
-    w.team.loop(blocks(N), [&](int64_t block, int64_t) {
-        product<WEIGHTS>(x, ldx, n, linear, block * COLUMNS, std::min(N, (block + 1) * COLUMNS), K, put);
+    in_parts(w, x, ldx, n, N, K, [&](const In* from, int64_t first, int64_t rows, int64_t begin, int64_t end, int64_t) {
+        product<WEIGHTS>(from, ldx, rows, linear, begin, end, K,
+                         [&](int64_t i, int64_t j, float y) { put(first + i, j, y); });
     });
 }
 
@@ -213,13 +231,14 @@ static void project_qkv(const Work& w, const Attention& a, int64_t n) {
     const int64_t D = w.m.dim, width = w.width(), H = w.m.heads * w.m.head_dim, G = w.m.kv_heads * w.m.head_dim;
     const Linear* linears[] = {&a.q, &a.k, &a.v};
     const int64_t sizes[] = {a.q.weight ? H : 0, a.k.weight ? G : 0, a.k.weight ? G : 0}, offsets[] = {0, H, H + G};
-    int64_t chunks[4] = {};
-    for (int p = 0; p < 3; p++) chunks[p + 1] = chunks[p] + blocks(sizes[p]);
-    w.team.loop(chunks[3], [&](int64_t c, int64_t) {
-        const int p = (c >= chunks[1]) + (c >= chunks[2]);
-        const int64_t begin = (c - chunks[p]) * COLUMNS;
-        float* into = w.qkv + offsets[p];
-        product<WEIGHTS>(w.normed, spaced(D), n, *linears[p], begin, std::min(sizes[p], begin + COLUMNS), D,
+    int64_t starts[4] = {};  // where their columns begin if each begins a block
+    for (int p = 0; p < 3; p++) starts[p + 1] = starts[p] + blocks(sizes[p]) * COLUMNS;
+    in_parts(w, w.normed, spaced(D), n, starts[3], D,
+             [&](const In* from, int64_t first, int64_t rows, int64_t column, int64_t, int64_t) {
+        const int p = (column >= starts[1]) + (column >= starts[2]);
+        const int64_t begin = column - starts[p];
+        float* into = w.qkv + first * width + offsets[p];
+        product<WEIGHTS>(from, spaced(D), rows, *linears[p], begin, std::min(sizes[p], begin + COLUMNS), D,
                          [&](int64_t i, int64_t j, float y) { into[i * width + j] = y; });
     });
 }
@@ -283,14 +302,15 @@ static void attention(const Work& w, const Attention& a, const Tokens& t, const 
 static void feed_forward(const Work& w, const FeedForward& f, int64_t n, float* x) {
     const int64_t D = w.m.dim, F = w.m.hidden, apart = spaced(F);
     norm_rows(w, x, f.norm, n);
-    w.team.loop(blocks(F), [&](int64_t block, int64_t thread) {
-        const int64_t first = block * COLUMNS, end = std::min(F, first + COLUMNS);
-        float* gate = w.scratch(thread) + scratch_of_thread(w.m);  // (n, COLUMNS)
-        product<WEIGHTS>(w.normed, spaced(D), n, f.gate, first, end, D, [&](int64_t i, int64_t j, float y) {
-            gate[i * COLUMNS + j - first] = y; });
-        for (int64_t i = 0; i < n; i++) silu(gate + i * COLUMNS, end - first);
-        product<WEIGHTS>(w.normed, spaced(D), n, f.up, first, end, D, [&](int64_t i, int64_t j, float y) {
-            put_input<WEIGHTS>(w.hidden + i * apart, j, gate[i * COLUMNS + j - first] * y); });
+    in_parts(w, w.normed, spaced(D), n, F, D,
+             [&](const In* from, int64_t first, int64_t rows, int64_t begin, int64_t end, int64_t thread) {
+        float* gate = w.scratch(thread) + scratch_of_thread(w.m);  // (rows, COLUMNS)
+        In* into = w.hidden + first * apart;
+        product<WEIGHTS>(from, spaced(D), rows, f.gate, begin, end, D, [&](int64_t i, int64_t j, float y) {
+            gate[i * COLUMNS + j - begin] = y; });
+        for (int64_t i = 0; i < rows; i++) silu(gate + i * COLUMNS, end - begin);
+        product<WEIGHTS>(from, spaced(D), rows, f.up, begin, end, D, [&](int64_t i, int64_t j, float y) {
+            put_input<WEIGHTS>(into + i * apart, j, gate[i * COLUMNS + j - begin] * y); });
     });
     project(w, w.hidden, apart, n, f.down, D, F, [&](int64_t i, int64_t j, float y) { x[i * D + j] += y; });
 }
@@ -316,7 +336,7 @@ static std::vector<int64_t> starts_of_rows(const Tokens& t) {
 }
 
 static void run(const Model& m, const Step& s) {
-    const int64_t n = std::max(s.fed.count, s.asked.count), D = m.dim;
+    const int64_t n = rounded(std::max(s.fed.count, s.asked.count), ROUND<WEIGHTS>), D = m.dim;
     const std::vector<int64_t> fed = starts_of_rows(s.fed), asked = starts_of_rows(s.asked);
     float* qkv = s.scratch + n * spaced(D);
     float* attended = qkv + n * rounded((m.heads + 2 * m.kv_heads) * m.head_dim, SIDE);
@@ -337,12 +357,13 @@ static void run(const Model& m, const Step& s) {
 }
 
 extern "C" {
-// Whether inputs of products are rounded to bfloat16, as on CPUs with instructions for it.
-int rounds_inputs() { return std::is_same_v<In, uint16_t>; }
+// The instructions that products are computed with where their results depend on it (see product.h), else 0.
+int units() { return IN_TILES<WEIGHTS> ? AMX : std::is_same_v<In, uint16_t> ? BF16DOT : 0; }
 
 // Floats that a step of at most `tokens` tokens, and as many asks, needs as scratch.
 int64_t scratch_size(const Model* m, int64_t tokens, int64_t threads) {
     const int64_t H = m->heads * m->head_dim, G = m->kv_heads * m->head_dim;
+    tokens = rounded(tokens, ROUND<WEIGHTS>);
     return tokens * (spaced(m->dim) + rounded(H + 2 * G, SIDE) + spaced(H) + spaced(m->hidden)) +
            threads * (scratch_of_thread(*m) + tokens * COLUMNS);
 }
@@ -351,7 +372,7 @@ int64_t scratch_size(const Model* m, int64_t tokens, int64_t threads) {
 // starts as y does. `scratch` holds what a step of one token needs.
 void first_query(const Model* m, const float* y, float* out, float* scratch) {
     Team::Call team(1);
-    const Work w{team, *m, nullptr, (In*)scratch, out, nullptr, nullptr, nullptr, 1};
+    const Work w{team, *m, nullptr, (In*)scratch, out, nullptr, nullptr, nullptr, ROUND<WEIGHTS>};
     norm_rows(w, y, m->query->attention.norm, 1);
     project_qkv(w, m->query->attention, 1);
 }

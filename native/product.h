@@ -5,14 +5,19 @@
 // fp32, each in one order fixed by K alone (eight sums over every eighth input, added up at the end), so that a row's
 // result depends neither on the other rows, nor on threads, nor on how wide the registers are.
 //
-// CPUs with instructions for bfloat16 (AVX512-BF16) multiply bfloat16 weights with inputs that are rounded to bfloat16
-// too, as PyTorch does: an instruction does twice the arithmetic. There the order is another one (sixteen sums), as fixed
-// as the above.
+// CPUs with instructions for bfloat16 (AVX512-BF16, AMX) multiply bfloat16 weights with inputs that are rounded to
+// bfloat16 too, as PyTorch does: an instruction does twice the arithmetic, or sixteen times. There the order is another
+// one (sixteen sums; one), as fixed as the above. -DUNITS= says which of them may be used.
 #pragma once
 #include <algorithm>
 #include <type_traits>
 
 #include "simd.h"
+
+enum Units { AVX2 = 1, AVX512 = 2, BF16DOT = 3, AMX = 4 };
+#ifndef UNITS
+#define UNITS AMX
+#endif
 
 enum WeightType { FLOAT = 0, BFLOAT16 = 1, INT8 = 2, INT4 = 3 };
 constexpr int GROUP = 64;  // int4: so many neighbours along K share a scale
@@ -32,13 +37,27 @@ static inline uint16_t to_bfloat16(float x) {  // to nearest, ties to even
 // so that these vectors are multiplied with the right inputs. V is f8, or f16 for two rows of w side by side.
 template <int Type> struct Weight;
 
-#ifdef __AVX512BF16__
+#if defined(__AMX_BF16__) && defined(__AVX512F__) && UNITS >= 4
+#define TILES
+#include "amx.h"
+#endif
+#if defined(__AVX512BF16__) && UNITS >= 3
 #define DOTS
+#endif
+
+#if defined(DOTS) || defined(TILES)
 template <int Type> using Input = std::conditional_t<Type == BFLOAT16, uint16_t, float>;  // what rows of x consist of
 #else
 template <int Type> using Input = float;
 #endif
 struct Dots {};  // in place of V: products of bfloat16 pairs
+
+#ifdef TILES
+template <int Type> constexpr bool IN_TILES = Type == BFLOAT16;
+#else
+template <int Type> constexpr bool IN_TILES = false;
+#endif
+template <int Type> constexpr int ROUND = IN_TILES<Type> ? 16 : 1;  // rows of x lie in groups of so many: see `arrange`
 
 template <> struct Weight<FLOAT> {
     static constexpr int PARTS = 1, BITS = 32;
@@ -212,11 +231,21 @@ static inline int64_t strips(const Input<Type>* x, int64_t ldx, int64_t first, i
     return n;
 }
 
-// put(m, n, x_m . w_n) for all rows m < M and the columns n in [begin, end). Rows of x should not lie a power of two
-// apart, where they share cache sets.
+// Brings ROUND rows of x into the order that `product` wants.
+template <int Type> static void arrange(Input<Type>* x, int64_t ldx, int64_t K) {
+#ifdef TILES
+    if constexpr (IN_TILES<Type>) amx::turn(x, ldx, K);
+#endif
+}
+
+// put(m, n, x_m . w_n) for all rows m < M and the columns n in [begin, end). Rows of x are arranged; they should not lie a
+// power of two apart, where they share cache sets.
 template <int Type, class Put>
 static void product(const Input<Type>* x, int64_t ldx, int64_t M, const Linear& w, int64_t begin, int64_t end, int64_t K,
                     const Put& put) {
+#ifdef TILES
+    if constexpr (IN_TILES<Type>) return amx::product(x, ldx, M, (const uint16_t*)w.weight, begin, end, K, put);
+#endif
     constexpr int CHUNK = 48;  // rows of x that stay in the second-level cache while w is read
     constexpr int ROWS = Type == FLOAT ? 4 : 6, COLUMNS = Type == FLOAT ? 3 : 2;  // of the tiles for many rows
     for (int64_t m = 0; m < M; m += CHUNK) {

@@ -17,7 +17,8 @@ class KVCache:
 
     def __init__(self, layers: int, rows: int, kv_heads: int, capacity: int, head_dim: int, *, device: torch.device,
                  dtype: torch.dtype) -> None:
-        self.together = 8 if device.type == "cpu" else 1  # rows: with fewer the last bits depend on their number
+        # Rows of attention and of products: with fewer, on a CPU, the last bits depend on their number.
+        self.together, self.least = (8, 16) if device.type == "cpu" else (1, 1)
         self.bucket = BUCKET.get(device.type, 64)
         shape = (-(-rows // self.together) * self.together, kv_heads, -(-capacity // 64) * 64, head_dim)
         self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(layers)]
@@ -58,7 +59,8 @@ class KVCache:
 
     def filled(self, x: Tensor) -> Tensor:
         """x (n, …) with zeros up to a number of rows with which the bits of a row do not depend on the others."""
-        return F.pad(x, (*[0] * (2 * x.ndim - 1), -len(x) % self.together))
+        missing = max(self.least - len(x), -len(x) % self.together)
+        return F.pad(x, (*[0] * (2 * x.ndim - 1), missing))
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Store k, v (n, KV heads, K) of one layer.

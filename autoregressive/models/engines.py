@@ -2,6 +2,7 @@
 
 `NativeEngine` (native_engine.py) runs C++ kernels on a CPU, `TorchEngine` the model's own modules on any device.
 """
+import ctypes
 from typing import Protocol
 
 import torch
@@ -38,7 +39,8 @@ class Decodable(Protocol):
 class Engine(Protocol):
     """What runs the steps of one model. Only one thread at a time may use it. It does not keep the model alive."""
 
-    weights: int | None  # which C++ kernels run (see `weight_type`); None: the model's modules
+    weights: int | None  # for which weights C++ kernels run (see `weight_type`); None: the model's modules do
+    kernels: ctypes.CDLL | None
 
     def reserve(self, rows: int, tokens: int) -> bool:
         """Provide caches for `rows` rows of `tokens` tokens; whether they are other tensors than before. What rows held
@@ -56,7 +58,7 @@ class Engine(Protocol):
 class TorchEngine:
     """The model's modules over a `KVCache`, on any device."""
 
-    weights = None
+    weights = kernels = None
 
     def __init__(self, model: Decodable) -> None:
         self.model = model
@@ -91,6 +93,6 @@ class TorchEngine:
 def engine_for(model: nn.Module, engine: Engine | None = None) -> Engine:
     """The engine that fits the model as it is now: `engine`, or a new one."""
     weights, kernels = fitting_kernels(model)
-    if engine is not None and engine.weights == weights:
+    if engine is not None and engine.weights == weights and engine.kernels is kernels:
         return engine
     return TorchEngine(model) if kernels is None else NativeEngine(model, weights, kernels)

@@ -26,7 +26,7 @@ from autoregressive.released import released_grid
 from autoregressive.sample.conditions import TAKEN_BY, WORDS, ClassConditions, TextConditions, conditions_of
 from autoregressive.sample.options import SampleFlags
 from autoregressive.train.finetune import class_names
-from native.build import available, prepare
+from native.build import UNITS, available, prepare
 from tokenizer.build import (
     ImageTokenizer,
     check_image_size,
@@ -266,7 +266,8 @@ def engine_name(gpt: CodeModel, tokenizer: ImageTokenizer) -> str:
     if kernels is None:
         codes = torch_engine(gpt)
     else:
-        codes = "C++ kernels" + " with inputs in bfloat16" * kernels.rounds_inputs()
+        unit = kernels.units()
+        codes = f"C++ kernels ({list(UNITS)[unit - 1]})" if unit else "C++ kernels"
     pixels = "C++ kernels" if runs_on_kernels(tokenizer) else torch_engine(tokenizer)
     return f"{codes} for codes and {pixels} for pixels on {next(gpt.parameters()).device.type}"
 
