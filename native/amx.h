@@ -105,26 +105,31 @@ static inline void column_tile(const uint16_t* x, int64_t ldx, const uint16_t* w
     if constexpr (GROUPS > 3) _tile_stored(3, sums[3], 64);
 }
 
-// The same of twice sixteen columns and two groups of rows, which needs the fewest loads: sums[g], sums[2 + g].
-static inline void square_tile(const uint16_t* x, int64_t ldx, const uint16_t* w, int64_t K, int64_t end, Tile* sums) {
+// The same of twice sixteen columns and one or two groups of rows, which needs the fewest loads: sums[g], sums[2 + g].
+template <int GROUPS>
+static inline void pair_of_tiles(const uint16_t* x, int64_t ldx, const uint16_t* w, int64_t K, Tile* sums) {
     _tile_zero(0);
-    _tile_zero(1);
     _tile_zero(2);
-    _tile_zero(3);
-    for (int64_t k = 0; k < end; k += 32) {
+    if constexpr (GROUPS > 1) {
+        _tile_zero(1);
+        _tile_zero(3);
+    }
+    for (int64_t k = 0; k < K; k += 32) {
         _tile_loadd(4, w + k, K * 2);
         _tile_loadd(6, x + k, ldx * 2);
-        _tile_loadd(7, x + 16 * ldx + k, ldx * 2);
+        if constexpr (GROUPS > 1) _tile_loadd(7, x + 16 * ldx + k, ldx * 2);
         _tile_loadd(5, w + 16 * K + k, K * 2);
         _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
+        if constexpr (GROUPS > 1) _tile_dpbf16ps(1, 4, 7);
         _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
+        if constexpr (GROUPS > 1) _tile_dpbf16ps(3, 5, 7);
     }
     _tile_stored(0, sums[0], 64);
-    _tile_stored(1, sums[1], 64);
     _tile_stored(2, sums[2], 64);
-    _tile_stored(3, sums[3], 64);
+    if constexpr (GROUPS > 1) {
+        _tile_stored(1, sums[1], 64);
+        _tile_stored(3, sums[3], 64);
+    }
 }
 
 template <int INPUTS>
@@ -160,20 +165,14 @@ static void product(const uint16_t* x, int64_t ldx, int64_t M, const uint16_t* w
     int64_t n = begin;
     in_memory(x);
     configure(16, lanes, 32);
-    if (M > FEW && whole == K)
+    if (whole == K && (M <= 16 || M > FEW))
         for (; n + 32 <= end; n += 32)
             for (int64_t m = 0; m < M; m += 32) {
                 const int64_t groups = M - m > 16 ? 2 : 1;
-                if (groups == 2) {
-                    square_tile(x + m * ldx, ldx, w + n * K, K, K, sums);
-                } else {
-                    column_tile<1, 32>(x + m * ldx, ldx, w + n * K, K, 0, K, sums);
-                    column_tile<1, 32>(x + m * ldx, ldx, w + (n + 16) * K, K, 0, K, sums + 2);
-                }
+                (groups == 2 ? pair_of_tiles<2> : pair_of_tiles<1>)(x + m * ldx, ldx, w + n * K, K, sums);
                 for (int64_t i = 0; i < 2 * groups; i++) {
-                    const int64_t first = m + i % groups * 16;
-                    put_tile(sums[i / groups * 2 + i % groups], first, std::min<int64_t>(M - first, 16),
-                             n + i / groups * 16, 16, put);
+                    const int64_t g = i % groups, side = i / groups, first = m + g * 16;
+                    put_tile(sums[2 * side + g], first, std::min<int64_t>(M - first, 16), n + side * 16, 16, put);
                 }
             }
     for (; n < end; n += 16) {

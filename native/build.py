@@ -27,7 +27,7 @@ from utils.files import cache_folder, few
 SOURCES = Path(__file__).resolve().parent
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared",
          "-pthread")
-UNITS = {"avx2": "avx2", "avx512": "avx512f", "bf16dot": "avx512_bf16", "amx": "amx_bf16"}  # → the name Linux gives them
+UNITS = {"avx2": "avx2", "avx512": "avx512f", "bf16dot": "avx512_bf16", "amx": "amx_bf16"}  # → their names in Linux
 TUNINGS = ("-march=native",), ()  # the latter where a compiler lacks the former
 
 # sh -c COMPILE <temporary folder> <library> <compiler> <its arguments>. Its standard input is a pipe whose other end we
@@ -149,9 +149,11 @@ def _built(name: str, compiler: str, defines: list[str], folder: Path) -> Path:
     texts = [path.read_bytes() for path in (SOURCES / f"{name}.cpp", *sorted(SOURCES.glob("*.h")))]
     defines = [*defines, f"-DTEAM=team_{hashlib.sha256((SOURCES / 'team.h').read_bytes()).hexdigest()[:16]}"]
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
-    failure, without = None, ("-mno-avx512f",) if "-DUNITS=1" in defines and "avx512f" in cpu().split() else ()
+    failure, vectors = None, ()  # compilers use 512 bits only where they are asked to
+    if "avx512f" in cpu().split():
+        vectors = ("-mno-avx512f",) if "-DUNITS=1" in defines else ("-mprefer-vector-width=512",)
     for tuning in TUNINGS:
-        tuning = *tuning, *(without if tuning else ())
+        tuning = *tuning, *(vectors if tuning else ())
         parts = [*texts, version, " ".join([*FLAGS, *tuning, *defines]).encode(), cpu().encode()]
         key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
         library = folder / f"{name}-{key}.so"
