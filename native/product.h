@@ -16,7 +16,7 @@
 
 enum Units { AVX2 = 1, AVX512 = 2, BF16DOT = 3, AMX = 4 };
 #ifndef UNITS
-#define UNITS AMX
+#define UNITS 4
 #endif
 
 enum WeightType { FLOAT = 0, BFLOAT16 = 1, INT8 = 2, INT4 = 3 };
@@ -246,29 +246,25 @@ static void product(const Input<Type>* x, int64_t ldx, int64_t M, const Linear& 
 #ifdef TILES
     if constexpr (IN_TILES<Type>) return amx::product(x, ldx, M, (const uint16_t*)w.weight, begin, end, K, put);
 #endif
-    constexpr int CHUNK = 48;  // rows of x that stay in the second-level cache while w is read
     constexpr int ROWS = Type == FLOAT ? 4 : 6, COLUMNS = Type == FLOAT ? 3 : 2;  // of the tiles for many rows
-    for (int64_t m = 0; m < M; m += CHUNK) {
-        const int64_t rows = std::min<int64_t>(M - m, CHUNK);
-        int64_t n = begin;
-        if constexpr (std::is_same_v<Input<Type>, uint16_t>) {
-            // Few rows go in one pass, as wide as the registers allow, for then w is read once; many rows in tiles that
-            // need the fewest loads.
-            if (rows == 1) n = strips<Dots, Type, 1, 8>(x, ldx, m, rows, w, n, end, K, put);
-            if (rows == 2) n = strips<Dots, Type, 2, 4>(x, ldx, m, rows, w, n, end, K, put);
-            if (rows > 2 && rows <= 8) n = strips<Dots, Type, 8, 3>(x, ldx, m, rows, w, n, end, K, put);
-            if (rows > 8 && rows <= 14) n = strips<Dots, Type, 14, 2>(x, ldx, m, rows, w, n, end, K, put);
-            if (rows > 14) n = strips<Dots, Type, 6, 4>(x, ldx, m, rows, w, n, end, K, put);
-            strips<Dots, Type, 8, 1>(x, ldx, m, rows, w, n, end, K, put);
-        } else {
-            if (rows == 1) n = strips<f8, Type, 1, 8>(x, ldx, m, rows, w, n, end, K, put);
-            if (rows == 2) n = strips<f8, Type, 2, 4>(x, ldx, m, rows, w, n, end, K, put);
+    int64_t n = begin;
+    if constexpr (std::is_same_v<Input<Type>, uint16_t>) {
+        // Few rows go in one pass, as wide as the registers allow, for then w is read once; many rows in tiles that
+        // need the fewest loads.
+        if (M == 1) n = strips<Dots, Type, 1, 8>(x, ldx, 0, M, w, n, end, K, put);
+        if (M == 2) n = strips<Dots, Type, 2, 4>(x, ldx, 0, M, w, n, end, K, put);
+        if (M > 2 && M <= 8) n = strips<Dots, Type, 8, 3>(x, ldx, 0, M, w, n, end, K, put);
+        if (M > 8 && M <= 14) n = strips<Dots, Type, 14, 2>(x, ldx, 0, M, w, n, end, K, put);
+        if (M > 14) n = strips<Dots, Type, 6, 4>(x, ldx, 0, M, w, n, end, K, put);
+        strips<Dots, Type, 8, 1>(x, ldx, 0, M, w, n, end, K, put);
+    } else {
+        if (M == 1) n = strips<f8, Type, 1, 8>(x, ldx, 0, M, w, n, end, K, put);
+        if (M == 2) n = strips<f8, Type, 2, 4>(x, ldx, 0, M, w, n, end, K, put);
 #ifdef SIXTEEN_LANES
-            constexpr int WIDE_ROWS = Type == INT4 ? 4 : 8;  // times 3 vectors of columns: 24 sums in 32 registers
-            if (rows > 2) n = strips<f16, Type, WIDE_ROWS, 6>(x, ldx, m, rows, w, n, end, K, put);
+        constexpr int WIDE_ROWS = Type == INT4 ? 4 : 8;  // times 3 vectors of columns: 24 sums in 32 registers
+        if (M > 2) n = strips<f16, Type, WIDE_ROWS, 6>(x, ldx, 0, M, w, n, end, K, put);
 #endif
-            if (rows > 2) n = strips<f8, Type, ROWS, COLUMNS>(x, ldx, m, rows, w, n, end, K, put);
-            strips<f8, Type, ROWS, 1>(x, ldx, m, rows, w, n, end, K, put);
-        }
+        if (M > 2) n = strips<f8, Type, ROWS, COLUMNS>(x, ldx, 0, M, w, n, end, K, put);
+        strips<f8, Type, ROWS, 1>(x, ldx, 0, M, w, n, end, K, put);
     }
 }
