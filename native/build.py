@@ -3,8 +3,8 @@
 Why not PyTorch's own CPU kernels: in decoding, their product of two rows with a matrix runs at a quarter of the
 memory's speed, its last bit depends on the number of rows, and half precision is emulated. The sources here need no
 PyTorch headers (plain pointers, called through ctypes), so they build in seconds. Without a compiler, or with
-LLAMAGEN_NATIVE=0 in the environment, everything runs on PyTorch's kernels instead. LLAMAGEN_NATIVE=avx2, avx512, bf16dot
-or amx keeps the kernels to these units of the processor and those before them, as though it had no others.
+LLAMAGEN_NATIVE=0 in the environment, everything runs on PyTorch's kernels instead. LLAMAGEN_NATIVE=avx2, avx512,
+bf16dot or amx keeps the kernels to these units of the processor and those before them, as though it had no others.
 """
 import ctypes
 import functools
@@ -15,14 +15,13 @@ import secrets
 import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 from collections import defaultdict
 from pathlib import Path
 
 from torch import Tensor
 
-from utils.files import cache_folder, few
+from utils.files import cache_folder, few, own_temporary_folder
 
 SOURCES = Path(__file__).resolve().parent
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared",
@@ -122,8 +121,9 @@ def _compiler() -> str | None:
 @functools.cache
 def _load(name: str, defines: tuple[str, ...]) -> ctypes.CDLL | None:
     compiler, problem = _compiler(), None
-    for folder in (cache_folder() / "native", Path(tempfile.gettempdir()) / f"llamagen-{os.getuid()}"):
+    for parent in cache_folder, own_temporary_folder:
         try:
+            folder = parent() / "native"
             path = _built(name, compiler, [f"-D{define}" for define in defines], folder)
             if path.stat().st_uid not in (os.getuid(), 0):
                 raise PermissionError(f"{path} belongs to another user")

@@ -7,6 +7,8 @@ import os
 import re
 import secrets
 import shutil
+import stat
+import tempfile
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -149,19 +151,38 @@ def sweep(folder: Path) -> None:
 
 
 def cache_folder() -> Path:
-    """The folder for files that can be made again: $XDG_CACHE_HOME/llamagen, else ~/.cache/llamagen."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llamagen"
+    """The folder for files that can be made again: $XDG_CACHE_HOME/llamagen, else ~/.cache/llamagen; for users without
+    a home `own_temporary_folder`, which may raise PermissionError."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llamagen"
+    except RuntimeError:  # neither $HOME nor an entry in the list of users, as in some containers
+        return own_temporary_folder()
+
+
+def own_temporary_folder() -> Path:
+    """A folder in the temporary directory that nobody else can write to, always the same. Raises PermissionError if
+    another user holds its name."""
+    folder = Path(tempfile.gettempdir()) / f"llamagen-{os.getuid()}"
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise PermissionError(f"{folder} is not ours alone, so nothing in it can be trusted: remove it, or set "
+                              "XDG_CACHE_HOME to a folder for caches")
+    return folder
 
 
 def remembered(kind: str, key: Any, measure: Callable[[], Any]) -> Any:
     """What `measure` gave on this machine for `key`, anything that JSON can hold; kept in the cache folder."""
     digest = hashlib.sha256(json.dumps(key, default=str).encode()).hexdigest()[:16]
-    path = cache_folder() / "measured" / f"{kind}-{digest}.json"
+    path = None
     with contextlib.suppress(OSError, ValueError):
+        path = cache_folder() / "measured" / f"{kind}-{digest}.json"
         return json.loads(path.read_text())
     found = json.loads(json.dumps(measure()))
-    with contextlib.suppress(OSError), replacing(path) as temporary:
-        temporary.write_text(json.dumps(found))
+    if path is not None:
+        with contextlib.suppress(OSError), replacing(path) as temporary:
+            temporary.write_text(json.dumps(found))
     return found
 
 

@@ -1,9 +1,11 @@
 """Builds of the C++ kernels: whole or not at all, and nothing of them outlives the program."""
 import os
 import platform
+import pwd
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 
 from native import build
 from tests.conftest import ROOT
+from utils import files as files_module
 
 pytestmark = [pytest.mark.processes, pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs /proc")]
 SLOW = """#!/bin/sh
@@ -126,12 +129,97 @@ def test_a_build_without_tuning_is_said_and_does_not_stay(tmp_path, capfd):
     assert tuned != plain and tuned.read_text() == "plain tuned\n" and capfd.readouterr().err == ""
 
 
+# ---- where builds are kept
+
+
+@pytest.fixture
+def homeless(native, monkeypatch, tmp_path) -> Path:
+    """The temporary directory of a user without $HOME and without an entry in the list of users."""
+    def unknown(uid: int) -> None:
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    build._say.cache_clear()
+    return tmp_path
+
+
+def test_without_a_home_builds_are_kept_in_the_temporary_directory(homeless):
+    library = Path(build._load.__wrapped__("sample", ())._name)
+    assert library.is_relative_to(homeless / f"llamagen-{os.getuid()}")
+    assert library.parent.parent.stat().st_mode & 0o777 == 0o700
+    assert files_module.remembered("number", "key", lambda: 3) == 3
+    assert files_module.remembered("number", "key", lambda: 4) == 3
+
+
+def foreign(folder: Path) -> None:
+    folder.mkdir()
+    os.chown(folder, os.getuid() + 1, -1)
+
+
+@pytest.mark.parametrize("make", [
+    lambda folder: (folder.mkdir(), folder.chmod(0o777)), lambda folder: (folder.mkdir(), folder.chmod(0o720)),
+    lambda folder: folder.symlink_to("/tmp"), lambda folder: folder.write_text(""),
+    pytest.param(foreign, marks=pytest.mark.skipif(os.getuid() != 0, reason="only root gives files away"))],
+    ids=["all", "group", "link", "file", "foreign"])
+def test_a_temporary_folder_that_others_can_write_to_is_not_used(make, homeless, capfd):
+    make(homeless / f"llamagen-{os.getuid()}")
+    assert build._load.__wrapped__("sample", ()) is None
+    said = capfd.readouterr().err
+    assert said.count("\n") == 1 and "is not ours alone" in said and "XDG_CACHE_HOME" in said
+    assert not list(homeless.rglob("*.so")) and files_module.remembered("a", 1, lambda: 5) == 5
+
+
+def test_two_processors_share_a_cache_folder(tmp_path, monkeypatch):
+    path = tmp_path / "compiler"
+    path.write_text(PICKY)
+    path.chmod(0o755)
+    (tmp_path / "compiler.healthy").touch()
+    found = []
+    for flags in ("avx2", "avx2 avx512f", "avx2"):
+        monkeypatch.setattr(build, "cpu", lambda flags=flags: flags)
+        found.append(build._built("sample", str(path), [], tmp_path / "kernels"))
+    assert found[0] == found[2] != found[1] and len(list((tmp_path / "kernels").iterdir())) == 2
+
+
+# ---- the processor's units
+
+
+ALL = "flags : avx2 avx512f avx512_bf16 amx_bf16"
+
+
+@pytest.mark.parametrize(("flags", "wanted", "found"), [
+    ("", "1", 0), ("sse2 avx2", "1", 1), (ALL, "1", 4), (ALL, "", 4), (ALL, "avx2", 1), (ALL, "avx512", 2),
+    (ALL, "bf16dot", 3), (ALL, "amx", 4), ("avx2 avx512f", "avx512", 2), ("avx2 avx512_bf16", "1", 1)])
+def test_the_best_units_are_used_or_those_that_are_named(flags, wanted, found, monkeypatch):
+    monkeypatch.setattr(build, "cpu", lambda: flags)
+    monkeypatch.setattr(build, "_tiles_permitted", lambda: True)
+    assert build._units.__wrapped__(wanted) == found
+    monkeypatch.setattr(build, "_tiles_permitted", lambda: False)
+    if wanted == "amx":
+        with pytest.raises(ValueError, match=r"LLAMAGEN_NATIVE=amx: the processor has avx2, avx512, bf16dot$"):
+            build._units.__wrapped__(wanted)
+    else:
+        assert build._units.__wrapped__(wanted) == min(found, 3)
+
+
+@pytest.mark.parametrize(("wanted", "said"), [
+    ("avx512", r"LLAMAGEN_NATIVE=avx512: the processor has avx2$"),
+    ("neon", r"LLAMAGEN_NATIVE=neon: give 0 \(PyTorch's kernels\), 1 .* or avx2, avx512, bf16dot, amx \(")])
+def test_units_that_are_not_there_are_refused(wanted, said, monkeypatch):
+    monkeypatch.setattr(build, "cpu", lambda: "avx2")
+    with pytest.raises(ValueError, match=said):
+        build._units.__wrapped__(wanted)
+
+
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="processors of another kind")
-@pytest.mark.parametrize("processor", ["x86-64", "x86-64-v3", "cascadelake", "cooperlake"])
+@pytest.mark.parametrize("processor", ["x86-64", "x86-64-v3", "cascadelake", "cooperlake", "sapphirerapids"])
 @pytest.mark.parametrize("kernels", [("conv",), ("sample",), *(("decode", f"WEIGHTS={i}") for i in range(4))],
                          ids="".join)
 def test_kernels_compile_for_other_processors(kernels, processor):
-    """Without vectors, with AVX2, with AVX-512, with its bfloat16: here they run for one of them."""
+    """Without vectors, with AVX2, with AVX-512, with its bfloat16, with AMX: here they run for one of them."""
     name, *defines = kernels
     compiler = build._compiler()
     if compiler is None:

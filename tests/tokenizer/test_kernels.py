@@ -12,6 +12,7 @@ from native import build
 from tokenizer.build import ENCODED, decode_images, encode_images, images_at_once, runs_on_kernels
 from tokenizer.tokenizer_image import convolution
 from tokenizer.tokenizer_image.convolution import convolve, ready
+from tokenizer.tokenizer_image.layers import AttnBlock
 from tokenizer.tokenizer_image.vq_model import VQ_models, VQConfig, VQModel
 from utils import images
 
@@ -88,6 +89,57 @@ def test_a_norm_without_weights_and_what_does_not_fit():
         convolve(layer, x, residual=torch.zeros(1, 16, 5, 6))
     with pytest.raises(ValueError, match="the norm is for 4 channels"):
         convolve(layer, x, norm=nn.GroupNorm(2, 4).requires_grad_(False))
+
+
+class Doubled(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def doubled_by_hook(layer: nn.Conv2d) -> nn.Conv2d:
+    layer.register_forward_hook(lambda module, inputs, output: 2 * output)
+    return layer
+
+
+def doubled_by_hand(layer: nn.Conv2d) -> nn.Conv2d:
+    forward = layer.forward
+    layer.forward = lambda x: 2 * forward(x)
+    return layer
+
+
+@needs_kernels
+@pytest.mark.parametrize("layer", [
+    doubled_by_hook(conv(8, 16, 3, padding=1)), doubled_by_hand(conv(8, 16, 3, padding=1)),
+    Doubled(8, 16, 3, padding=1), conv(8, 16, 3, padding=1, padding_mode="reflect"), conv(8, 16, 3, padding=2),
+    conv(8, 16, 3), conv(8, 16, 3, padding=1, stride=3), conv(8, 16, 3, padding=1, stride=2), conv(8, 16, 2, stride=2),
+    conv(8, 16, 3, padding=1, groups=4), conv(8, 16, 3, padding=2, dilation=2), conv(8, 16, (3, 1), padding=(1, 0)),
+    conv(8, 16, 3, padding="same"), torch.nn.utils.parametrizations.weight_norm(conv(8, 16, 3, padding=1))],
+    ids=str)
+def test_layers_that_compute_something_else_go_to_pytorch(layer):
+    layer, x = layer.eval().requires_grad_(False), torch.randn(1, 8, 12, 12)
+    norm = nn.GroupNorm(2, 8).requires_grad_(False)
+    torch.testing.assert_close(convolve(layer, x, norm=norm), layer(F.silu(norm(x))))
+    assert not ready(layer, x)
+
+
+@needs_kernels
+def test_norms_and_dropout_that_compute_something_else_go_to_pytorch():
+    layer, x = conv(8, 16, 3, padding=1), torch.randn(1, 8, 6, 6)
+    norm = nn.GroupNorm(2, 8).requires_grad_(False)
+    hooked = doubled_by_hook(nn.GroupNorm(2, 8).requires_grad_(False))
+    torch.testing.assert_close(convolve(layer, x, norm=hooked), layer(F.silu(2 * norm(x))))
+    zeros = convolve(layer, x, norm=norm, dropout=nn.Dropout(1.0).train())
+    torch.testing.assert_close(zeros, layer(torch.zeros_like(x)))
+
+
+@needs_kernels
+def test_a_hook_anywhere_in_the_tokenizer_is_heeded(model):
+    changed, pixels = copy.deepcopy(model), torch.rand(1, 3, 8, 8)
+    attention = next(part for part in changed.encoder.modules() if isinstance(part, AttnBlock))
+    expected = changed.encoder(pixels)
+    attention.v.register_forward_hook(lambda module, inputs, output: 0 * output)
+    assert not torch.equal(changed.encoder(pixels), expected)
+    assert runs_on_kernels(model) and not runs_on_kernels(changed)
 
 
 def outcome(model: VQModel, pixels: Tensor) -> tuple[Tensor, Tensor]:

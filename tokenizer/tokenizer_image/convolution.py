@@ -17,6 +17,26 @@ from native.build import pointer
 from utils.training.allocator import keep_freed_memory
 
 
+class PointwiseConv(nn.Conv2d):
+    """1x1 convolution, computed as a matrix product over channels (a view where memory is channels-last).
+
+    PyTorch's 1x1 kernel for CPUs splits its sums by the number of threads, which changes the last bit of an image; this
+    product does not (measured, tests/tokenizer/test_tokenizer.py).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if ready(self, x):
+            return run_kernel(x, self.weight, self.bias)
+        matrix = self.weight.permute(0, 2, 3, 1).flatten(1)  # its gradient is channels-last then, as DDP's buckets
+        return F.linear(x.permute(0, 2, 3, 1), matrix, self.bias).permute(0, 3, 1, 2)
+
+
+KNOWN = nn.Conv2d, PointwiseConv, nn.GroupNorm, nn.Dropout, nn.Embedding  # a subclass may compute something else
+
+
 def convolve(layer: nn.Conv2d, x: Tensor, *, norm: nn.GroupNorm | None = None, dropout: nn.Module | None = None,
              upsample: bool = False, residual: Tensor | None = None) -> Tensor:
     """residual + layer(dropout(silu(norm(x)))), x (B, in, h, w) → (B, out, h', w'); None: left out.
@@ -24,7 +44,7 @@ def convolve(layer: nn.Conv2d, x: Tensor, *, norm: nn.GroupNorm | None = None, d
     `upsample` doubles h and w first (nearest neighbour). A layer of stride 2 without padding gets one zero row below
     and one zero column on the right.
     """
-    if ready(layer, x, norm, residual):
+    if ready(layer, x, norm, dropout, residual):
         return run_kernel(x, layer.weight, layer.bias, stride=layer.stride[0], before=layer.padding[0],
                           upsample=upsample, norm=norm, silu=norm is not None, residual=residual)
     if norm is not None:
@@ -33,25 +53,40 @@ def convolve(layer: nn.Conv2d, x: Tensor, *, norm: nn.GroupNorm | None = None, d
         x = dropout(x)
     if upsample:
         x = F.interpolate(x, scale_factor=2.0, mode="nearest")
-    if layer.stride == (2, 2):
+    if (layer.stride, layer.padding) == ((2, 2), (0, 0)):
         x = F.pad(x, (0, 1, 0, 1))
     y = layer(x)
     return y if residual is None else residual + y
 
 
 def ready(layer: nn.Module, *others: Tensor | nn.Module | None) -> bool:
-    """Whether the kernels may run `layer` (with `others`, its inputs and norm): eval mode, no gradient, no autocast, no
-    tracing, fp32 on a CPU, a compiler."""
+    """Whether the kernels may run `layer` (with `others`, its inputs and what comes before it): eval mode, no gradient,
+    no autocast, no tracing, fp32 on a CPU, a compiler; and modules that compute what the kernels do."""
     gradients = torch.is_grad_enabled()
     for one in (layer, *others):
-        if isinstance(one, nn.GroupNorm) and not one.affine:
+        if isinstance(one, nn.Module) and not fits(one):
             return False
-        for t in (one,) if isinstance(one, Tensor) else () if one is None else (one.weight, getattr(one, "bias", None)):
+        for t in (one,) if isinstance(one, Tensor) else (getattr(one, "weight", None), getattr(one, "bias", None)):
             if t is not None and not (t.is_cpu and t.dtype is torch.float32 and not (gradients and t.requires_grad)):
                 return False
     return (not layer.training and type(layer.weight) in (Tensor, nn.Parameter)
             and not (torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled("cpu"))
             and kernels() is not None)
+
+
+def fits(module: nn.Module) -> bool:
+    """Whether a module computes what the kernels do: no subclass (an adapter, say), no hooks, nothing replaced, and for
+    a convolution a window that they know."""
+    if (type(module) not in KNOWN or module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+            or module._compiled_call_impl is not None):
+        return False
+    if isinstance(module, nn.Conv2d):
+        side, window = module.kernel_size[0], (module.stride, module.padding)
+        known = (side % 2 and window == ((1, 1), (side // 2, side // 2))) or (side == 3 and window == ((2, 2), (0, 0)))
+        return bool(known and module.kernel_size == (side, side) and module.groups == 1
+                    and module.dilation == (1, 1) and module.padding_mode == "zeros")
+    return not (module.training if isinstance(module, nn.Dropout) else isinstance(module, nn.GroupNorm)
+                and not module.affine)
 
 
 def run_kernel(x: Tensor, weight: Tensor, bias: Tensor | None, *, stride: int = 1, before: int = 0,

@@ -9,29 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenizer.tokenizer_image import convolution
-from tokenizer.tokenizer_image.convolution import convolve
+from tokenizer.tokenizer_image.convolution import PointwiseConv, convolve
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
     """GroupNorm with 32 groups, or groups of 4 channels where the layer is narrower than 128."""
     return nn.GroupNorm(min(32, max(1, channels // 4)), channels, eps=1e-6)
-
-
-class PointwiseConv(nn.Conv2d):
-    """1x1 convolution, computed as a matrix product over channels (a view where memory is channels-last).
-
-    PyTorch's 1x1 kernel for CPUs splits its sums by the number of threads, which changes the last bit of an image; this
-    product does not (measured, tests/tokenizer/test_tokenizer.py).
-    """
-
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__(in_channels, out_channels, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if convolution.ready(self, x):
-            return convolution.run_kernel(x, self.weight, self.bias)
-        matrix = self.weight.permute(0, 2, 3, 1).flatten(1)  # its gradient is channels-last then, as DDP's buckets
-        return F.linear(x.permute(0, 2, 3, 1), matrix, self.bias).permute(0, 3, 1, 2)
 
 
 class ResnetBlock(nn.Module):
@@ -64,7 +47,7 @@ class AttnBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         layers = self.q, self.k, self.v
-        if convolution.ready(self.q, x, self.norm):
+        if convolution.ready(self.q, x, self.norm, self.k, self.v):
             z = [convolution.run_kernel(x, layer.weight, layer.bias, norm=self.norm) for layer in layers]
         else:
             normed = self.norm(x)
