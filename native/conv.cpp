@@ -19,7 +19,14 @@ typedef double d8 __attribute__((vector_size(64)));
 typedef float m8 __attribute__((vector_size(32), aligned(4), may_alias));  // eight floats in memory, at any address
 
 static const int COLUMNS = 16;  // of a panel of weights
-static const int ROWS = 6;      // computed at once by a product: 12 vectors of sums, which fit into the registers
+#ifdef SIXTEEN_LANES
+typedef f16 Lanes;
+static const int ROWS = 12, PANELS = 2;  // computed at once by a product: 24 vectors of sums, which fit into the registers
+#else
+typedef f8 Lanes;
+static const int ROWS = 6, PANELS = 1;   // 12 vectors of sums
+#endif
+static const int LANES = sizeof(Lanes) / sizeof(float), VECTORS = COLUMNS / LANES;
 static const long PIXELS = 48;  // outputs of a block of a direct convolution
 static const long MOST_PANELS = 64;  // of such a block
 static const long CHUNK = 64;  // pixels whose moments are summed at once
@@ -88,44 +95,45 @@ static inline void read_pixel(float* to, const Input& in, long image, long y, lo
     }
 }
 
-// c (R, 16) = a (R, depth) b (depth, 16)
-template <int R>
+// c (R, 16 P) = a (R, depth) b (P, depth, 16)
+template <int R, int P>
 static void product(const float* a, long a_stride, const float* b, long depth, float* c, long c_stride) {
-    f8 sums[R][2];
-    for (int r = 0; r < R; r++) sums[r][0] = sums[r][1] = all(0.0f);
-    for (long k = 0; k < depth; k++, b += COLUMNS) {
-        const f8 left = load(b), right = load(b + 8);
-#pragma GCC unroll 6
+    Lanes sums[R][P * VECTORS];
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < P * VECTORS; v++) sums[r][v] = Lanes{};
+    for (long k = 0; k < depth; k++) {
+        Lanes row[P * VECTORS];
+        for (int v = 0; v < P * VECTORS; v++)
+            row[v] = read<Lanes>(b + v / VECTORS * depth * COLUMNS + k * COLUMNS + v % VECTORS * LANES);
+#pragma GCC unroll 12
         for (int r = 0; r < R; r++) {
-            const f8 x = all(a[r * a_stride + k]);
-            sums[r][0] = multiply_add(x, left, sums[r][0]);
-            sums[r][1] = multiply_add(x, right, sums[r][1]);
+            const Lanes x = Lanes{} + a[r * a_stride + k];
+            for (int v = 0; v < P * VECTORS; v++) sums[r][v] = multiply_add(x, row[v], sums[r][v]);
         }
     }
-    for (int r = 0; r < R; r++) {
-        store(c + r * c_stride, sums[r][0]);
-        store(c + r * c_stride + 8, sums[r][1]);
-    }
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < P * VECTORS; v++) std::memcpy(c + r * c_stride + v * LANES, &sums[r][v], sizeof(Lanes));
+}
+
+template <int R, int P>
+static void product_of(long rows, const float* a, long a_stride, const float* b, long depth, float* c, long c_stride) {
+    if constexpr (R > 1)
+        if (rows < R) return product_of<R - 1, P>(rows, a, a_stride, b, depth, c, c_stride);
+    product<R, P>(a, a_stride, b, depth, c, c_stride);
 }
 
 // c (rows, 16 panels) = a (rows, depth) b (panels, depth, 16), in evenly filled kernels
 static void matrix_product(const float* a, long a_stride, const float* b, long depth, long panels, long rows, float* c,
                            long c_stride) {
     const long kernels = (rows + ROWS - 1) / ROWS;
-    for (long p = 0; p < panels; p++, b += depth * COLUMNS, c += COLUMNS)
+    for (long p = 0, some; p < panels; p += some, b += some * depth * COLUMNS, c += some * COLUMNS) {
+        some = panels - p < PANELS ? 1 : PANELS;
         for (long i = 0; i < kernels; i++) {
             const long first = rows * i / kernels, count = rows * (i + 1) / kernels - first;
-            const float* from = a + first * a_stride;
-            float* to = c + first * c_stride;
-            switch (count) {
-                case 1: product<1>(from, a_stride, b, depth, to, c_stride); break;
-                case 2: product<2>(from, a_stride, b, depth, to, c_stride); break;
-                case 3: product<3>(from, a_stride, b, depth, to, c_stride); break;
-                case 4: product<4>(from, a_stride, b, depth, to, c_stride); break;
-                case 5: product<5>(from, a_stride, b, depth, to, c_stride); break;
-                default: product<6>(from, a_stride, b, depth, to, c_stride);
-            }
+            (some == 1 ? product_of<ROWS, 1> : product_of<ROWS, PANELS>)(
+                count, a + first * a_stride, a_stride, b, depth, c + first * c_stride, c_stride);
         }
+    }
 }
 
 static inline void write_part(const Output& out, long pixel, long c, f8 v) {
@@ -145,7 +153,7 @@ static const long HIGH = 4, WIDE = 6;  // tiles of a block
 struct Filter {
     static constexpr double A = 11 / 16.0, B = 11 / 8.0;
     static constexpr float AA = A * A, BB = B * B, SUM = A * A + B * B, PRODUCT = A * A * B * B;
-    template <class From, class To> static inline void input(const From* d, long s, To* v, long t) {
+    static inline void input(const m8* d, long s, m8* v, long t) {
         const f8 even_a = d[4 * s] - BB * d[2 * s], odd_a = float(A) * (d[3 * s] - BB * d[s]);
         const f8 even_b = d[4 * s] - AA * d[2 * s], odd_b = float(B) * (d[3 * s] - AA * d[s]);
         v[0] = PRODUCT * d[0] - SUM * d[2 * s] + d[4 * s];
@@ -155,7 +163,7 @@ struct Filter {
         v[4 * t] = even_b - odd_b;
         v[5 * t] = PRODUCT * d[s] - SUM * d[3 * s] + d[5 * s];
     }
-    static inline void weights(const f8* g, long s, f8* u, long t) {
+    static inline void weights(const m8* g, long s, m8* u, long t) {
         const float a = 1 / (2 * A * A * (A * A - B * B)), b = 1 / (2 * B * B * (B * B - A * A));
         const f8 even_a = a * (g[0] + AA * g[2 * s]), odd_a = float(A) * a * g[s];
         const f8 even_b = b * (g[0] + BB * g[2 * s]), odd_b = float(B) * b * g[s];
@@ -166,7 +174,7 @@ struct Filter {
         u[4 * t] = even_b - odd_b;
         u[5 * t] = g[2 * s];
     }
-    template <class From> static inline void output(const From* m, long s, f8* y, long t) {
+    static inline void output(const m8* m, long s, m8* y, long t) {
         const f8 even_a = m[s] + m[2 * s], odd_a = float(A) * (m[s] - m[2 * s]);
         const f8 even_b = m[3 * s] + m[4 * s], odd_b = float(B) * (m[3 * s] - m[4 * s]);
         y[0] = m[0] + even_a + even_b;
@@ -185,7 +193,7 @@ static void transform_weights(const float* weights, const long* stride, long in,
     const long depth = (in + 7) / 8 * 8, panels = (out + COLUMNS - 1) / COLUMNS, step = position_stride(depth, panels);
     team.loop(panels * depth / 8, [&](long item, long) {
         const long p = item / (depth / 8), ci = item % (depth / 8) * 8;
-        f8 g[8][2][9];  // (input channel, half of the panel, weight of the window)
+        m8 g[8][2][9];  // (input channel, half of the panel, weight of the window)
         for (int half = 0; half < 2; half++)
             for (int k = 0; k < 9; k++) {
                 for (long i = 0; i < 8; i++) {
@@ -198,7 +206,7 @@ static void transform_weights(const float* weights, const long* stride, long in,
             }
         for (int i = 0; i < 8; i++)
             for (int half = 0; half < 2; half++) {
-                f8 rows[N * 3], u[N * N];
+                m8 rows[N * 3], u[N * N];
                 for (int x = 0; x < 3; x++) Filter::weights(g[i][half] + x, 3, rows + x, 3);
                 for (int y = 0; y < N; y++) Filter::weights(rows + 3 * y, 1, u + N * y, 1);
                 for (int k = 0; k < N * N; k++)
@@ -239,7 +247,7 @@ static void convolve_tiles(const Input& in, const float* weights, const Output& 
         for (long t = 0; t < rows * across; t++) {
             const float* from = patch + (t / across * M * patch_wide + t % across * M) * depth;
             for (long c = 0; c < depth; c += 8) {
-                f8 half[N * N];
+                m8 half[N * N];
                 const m8* d = (const m8*)(from + c);
                 m8* v = (m8*)(inputs + t * depth + c);
                 for (int x = 0; x < N; x++) Filter::input(d + x * depth / 8, patch_wide * depth / 8, half + x, N);
@@ -253,7 +261,7 @@ static void convolve_tiles(const Input& in, const float* weights, const Output& 
             const long y0 = (top + t / across) * M, x0 = (left + t % across) * M;
             const long end = std::min(count * COLUMNS, out.channels - first_panel * COLUMNS);
             for (long c = 0; c < end; c += 8) {
-                f8 half[M * N], y[M * M];
+                m8 half[M * N], y[M * M];
                 const m8* m = (const m8*)(outputs + t * columns + c);
                 for (int x = 0; x < N; x++) Filter::output(m + x * out_step / 8, N * out_step / 8, half + x, N);
                 for (int i = 0; i < M; i++) Filter::output(half + N * i, 1, y + M * i, 1);

@@ -130,7 +130,7 @@ static __attribute__((noinline)) void dot_tile(const uint16_t* x, int64_t ldx, c
         add_dots<32>(x + k, ldx, base + k, K, total);
     }
     if (k < K) add_dots<16>(x + k, ldx, base + k, K, total);
-    f8 halves[M * N];
+    alignas(32) f8 halves[M * N];
     for (int m = 0; m < M; m++)
         for (int n = 0; n < N; n++)
             halves[m * N + n] = (f8)_mm512_castps512_ps256(total[m][n]) +
