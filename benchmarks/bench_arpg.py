@@ -31,6 +31,7 @@ from autoregressive.models.generate import generate, release
 from autoregressive.models.registry import MODELS
 from autoregressive.models.schedule import DrawSchedule
 from benchmarks.bench_sample import DTYPES, forget_peak, peak_since
+from benchmarks.machine import busy_processes
 from benchmarks.plain_arpg import PlainARPG, plain_arpg_generate
 from benchmarks.roofline import measured_peaks, timed
 from benchmarks.sample_rows import RowFlags, add_row, surroundings
@@ -144,7 +145,12 @@ def measured_sides(case: ARPGCase, device: torch.device, *, repeats: int) -> dic
 
 
 def main(config: RowFlags) -> None:
-    device = dist.setup(config.device).device
+    with busy_processes(config.load):
+        measure_arpg(config, dist.setup(config.device).device)
+
+
+def measure_arpg(config: RowFlags, device: torch.device) -> None:
+    """A row for each case."""
     cases = chosen_arpg_cases(config.only)
     for case in tqdm(cases, unit="case"):
         bandwidth, speed = measured_peaks(device, DTYPES[case.dtype])
@@ -153,7 +159,8 @@ def main(config: RowFlags) -> None:
         gc.collect()
         limit = case.limit(bandwidth, speed)
         add_row("ARPG", [
-            case.name, *surroundings(device), str(config.repeats), *(f"{seconds[name]:.2f}" for name in SIDES),
+            case.name, *surroundings(device, load=config.load), str(config.repeats),
+            *(f"{seconds[name]:.2f}" for name in SIDES),
             f"{seconds['plain'] / seconds['ours']:.2f}×", f"{seconds['gpt'] / seconds['ours']:.2f}×",
             f"{bandwidth / 1e9:.1f}, {speed / 1e9:.0f}", f"{limit:.2f}, {limit / seconds['ours']:.0%}",
             *(f"{weights + peak:.2f} ({peak:.2f})" for _, peak, weights in sides.values())], write=config.append_rows)

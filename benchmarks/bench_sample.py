@@ -2,6 +2,7 @@
 
     python3 benchmarks/bench_sample.py                                      # all cases: hours on 2 cores
     python3 benchmarks/bench_sample.py --only 'GPT-B:576:8:*' --repeats 1 --no-append-rows
+    python3 benchmarks/bench_sample.py --only GPT-B:256:8:2.0:0:fp32 --load 3    # beside three busy processes
 
 A case is model:image tokens:images:guidance:top-k:dtype, e.g. GPT-B:576:8:2.0:0:fp32. Both sides take turns in one
 process, on the same random weights; memory is measured in a process per side. The plain loop takes minutes for a
@@ -16,6 +17,7 @@ import json
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from autoregressive.models.generate import generate
 from autoregressive.models.gpt import PRESETS, GPT_models, ModelArgs, Transformer
 from benchmarks.bench_tokenizer import PlainTokenizer
+from benchmarks.machine import busy_processes
 from benchmarks.plain_sampler import (
     PlainSampler,
     PlainSettings,
@@ -97,10 +100,10 @@ class Case:
                              bandwidth=bandwidth, speed=speed)
 
 
-def chosen_cases(patterns: str) -> list[Case]:
+def chosen_cases(patterns: str, *, images: Sequence[int] = IMAGES) -> list[Case]:
     """The cases whose name holds one of the comma-separated patterns. Raises ValueError if there are none."""
-    cases = [Case(model, tokens, images, *guidance, dtype) for model, tokens, dtype, images, guidance in
-             itertools.product(MODELS, TOKENS, DTYPES, IMAGES, GUIDANCE)]
+    cases = [Case(model, tokens, count, *guidance, dtype) for model, tokens, dtype, count, guidance in
+             itertools.product(MODELS, TOKENS, DTYPES, images, GUIDANCE)]
     found = [case for case in cases if any(fnmatch.fnmatchcase(case.name, f"*{p}*") for p in patterns.split(","))]
     if not found:
         raise ValueError(f"--only {patterns!r} fits no case, they are named like {cases[0].name}")
@@ -270,7 +273,8 @@ def measure_codes(config: BenchSampleFlags, device: torch.device) -> None:
             steps = [seconds / case.tokens for seconds in codes]
             speeds = [case.images / (a + b) for a, b in zip(codes, pictures[shape], strict=True)]
             add_row("Codes and pictures", [
-                case.name, *surroundings(device), f"{config.repeats}, {'whole' if config.whole else 'sampled'}",
+                case.name, *surroundings(device, load=config.load),
+                f"{config.repeats}, {'whole' if config.whole else 'sampled'}",
                 *(f"{1e3 * step:.1f}" for step in steps), f"{steps[0] / steps[1]:.2f}×",
                 f"{bandwidth / 1e9:.1f}, {speed / 1e9:.0f}", f"{1e3 * limit:.1f}",
                 ", ".join(f"{limit / step:.0%}" for step in steps),
@@ -286,7 +290,8 @@ def main(config: BenchSampleFlags) -> None:
         case, = chosen_cases(config.only)
         print(json.dumps(peak_of_side(config.memory_of, case, device, whole=config.whole)))
     else:
-        measure_codes(config, device)
+        with busy_processes(config.load):
+            measure_codes(config, device)
 
 
 if __name__ == "__main__":

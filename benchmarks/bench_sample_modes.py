@@ -4,12 +4,14 @@ Python around a step takes.
     python3 benchmarks/bench_sample_modes.py --gpt-ckpt gpt.pt --vq-ckpt vq.pt    # Jacobi
     python3 benchmarks/bench_sample_modes.py --mode quantized                      # int8, int4
     python3 benchmarks/bench_sample_modes.py --mode overhead                       # with kernels that do nothing
+    python3 benchmarks/bench_sample_modes.py --mode units --only 'GPT-B:256:*:2.0:0:*'  # the processor's, and PyTorch
 
 How many codes a Jacobi pass decides depends on the distribution, so random weights say nothing about it: it needs a
 trained model. Quantised weights are measured on random ones: their error is that of the logits of one forward pass over
 random codes, in fp32 arithmetic. Rows go to benchmarks/results/sample.md.
 """
 import itertools
+import os
 import statistics
 import sys
 from dataclasses import dataclass
@@ -35,12 +37,16 @@ from autoregressive.models.quantized import quantize_
 from autoregressive.sample.options import SampleFlags
 from autoregressive.sample.pipeline import load_pipeline
 from benchmarks.bench_sample import IMAGES, case_labels, chosen_cases, our_codes, random_gpt
+from benchmarks.machine import busy_processes
 from benchmarks.roofline import clock, timed
 from benchmarks.sample_rows import RowFlags, add_row, surroundings
+from native import build
 from utils import cli, dist
 from utils.cli import flag
 from utils.dist import Precision
 from utils.seeding import sample_generator
+
+MANY_IMAGES = 1, 8, 32, 64
 
 
 @dataclass(kw_only=True)
@@ -49,8 +55,8 @@ class BenchModesFlags(SampleFlags, RowFlags):
 
     precision: Precision = "none"
     only: str = "GPT-?:256:1:2.0:0:fp32"
-    mode: Literal["jacobi", "quantized", "overhead"] = flag("jacobi", "what to measure",
-                                                            choices=("jacobi", "quantized", "overhead"))
+    mode: Literal["jacobi", "quantized", "overhead", "units"] = flag(
+        "jacobi", "what to measure", choices=("jacobi", "quantized", "overhead", "units"))
 
 
 def measure_jacobi(config: BenchModesFlags, device: torch.device) -> None:
@@ -76,7 +82,8 @@ def measure_jacobi(config: BenchModesFlags, device: torch.device) -> None:
         sequential, jacobi = (statistics.median(seconds[1:]) for seconds in spans.values())
         add_row("Jacobi decoding", [
             described["gpt_model"], f"{tokens} x {images}", described["dtype"].removeprefix("torch."),
-            f"{settings['cfg_scale']}, {settings['top_k']}, {settings['temperature']}", *surroundings(device),
+            f"{settings['cfg_scale']}, {settings['top_k']}, {settings['temperature']}",
+            *surroundings(device, load=config.load),
             str(config.repeats), f"{sequential:.2f}", f"{jacobi:.2f}", f"{sequential / jacobi:.2f}×",
             f"{statistics.mean(speeds[1:]):.2f}", f"{statistics.mean(equal):.1%}"], write=config.append_rows)
 
@@ -95,8 +102,9 @@ def measure_quantized(config: BenchModesFlags, device: torch.device) -> None:
                 seconds.append(timed(partial(our_codes, model, case, device), device))
         steps = [1e3 * statistics.median(seconds[1:]) / case.tokens for seconds in spans]
         add_row("Quantised weights", [
-            case.name, f"int{bits}", *surroundings(device), str(config.repeats), *(f"{step:.1f}" for step in steps),
-            f"{steps[0] / steps[1]:.2f}×", f"{largest:.2%}", f"{rms:.2%}", f"{same:.1%}"], write=config.append_rows)
+            case.name, f"int{bits}", *surroundings(device, load=config.load), str(config.repeats),
+            *(f"{step:.1f}" for step in steps), f"{steps[0] / steps[1]:.2f}×", f"{largest:.2%}", f"{rms:.2%}",
+            f"{same:.1%}"], write=config.append_rows)
 
 
 def measure_overhead(config: BenchModesFlags, device: torch.device) -> None:
@@ -117,8 +125,26 @@ def measure_overhead(config: BenchModesFlags, device: torch.device) -> None:
             spans.append(timed(lambda decoder=decoder: [decoder.step() for _ in range(steps)], device) / steps)
             decoder.engine.kernels = kernels
         add_row("Python around a step", [
-            str(images), str(scale), *surroundings(device), str(len(spans)), f"{1e3 * statistics.median(spans):.3f}",
-            f"{1e3 * min(spans):.3f}"], write=config.append_rows)
+            str(images), str(scale), *surroundings(device, load=config.load), str(len(spans)),
+            f"{1e3 * statistics.median(spans):.3f}", f"{1e3 * min(spans):.3f}"], write=config.append_rows)
+
+
+def measure_units(config: BenchModesFlags, device: torch.device) -> None:
+    """A row for each case, of up to 64 images: by each unit that the processor has (see native/build.py), and by
+    PyTorch's kernels."""
+    names = [*(list(build.UNITS)[:build.units()] or ["1"]), "0"]
+    for case in tqdm(chosen_cases(config.only, images=MANY_IMAGES), unit="case", mininterval=1.0):
+        model, spans = random_gpt(case, device), {name: [] for name in names}
+        for _ in range(config.repeats + 1):  # the first warms up
+            for name, seconds in spans.items():
+                os.environ["LLAMAGEN_NATIVE"] = name
+                seconds.append(timed(partial(our_codes, model, case, device), device))
+        steps = {name: 1e3 * statistics.median(seconds[1:]) / case.tokens for name, seconds in spans.items()}
+        best, last = names[-2:]
+        add_row("Units of the processor", [
+            case.name, *surroundings(device, load=config.load), str(config.repeats),
+            *(f"{steps[name]:.2f}" if name in steps else "-" for name in (*build.UNITS, "0")),
+            f"{steps[last] / steps[best]:.2f}×"], write=config.append_rows)
 
 
 def logit_error(exact: Tensor, changed: Tensor) -> tuple[float, float, float]:
@@ -131,8 +157,9 @@ def logit_error(exact: Tensor, changed: Tensor) -> tuple[float, float, float]:
 
 def main(config: BenchModesFlags) -> None:
     device = dist.setup(config.device).device
-    {"jacobi": measure_jacobi, "quantized": measure_quantized,
-     "overhead": measure_overhead}[config.mode](config, device)
+    with busy_processes(config.load):
+        {"jacobi": measure_jacobi, "quantized": measure_quantized, "overhead": measure_overhead,
+         "units": measure_units}[config.mode](config, device)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,10 @@
 """The machine and the versions that a measurement depends on."""
+import contextlib
 import os
 import platform
 import subprocess
+import sys
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
@@ -16,6 +19,22 @@ def cpu_name() -> str:
     listing = Path("/proc/cpuinfo")  # Linux
     lines = listing.read_text().splitlines() if listing.is_file() else []
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+@contextlib.contextmanager
+def busy_processes(count: int) -> Iterator[None]:
+    """Meanwhile so many other processes keep a core busy each."""
+    ends_with_us = "import os, threading; threading.Thread(target=lambda: (os.read(0, 1), os._exit(0))).start()"
+    others = [subprocess.Popen([sys.executable, "-c", f"{ends_with_us}\nprint(flush=True)\nwhile True: pass"],
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in range(count)]
+    try:
+        for other in others:
+            other.stdout.readline()  # it has begun
+        yield
+    finally:
+        for other in others:
+            other.kill()
+            other.communicate()
 
 
 def said_by(*words: str) -> str:

@@ -59,6 +59,13 @@ positions whose best code stays. ms/step as above, against the weights of the ca
 largest error | RMS error | same best |
 |---|---|---|---|---|---|---|---|---|---|---|
 """,
+    "Units of the processor": """`python3 benchmarks/bench_sample_modes.py --mode units`: random weights; ms/step of
+ours by the processor's units (`LLAMAGEN_NATIVE=avx2`, …) and by PyTorch's kernels (`LLAMAGEN_NATIVE=0`); faster: the
+last unit that the processor has over PyTorch's kernels.
+
+| case | device, threads | versions, date | repeats | avx2 | avx512 | bf16dot | amx | PyTorch | faster |
+|---|---|---|---|---|---|---|---|---|---|
+""",
     "Python around a step": """`python3 benchmarks/bench_sample_modes.py --mode overhead`: what a step takes beside its
 layers: plans, the flat batch, embeddings, the call of kernels (which do nothing here), and drawing among 64 codes.
 
@@ -74,17 +81,21 @@ class RowFlags(DeviceFlags):
 
     only: str = flag("*", "the cases whose name holds one of these patterns, comma-separated")
     repeats: int = flag(3, "timed runs of each side, in turns")
+    load: int = flag(0, "measure beside so many other processes that keep a core busy each")
     append_rows: bool = flag(True, "add the rows to benchmarks/results/sample.md")
 
     def __post_init__(self) -> None:
         if self.repeats < 1:
             raise ValueError(f"--repeats is {self.repeats}, expected 1 or more")
+        if self.load < 0:
+            raise ValueError(f"--load is {self.load}, expected 0 or more")
 
 
-def surroundings(device: torch.device) -> list[str]:
-    """Table cells: device, threads, versions, date."""
+def surroundings(device: torch.device, *, load: int = 0) -> list[str]:
+    """Table cells: device, threads (and how many busy processes ran beside), versions, date."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
-    return [f"{name}, {torch.get_num_threads()}", f"torch {torch.__version__}, {date.today()}"]
+    beside = f", beside {load} busy processes" if load else ""
+    return [f"{name}, {torch.get_num_threads()}{beside}", f"torch {torch.__version__}, {date.today()}"]
 
 
 def with_row(text: str, title: str, cells: list[str]) -> str:
