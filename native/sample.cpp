@@ -27,26 +27,54 @@ struct Draws {
     int64_t threads;
 };
 
+// The upper and the lower half of eight products.
+static inline void multiply(u8 x, uint32_t by, u8& high, u8& low) {
+#ifdef __AVX2__
+    const __m256i factor = _mm256_set1_epi32(by), even = _mm256_mul_epu32((__m256i)x, factor);
+    const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64((__m256i)x, 32), factor);
+    low = (u8)_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
+    high = (u8)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
+#else
+    for (int i = 0; i < 8; i++) high[i] = (uint64_t)x[i] * by >> 32, low[i] = x[i] * by;
+#endif
+}
+
 // Philox 4x32 with ten rounds ("Parallel random numbers: as easy as 1, 2, 3", SC 2011), eight counters at a time.
-static void philox(uint64_t key, uint32_t position, uint32_t block, uint32_t (&out)[4][8]) {
-    uint32_t c0[8], c1[8], c2[8], c3[8], k0 = (uint32_t)key, k1 = (uint32_t)(key >> 32);
-    for (int i = 0; i < 8; i++) c0[i] = block + i, c1[i] = position, c2[i] = 0, c3[i] = 0;
+static inline void philox(uint64_t key, uint32_t position, uint32_t block, u8 (&out)[4]) {
+    uint32_t k0 = (uint32_t)key, k1 = (uint32_t)(key >> 32);
+    u8 c0 = u8{0, 1, 2, 3, 4, 5, 6, 7} + block, c1 = u8{} + position, c2 = {}, c3 = {};
     for (int round = 0; round < 10; round++) {
-        for (int i = 0; i < 8; i++) {
-            const uint64_t a = (uint64_t)0xD2511F53u * c0[i], b = (uint64_t)0xCD9E8D57u * c2[i];
-            const uint32_t x = (uint32_t)(b >> 32) ^ c1[i] ^ k0, y = (uint32_t)(a >> 32) ^ c3[i] ^ k1;
-            c0[i] = x, c1[i] = (uint32_t)b, c2[i] = y, c3[i] = (uint32_t)a;
-        }
+        u8 high0, low0, high2, low2;
+        multiply(c0, 0xD2511F53u, high0, low0);
+        multiply(c2, 0xCD9E8D57u, high2, low2);
+        c0 = high2 ^ c1 ^ k0, c1 = low2, c2 = high0 ^ c3 ^ k1, c3 = low0;
         k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
     }
-    for (int i = 0; i < 8; i++) out[0][i] = c0[i], out[1][i] = c1[i], out[2][i] = c2[i], out[3][i] = c3[i];
+    out[0] = c0, out[1] = c1, out[2] = c2, out[3] = c3;
+}
+
+// The k-th largest of n numbers: found among those that share its first bits.
+static float kth_largest(const float* x, int64_t n, int64_t k, std::vector<float>& room) {
+    constexpr int FIRST = 12;
+    const auto first_bits = [](float value) {  // the larger the number, the smaller these
+        uint32_t bits;
+        std::memcpy(&bits, &value, 4);
+        return (bits ^ (0x7fffffffu & ~(uint32_t)((int32_t)bits >> 31))) >> (32 - FIRST);
+    };
+    uint32_t counts[2][1 << FIRST] = {};
+    for (int64_t i = 0; i < n; i++) counts[i & 1][first_bits(x[i])]++;  // in two tables: neighbours are often alike
+    uint32_t bucket = 0;
+    for (int64_t here; k > (here = counts[0][bucket] + counts[1][bucket]); bucket++) k -= here;
+    room.clear();
+    for (int64_t i = 0; i < n; i++)
+        if (first_bits(x[i]) == bucket) room.push_back(x[i]);
+    std::nth_element(room.begin(), room.begin() + k - 1, room.end(), std::greater<float>());
+    return room[k - 1];
 }
 
 // -ln(-ln(1 - u)) for u = (bits + 1/2) / 2^32: small u, which win, keep their precision.
-static inline f8 gumbel(const uint32_t* bits) {
-    float u[8];
-    for (int i = 0; i < 8; i++) u[i] = (float)bits[i] * 0x1p-32f + 0x1p-33f;
-    const f8 x = load(u), one = all(1.0f);
+static inline f8 gumbel(u8 bits) {
+    const f8 x = __builtin_convertvector(bits, f8) * all(0x1p-32f) + all(0x1p-33f), one = all(1.0f);
     const f8 series = x * (one + x * (all(1 / 2.0f) + x * (all(1 / 3.0f) + x * (all(1 / 4.0f) + x * all(1 / 5.0f)))));
     const f8 rest = one - x, far = all(0.0f) - logarithm(select(rest > all(0.0f), rest, all(0x1p-24f)));
     return all(0.0f) - logarithm(select(x < all(0x1p-6f), series, far));
@@ -70,11 +98,7 @@ static int64_t draw(const Draws& d, int64_t i, std::vector<float>& logits, std::
     if (d.greedy[image]) return std::max_element(logits.begin(), logits.begin() + V) - logits.begin();
 
     float least = -std::numeric_limits<float>::infinity();
-    if (0 < top_k && top_k < V) {
-        other.assign(logits.begin(), logits.begin() + V);
-        std::nth_element(other.begin(), other.begin() + top_k - 1, other.end(), std::greater<float>());
-        least = other[top_k - 1];
-    }
+    if (0 < top_k && top_k < V) least = kth_largest(logits.data(), V, top_k, other);
     int64_t last = padded;  // of codes that tie with `least`, those from here on are out
     if (top_p < 1) {
         ranked.clear();
@@ -106,7 +130,7 @@ static int64_t draw(const Draws& d, int64_t i, std::vector<float>& logits, std::
         bool any = false;
         for (int64_t v = start; v < start + 32; v++) any |= logits[v] >= least;
         if (!any) continue;
-        uint32_t bits[4][8];
+        u8 bits[4];
         philox((uint64_t)d.key[image], (uint32_t)d.position[i], (uint32_t)(start / 4), bits);
         for (int j = 0; j < 4; j++) {  // codes start + j, start + j + 4, …
             float strided[8];

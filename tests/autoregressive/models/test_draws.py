@@ -91,6 +91,21 @@ def test_kernels_draw_what_pytorch_draws(vocab, native, monkeypatch):
         assert ours.dtype == torch.long and ours.max() < vocab and len(ours.unique()) > 3
 
 
+@pytest.mark.parametrize("top_k", [1, 3, 200, 400, 450, 499])
+def test_the_edge_of_top_k_among_ties_zeros_and_infinities(top_k, native, monkeypatch):
+    """Logits 1 and -1, zeros of both signs, -infinity: a hundred of each."""
+    values = torch.tensor([1.0, -1.0, 0.0, -0.0, -math.inf]).repeat(100)[None]
+    count = 3000
+    places, drawn = torch.zeros(count, dtype=torch.long), {}
+    for kernels in ("1", "0"):
+        monkeypatch.setenv("LLAMAGEN_NATIVE", kernels)
+        drawn[kernels], _ = draw_codes(values, places, places - 1, places, torch.arange(count),
+                                       settings_of(count, top_k=torch.full((count,), top_k)))
+    assert torch.equal(drawn["1"], drawn["0"])
+    kept = {1: {1.0}, 3: {1.0}, 200: {1.0, 0.0}, 400: {1.0, 0.0, -1.0}}.get(top_k, {1.0, 0.0, -1.0})
+    assert set(values[0, drawn["1"]].tolist()) == kept
+
+
 @pytest.mark.parametrize("vocab", [5, 33, 300])
 def test_every_code_of_equal_logits_comes_equally_often(vocab, engine):
     count = 40_000
