@@ -132,7 +132,9 @@ def measure_overhead(config: BenchModesFlags, device: torch.device) -> None:
 def measure_units(config: BenchModesFlags, device: torch.device) -> None:
     """A row for each case, of up to 64 images: by each unit that the processor has (see native/build.py), and by
     PyTorch's kernels."""
-    names = [*(list(build.UNITS)[:build.units()] or ["1"]), "0"]
+    names = [*list(build.UNITS)[:build.units()], "0"]
+    if len(names) == 1:
+        raise ValueError("--mode units needs a processor with AVX2 and C++ kernels")
     for case in tqdm(chosen_cases(config.only, images=MANY_IMAGES), unit="case", mininterval=1.0):
         model, spans = random_gpt(case, device), {name: [] for name in names}
         for _ in range(config.repeats + 1):  # the first warms up

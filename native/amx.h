@@ -2,7 +2,8 @@
 //
 // One instruction multiplies sixteen rows of w with sixteen of x over 32 inputs. Rows of w are read in place. Of x it
 // wants pairs of inputs one below the other, the sixteen rows side by side: `turn` brings them there once for all
-// columns. A number of the result is one sum over pairs in ascending order, whatever shares its tile.
+// columns. A number of the result is one sum: of each 32 inputs the instruction adds up the products of the even ones, and of
+// the odd ones, and adds both to it. That does not depend on what else is in the tile.
 #pragma once
 #include <algorithm>
 

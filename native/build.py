@@ -4,7 +4,7 @@ Why not PyTorch's own CPU kernels: in decoding, their product of two rows with a
 memory's speed, its last bit depends on the number of rows, and half precision is emulated. The sources here need no
 PyTorch headers (plain pointers, called through ctypes), so they build in seconds. Without a compiler, or with
 LLAMAGEN_NATIVE=0 in the environment, everything runs on PyTorch's kernels instead. LLAMAGEN_NATIVE=avx2, avx512,
-bf16dot or amx keeps the kernels to these units of the processor and those before them, as though it had no others.
+bf16dot (AVX512-BF16) or amx keeps the kernels to these instructions, as though the processor had no later ones.
 """
 import ctypes
 import functools
@@ -26,6 +26,7 @@ from utils.files import cache_folder, few, own_temporary_folder
 SOURCES = Path(__file__).resolve().parent
 FLAGS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared",
          "-pthread")
+# Sets of instructions, each of which has those before it: AVX2, AVX-512, AVX512-BF16 (dot products), AMX (tiles).
 UNITS = {"avx2": "avx2", "avx512": "avx512f", "bf16dot": "avx512_bf16", "amx": "amx_bf16"}  # → their names in Linux
 TUNINGS = ("-march=native",), ()  # the latter where a compiler lacks the former
 
@@ -75,29 +76,39 @@ def units() -> int:
 
 @functools.cache
 def _units(wanted: str) -> int:
-    flags, has = cpu().split(), 0
-    for flag in UNITS.values():
-        if flag not in flags or (flag == "amx_bf16" and not _tiles_permitted()):
-            break
-        has += 1
-    if wanted in ("", "1"):
-        return has
-    if wanted not in UNITS:
+    if wanted == "0":
+        return 0
+    if wanted not in ("", "1", *UNITS):
         raise ValueError(f"LLAMAGEN_NATIVE={wanted}: give 0 (PyTorch's kernels), 1 (the C++ kernels as the processor "
-                         f"runs them best) or {', '.join(UNITS)} (with these units)")
-    if list(UNITS).index(wanted) >= has:
-        raise ValueError(f"LLAMAGEN_NATIVE={wanted}: the processor has {few(list(UNITS)[:has]) or 'no such units'}")
-    return list(UNITS).index(wanted) + 1
+                         f"runs them best) or {', '.join(UNITS)} (with these instructions)")
+    flags, has, refused = cpu().split(), [], ""
+    for name, flag in UNITS.items():
+        if flag not in flags:
+            break
+        if name == "amx" and (error := _tiles_refused()):
+            refused = f", but Linux does not give this process the registers of AMX ({error})"
+            break
+        has.append(name)
+        if name == wanted:
+            return len(has)
+    if wanted in UNITS:
+        raise ValueError(f"LLAMAGEN_NATIVE={wanted}: the processor has {few(has) or 'none of these'}{refused}, as far "
+                         "as is known here")
+    return len(has)
 
 
-def _tiles_permitted() -> bool:
-    """Ask Linux for the registers of AMX, which it gives to processes that ask."""
+def _tiles_refused() -> str:
+    """Ask Linux for the registers of AMX, which it gives to processes that ask; why it refuses, "" if it does not."""
     arch_prctl, ask_for, tiles = 158, 0x1023, 18
-    return ctypes.CDLL(None).syscall(*map(ctypes.c_long, (arch_prctl, ask_for, tiles))) == 0
+    if ctypes.CDLL(None, use_errno=True).syscall(*map(ctypes.c_long, (arch_prctl, ask_for, tiles))) == 0:
+        return ""
+    return os.strerror(ctypes.get_errno())
 
 
 def prepare(*kernels: tuple[str, ...]) -> None:
-    """Begin, in the background, to build what `load` will be asked for; only `load` waits for the build to end."""
+    """Begin, in the background, to build what `load` will be asked for; only `load` waits for the build to end. Raises
+    ValueError as `load` does."""
+    units()
     for arguments in kernels:
         threading.Thread(target=load, args=arguments, daemon=True).start()
 

@@ -22,9 +22,11 @@ static const int COLUMNS = 16;  // of a panel of weights
 #ifdef SIXTEEN_LANES
 typedef f16 Lanes;
 static const int ROWS = 12, PANELS = 2;  // computed at once by a product: 24 vectors of sums, which fit into the registers
+static inline f16 everywhere(float x) { return (f16)_mm512_set1_ps(x); }
 #else
 typedef f8 Lanes;
 static const int ROWS = 6, PANELS = 1;   // 12 vectors of sums
+static inline f8 everywhere(float x) { return all(x); }
 #endif
 static const int LANES = sizeof(Lanes) / sizeof(float), VECTORS = COLUMNS / LANES;
 static const long PIXELS = 48;  // outputs of a block of a direct convolution
@@ -107,7 +109,7 @@ static void product(const float* a, long a_stride, const float* b, long depth, f
             row[v] = read<Lanes>(b + v / VECTORS * depth * COLUMNS + k * COLUMNS + v % VECTORS * LANES);
 #pragma GCC unroll 12
         for (int r = 0; r < R; r++) {
-            const Lanes x = Lanes{} + a[r * a_stride + k];
+            const Lanes x = everywhere(a[r * a_stride + k]);
             for (int v = 0; v < P * VECTORS; v++) sums[r][v] = multiply_add(x, row[v], sums[r][v]);
         }
     }
@@ -126,11 +128,11 @@ static void product_of(long rows, const float* a, long a_stride, const float* b,
 static void matrix_product(const float* a, long a_stride, const float* b, long depth, long panels, long rows, float* c,
                            long c_stride) {
     const long kernels = (rows + ROWS - 1) / ROWS;
-    for (long p = 0, some; p < panels; p += some, b += some * depth * COLUMNS, c += some * COLUMNS) {
-        some = panels - p < PANELS ? 1 : PANELS;
+    for (long p = 0, now; p < panels; p += now, b += now * depth * COLUMNS, c += now * COLUMNS) {
+        now = panels - p < PANELS ? 1 : PANELS;
         for (long i = 0; i < kernels; i++) {
             const long first = rows * i / kernels, count = rows * (i + 1) / kernels - first;
-            (some == 1 ? product_of<ROWS, 1> : product_of<ROWS, PANELS>)(
+            (now == 1 ? product_of<ROWS, 1> : product_of<ROWS, PANELS>)(
                 count, a + first * a_stride, a_stride, b, depth, c + first * c_stride, c_stride);
         }
     }

@@ -14,8 +14,8 @@
 #include "team.h"
 
 constexpr int SIDE = 16;  // positions side by side in the cache of keys
-constexpr int COLUMNS = IN_TILES<WEIGHTS> ? 64 : 48;  // that a thread computes at a time: whole tiles of products, and
-// whole cache lines of results
+// Columns that a thread computes at a time: whole tiles of products, and whole cache lines of results.
+constexpr int COLUMNS = IN_TILES<WEIGHTS> ? 64 : 48;
 constexpr int64_t NEAR = 1 << 19;  // bytes of inputs that stay in the second-level cache of a core
 typedef Input<WEIGHTS> In;
 typedef std::conditional_t<WEIGHTS == FLOAT, float, uint16_t> Cached;
@@ -205,14 +205,17 @@ static void norm_rows(const Work& w, const float* x, const float* weight, int64_
 // of N columns: `x` begins with row `first`. Many rows are done some at a time, which then stay in the cache.
 template <class Part>
 static void in_parts(const Work& w, In* x, int64_t ldx, int64_t n, int64_t N, int64_t K, const Part& part) {
-    constexpr int64_t GROUP = ROUND<WEIGHTS>, LEAST = 96;  // the latter: a multiple of the rows of all tiles
-    if (GROUP > 1)
-        w.team.loop((n + GROUP - 1) / GROUP, [&](int64_t i, int64_t) { arrange<WEIGHTS>(x + i * GROUP * ldx, ldx, K); },
-                    few(GROUP * K / 8));
-    const int64_t fit = NEAR / (K * (int64_t)sizeof(In)), most = std::max<int64_t>(1, fit / LEAST) * LEAST;
-    w.team.loop((n + most - 1) / most * blocks(N), [&](int64_t piece, int64_t thread) {
-        const int64_t first = piece / blocks(N) * most, begin = piece % blocks(N) * COLUMNS;
-        part(x + first * ldx, first, std::min(n - first, most), begin, std::min(N, begin + COLUMNS), thread);
+    constexpr int64_t TOGETHER = ROUND<WEIGHTS>, LEAST = 96;  // rows: with fewer in a part reading w takes long
+    if (TOGETHER > 1)
+        w.team.loop((n + TOGETHER - 1) / TOGETHER,
+                    [&](int64_t i, int64_t) { arrange<WEIGHTS>(x + i * TOGETHER * ldx, ldx, K); },
+                    few(TOGETHER * K / 8));
+    const int64_t most = std::max(LEAST, NEAR / (K * (int64_t)sizeof(In))), parts = (n + most - 1) / most;
+    const int64_t each = parts ? rounded((n + parts - 1) / parts, TOGETHER) : 0;  // rows of a part
+    w.team.loop(parts * blocks(N), [&](int64_t piece, int64_t thread) {
+        const int64_t first = piece / blocks(N) * each, begin = piece % blocks(N) * COLUMNS;
+        if (first < n)
+            part(x + first * ldx, first, std::min(n - first, each), begin, std::min(N, begin + COLUMNS), thread);
     });
 }
 

@@ -7,17 +7,12 @@
 //
 // CPUs with instructions for bfloat16 (AVX512-BF16, AMX) multiply bfloat16 weights with inputs that are rounded to
 // bfloat16 too, as PyTorch does: an instruction does twice the arithmetic, or sixteen times. There the order is another
-// one (sixteen sums; one), as fixed as the above. -DUNITS= says which of them may be used.
+// one (sixteen sums; see amx.h), as fixed as the above.
 #pragma once
 #include <algorithm>
 #include <type_traits>
 
 #include "simd.h"
-
-enum Units { AVX2 = 1, AVX512 = 2, BF16DOT = 3, AMX = 4 };
-#ifndef UNITS
-#define UNITS 4
-#endif
 
 enum WeightType { FLOAT = 0, BFLOAT16 = 1, INT8 = 2, INT4 = 3 };
 constexpr int GROUP = 64;  // int4: so many neighbours along K share a scale
@@ -37,7 +32,7 @@ static inline uint16_t to_bfloat16(float x) {  // to nearest, ties to even
 // so that these vectors are multiplied with the right inputs. V is f8, or f16 for two rows of w side by side.
 template <int Type> struct Weight;
 
-#if defined(__AMX_BF16__) && defined(__AVX512F__) && UNITS >= 4
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__) && UNITS >= 4
 #define TILES
 #include "amx.h"
 #endif

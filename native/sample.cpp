@@ -35,7 +35,9 @@ static inline void multiply(u8 x, uint32_t by, u8& high, u8& low) {
     low = (u8)_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
     high = (u8)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
 #else
-    for (int i = 0; i < 8; i++) high[i] = (uint64_t)x[i] * by >> 32, low[i] = x[i] * by;
+    typedef uint64_t w8 __attribute__((vector_size(64)));
+    const w8 product = __builtin_convertvector(x, w8) * by;
+    low = __builtin_convertvector(product, u8), high = __builtin_convertvector(product >> 32, u8);
 #endif
 }
 

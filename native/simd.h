@@ -1,5 +1,9 @@
 // Eight floats at a time, in the compilers' own vector types: AVX2, two NEON registers, or whatever there is.
 #pragma once
+enum Units { AVX2 = 1, AVX512 = 2, BF16DOT = 3, AMX = 4 };  // sets of instructions: UNITS of build.py
+#ifndef UNITS
+#define UNITS 4  // the last that may be used
+#endif
 #include <cstdint>
 #include <cstring>
 #ifdef __AVX2__
@@ -71,7 +75,7 @@ static inline f8 held(f8 x) {
 
 // Where registers hold sixteen floats: two vectors of eight side by side, each computed with as if it were alone.
 template <class V> constexpr int HALVES = sizeof(V) / sizeof(f8);
-#ifdef __AVX512F__
+#if defined(__AVX512F__) && UNITS >= 2
 #define SIXTEEN_LANES
 typedef float f16 __attribute__((vector_size(64), aligned(4)));
 typedef int32_t i16 __attribute__((vector_size(64), aligned(4)));

@@ -128,7 +128,8 @@ def runs_on_kernels(tokenizer: ImageTokenizer) -> bool:
     """Whether our C++ kernels decode and encode: results depend neither on the batch nor on threads then."""
     return (isinstance(tokenizer, VQModel) and convolution.ready(tokenizer.decoder.conv_in)
             and tokenizer.decoder._compiled_call_impl is None  # a compiled one runs PyTorch's kernels
-            and all(map(convolution.fits, (part for part in tokenizer.modules() if isinstance(part, nn.Conv2d)))))
+            and all(map(convolution.fits, (part for part in tokenizer.modules()
+                                            if isinstance(part, (nn.Conv2d, nn.GroupNorm, nn.Embedding))))))
 
 
 def images_at_once(pixels: int, device: str, *, free: bool, padded: dict[str, int] = PADDED) -> int:

@@ -59,7 +59,7 @@ class KVCache:
 
     def filled(self, x: Tensor) -> Tensor:
         """x (n, …) with zeros up to a number of rows with which the bits of a row do not depend on the others."""
-        missing = max(self.least - len(x), -len(x) % self.together)
+        missing = max(self.least - len(x), -len(x) % self.together) if len(x) else 0
         return F.pad(x, (*[0] * (2 * x.ndim - 1), missing))
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:

@@ -266,8 +266,9 @@ def engine_name(gpt: CodeModel, tokenizer: ImageTokenizer) -> str:
     if kernels is None:
         codes = torch_engine(gpt)
     else:
-        unit = kernels.units()
-        codes = f"C++ kernels ({list(UNITS)[unit - 1]})" if unit else "C++ kernels"
+        rounding = {list(UNITS).index("bf16dot") + 1: " with inputs in bfloat16",
+                    list(UNITS).index("amx") + 1: " with inputs in bfloat16, by AMX"}
+        codes = "C++ kernels" + rounding.get(kernels.units(), "")
     pixels = "C++ kernels" if runs_on_kernels(tokenizer) else torch_engine(tokenizer)
     return f"{codes} for codes and {pixels} for pixels on {next(gpt.parameters()).device.type}"
 

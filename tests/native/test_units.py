@@ -53,6 +53,33 @@ def test_a_row_has_the_same_bits_alone_and_among_many(unit, dim, dtype, threads)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_rows_that_are_done_in_parts_have_the_bits_of_those_that_are_not(unit, dtype):
+    """With 2048 inputs about a hundred rows make a part."""
+    model, count = tiny(dim=2048, n_layer=1, grid=(1, 1), vocab_size=37).to(dtype), 250
+    codes, conditions = torch.zeros(count, 1, dtype=torch.long), torch.arange(count) % 3
+    codes[:, 0] = torch.arange(count) % 37
+    expected = logits_after(model, codes, conditions).clone()
+    for first in range(0, count, 50):
+        some = slice(first, first + 50)
+        assert torch.equal(logits_after(model, codes[some], conditions[some]), expected[:, some])
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_units_that_round_alike_give_the_same_bits(unit, monkeypatch):
+    for dtype in (torch.float32, torch.bfloat16):
+        model = tiny(dim=192, grid=(1, 3)).to(dtype)
+        codes, conditions = torch.randint(V, (20, 2)), torch.arange(20) % 3
+        monkeypatch.setenv("LLAMAGEN_NATIVE", unit)
+        found = logits_after(model, codes, conditions).clone()
+        monkeypatch.setenv("LLAMAGEN_NATIVE", "avx2")
+        same = torch.equal(logits_after(model, codes, conditions), found)
+        assert same == (dtype == torch.float32 or unit in ("avx2", "avx512"))
+
+
+@pytest.mark.slow
 @torch.no_grad()
 def test_units_agree_as_far_as_they_round_alike(unit):
     model = tiny(dim=192, n_layer=3, grid=(2, 3)).bfloat16()

@@ -62,16 +62,20 @@ def convolve(layer: nn.Conv2d, x: Tensor, *, norm: nn.GroupNorm | None = None, d
 def ready(layer: nn.Module, *others: Tensor | nn.Module | None) -> bool:
     """Whether the kernels may run `layer` (with `others`, its inputs and what comes before it): eval mode, no gradient,
     no autocast, no tracing, fp32 on a CPU, a compiler; and modules that compute what the kernels do."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled("cpu") or layer.training:
+        return False
     gradients = torch.is_grad_enabled()
     for one in (layer, *others):
         if isinstance(one, nn.Module) and not fits(one):
             return False
-        for t in (one,) if isinstance(one, Tensor) else (getattr(one, "weight", None), getattr(one, "bias", None)):
+        weights = () if isinstance(one, Tensor) or one is None else (getattr(one, "weight", None),
+                                                                     getattr(one, "bias", None))
+        if not all(type(t) in (Tensor, nn.Parameter) for t in weights if t is not None):
+            return False
+        for t in (one,) if isinstance(one, Tensor) else weights:
             if t is not None and not (t.is_cpu and t.dtype is torch.float32 and not (gradients and t.requires_grad)):
                 return False
-    return (not layer.training and type(layer.weight) in (Tensor, nn.Parameter)
-            and not (torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled("cpu"))
-            and kernels() is not None)
+    return kernels() is not None
 
 
 def fits(module: nn.Module) -> bool:
