@@ -27,7 +27,7 @@ makes its products, at the bandwidth and speed measured in the same run; "of lim
 peak of the process, libraries and weights included, while codes / pixels are made (on a GPU: of what torch allocates);
 "memory" compares the larger ones. "sampled": the plain loop was timed over 12 of its steps, four each at the start, in
 the middle and at the end, and the probabilities that it keeps of every other one are added to its memory; "whole": over
-all of them. Ours always ran as a whole.
+all of them. Ours always ran as a whole. Beside busy processes (`--load`) all is measured beside them, the limit too.
 
 | case | device, threads | versions, date | repeats, plain | plain ms/step | ours ms/step | faster | GB/s, GFLOP/s | \
 limit ms/step | plain, ours of limit | plain images/s | ours images/s | faster | plain GiB | ours GiB | memory |
