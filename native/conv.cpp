@@ -7,95 +7,27 @@
 // stride 2) gathers its patches into the rows of one matrix product.
 //
 // Every output is one sum over the input channels in ascending order, whatever block, thread or batch it belongs to.
-#include <algorithm>
+// CPUs with AMX have another way where 16 bits of a number are enough: conv_amx.h.
 #include <cmath>
-#include <cstdlib>
-#include <memory>
 #include <vector>
-#include "simd.h"
+
+#include "pixels.h"
 #include "team.h"
-
-typedef double d8 __attribute__((vector_size(64)));
-typedef float m8 __attribute__((vector_size(32), aligned(4), may_alias));  // eight floats in memory, at any address
-
-static const int COLUMNS = 16;  // of a panel of weights
-#ifdef SIXTEEN_LANES
-typedef f16 Lanes;
-static const int ROWS = 12, PANELS = 2;  // computed at once by a product: 24 vectors of sums, which fit into the registers
-static inline f16 everywhere(float x) { return (f16)_mm512_set1_ps(x); }
-#else
-typedef f8 Lanes;
-static const int ROWS = 6, PANELS = 1;   // 12 vectors of sums
-static inline f8 everywhere(float x) { return all(x); }
+#ifdef IN_TILES
+#include "conv_amx.h"
 #endif
-static const int LANES = sizeof(Lanes) / sizeof(float), VECTORS = COLUMNS / LANES;
+
+#ifdef SIXTEEN_LANES
+static const int ROWS = 12, PANELS = 2;  // computed at once by a product: 24 vectors of sums, which fit into the registers
+#else
+static const int ROWS = 6, PANELS = 1;   // 12 vectors of sums
+#endif
+static const int VECTORS = COLUMNS / LANES;  // of a panel's row
 static const long PIXELS = 48;  // outputs of a block of a direct convolution
 static const long MOST_PANELS = 64;  // of such a block
 static const long CHUNK = 64;  // pixels whose moments are summed at once
 static const long FEW = 8;     // pixels summed in fp32 before the sum is added in fp64
 static const long FEW_FLOATS = 4096;  // a thread reads them sooner than it shares them
-
-struct Input {
-    const float* values;  // (batch, height, width, channels)
-    const float *scale, *shift;  // (batch, channels) each, or null: taken as it is
-    long batch, height, width, channels;
-    int silu, upsample;
-    long padded() const { return (channels + 7) / 8 * 8; }
-};
-
-struct Output {
-    float* values;  // (batch, height, width, channels)
-    const float *bias, *residual;  // (channels), and like values; each may be null
-    long height, width, channels;
-    long panels() const { return (channels + COLUMNS - 1) / COLUMNS; }
-};
-
-struct Free {
-    void operator()(float* p) const { std::free(p); }
-};
-typedef std::unique_ptr<float, Free> Floats;
-
-static void make(Floats& room, long count) {  // room for so many, unless it was made before
-    if (!room) room.reset((float*)std::aligned_alloc(64, (count * 4 + 63) / 64 * 64));
-}
-
-static inline f8 load_part(const float* p, long n) {
-    if (n >= 8) return load(p);
-    float full[8] = {0};
-    for (long i = 0; i < n; i++) full[i] = p[i];
-    return load(full);
-}
-
-static inline f8 load_strided(const float* p, long stride, long n) {
-    if (stride == 1) return load_part(p, n);
-    float full[8] = {0};
-    for (long i = 0; i < std::min(n, 8L); i++) full[i] = p[i * stride];
-    return load(full);
-}
-
-static inline void store_part(float* p, f8 x, long n) {
-    if (n >= 8) return store(p, x);
-    for (long i = 0; i < n; i++) p[i] = x[i];
-}
-
-// One pixel, its channels padded with zeros to a multiple of eight; zeros outside of the picture.
-static inline void read_pixel(float* to, const Input& in, long image, long y, long x) {
-    const long padded = in.padded();
-    if (y < 0 || x < 0 || y >= in.height << in.upsample || x >= in.width << in.upsample) {
-        std::memset(to, 0, padded * sizeof(float));
-        return;
-    }
-    const float* from = in.values + ((image * in.height + (y >> in.upsample)) * in.width + (x >> in.upsample)) *
-                        in.channels;
-    const float *scale = in.scale + image * in.channels, *shift = in.shift + image * in.channels;
-    for (long c = 0; c < padded; c += 8) {
-        const long n = in.channels - c;
-        f8 v = load_part(from + c, n);
-        if (in.scale) v = v * load_part(scale + c, n) + load_part(shift + c, n);
-        if (in.silu) v = v / (all(1.0f) + exponential(-v));
-        store(to + c, v);
-    }
-}
 
 // c (R, 16 P) = a (R, depth) b (P, depth, 16)
 template <int R, int P>
@@ -138,13 +70,6 @@ static void matrix_product(const float* a, long a_stride, const float* b, long d
     }
 }
 
-static inline void write_part(const Output& out, long pixel, long c, f8 v) {
-    const long n = out.channels - c, at = pixel * out.channels + c;
-    if (out.bias) v += load_part(out.bias + c, n);
-    if (out.residual) v += load_part(out.residual + at, n);
-    store_part(out.values + at, v, n);
-}
-
 // ---- Winograd: a tile of M x M outputs from N x N inputs
 
 static const int M = 4, N = M + 2;
@@ -155,9 +80,9 @@ static const long HIGH = 4, WIDE = 6;  // tiles of a block
 struct Filter {
     static constexpr double A = 11 / 16.0, B = 11 / 8.0;
     static constexpr float AA = A * A, BB = B * B, SUM = A * A + B * B, PRODUCT = A * A * B * B;
-    static inline void input(const m8* d, long s, m8* v, long t) {
-        const f8 even_a = d[4 * s] - BB * d[2 * s], odd_a = float(A) * (d[3 * s] - BB * d[s]);
-        const f8 even_b = d[4 * s] - AA * d[2 * s], odd_b = float(B) * (d[3 * s] - AA * d[s]);
+    static inline void input(const Row* d, long s, Row* v, long t) {
+        const Lanes even_a = d[4 * s] - BB * d[2 * s], odd_a = float(A) * (d[3 * s] - BB * d[s]);
+        const Lanes even_b = d[4 * s] - AA * d[2 * s], odd_b = float(B) * (d[3 * s] - AA * d[s]);
         v[0] = PRODUCT * d[0] - SUM * d[2 * s] + d[4 * s];
         v[t] = even_a + odd_a;
         v[2 * t] = even_a - odd_a;
@@ -165,10 +90,10 @@ struct Filter {
         v[4 * t] = even_b - odd_b;
         v[5 * t] = PRODUCT * d[s] - SUM * d[3 * s] + d[5 * s];
     }
-    static inline void weights(const m8* g, long s, m8* u, long t) {
+    static inline void weights(const Row* g, long s, Row* u, long t) {
         const float a = 1 / (2 * A * A * (A * A - B * B)), b = 1 / (2 * B * B * (B * B - A * A));
-        const f8 even_a = a * (g[0] + AA * g[2 * s]), odd_a = float(A) * a * g[s];
-        const f8 even_b = b * (g[0] + BB * g[2 * s]), odd_b = float(B) * b * g[s];
+        const Lanes even_a = a * (g[0] + AA * g[2 * s]), odd_a = float(A) * a * g[s];
+        const Lanes even_b = b * (g[0] + BB * g[2 * s]), odd_b = float(B) * b * g[s];
         u[0] = (1 / PRODUCT) * g[0];
         u[t] = even_a + odd_a;
         u[2 * t] = even_a - odd_a;
@@ -176,9 +101,9 @@ struct Filter {
         u[4 * t] = even_b - odd_b;
         u[5 * t] = g[2 * s];
     }
-    static inline void output(const m8* m, long s, m8* y, long t) {
-        const f8 even_a = m[s] + m[2 * s], odd_a = float(A) * (m[s] - m[2 * s]);
-        const f8 even_b = m[3 * s] + m[4 * s], odd_b = float(B) * (m[3 * s] - m[4 * s]);
+    static inline void output(const Row* m, long s, Row* y, long t) {
+        const Lanes even_a = m[s] + m[2 * s], odd_a = float(A) * (m[s] - m[2 * s]);
+        const Lanes even_b = m[3 * s] + m[4 * s], odd_b = float(B) * (m[3 * s] - m[4 * s]);
         y[0] = m[0] + even_a + even_b;
         y[t] = odd_a + odd_b;
         y[2 * t] = AA * even_a + BB * even_b;
@@ -192,45 +117,43 @@ static long position_stride(long depth, long panels) { return panels * depth * C
 // weights (out, in, 3, 3) with strides -> (position, panel, in, 16)
 static void transform_weights(const float* weights, const long* stride, long in, long out, float* to,
                               Team::Call& team) {
-    const long depth = (in + 7) / 8 * 8, panels = (out + COLUMNS - 1) / COLUMNS, step = position_stride(depth, panels);
-    team.loop(panels * depth / 8, [&](long item, long) {
-        const long p = item / (depth / 8), ci = item % (depth / 8) * 8;
-        m8 g[8][2][9];  // (input channel, half of the panel, weight of the window)
-        for (int half = 0; half < 2; half++)
+    const long depth = up_to(LANES, in), panels = (out + COLUMNS - 1) / COLUMNS;
+    const long step = position_stride(depth, panels);
+    team.loop(panels * depth / LANES, [&](long item, long) {
+        const long p = item / (depth / LANES), ci = item % (depth / LANES) * LANES;
+        Row g[LANES][VECTORS][9];  // (input channel, part of the panel, weight of the window)
+        for (int part = 0; part < VECTORS; part++)
             for (int k = 0; k < 9; k++) {
-                for (long i = 0; i < 8; i++) {
-                    const long co = p * COLUMNS + half * 8 + i;
-                    const float* from = weights + co * stride[0] + ci * stride[1] + k / 3 * stride[2] +
-                                        k % 3 * stride[3];
-                    const f8 row = co < out ? load_strided(from, stride[1], in - ci) : all(0.0f);
-                    for (int j = 0; j < 8; j++) g[j][half][k][i] = row[j];
-                }
+                Lanes rows[LANES];
+                read_weights(weights, stride, 3, k, p * COLUMNS + part * LANES, out, ci, in, rows);
+                for (int i = 0; i < LANES; i++) g[i][part][k] = rows[i];
             }
-        for (int i = 0; i < 8; i++)
-            for (int half = 0; half < 2; half++) {
-                m8 rows[N * 3], u[N * N];
-                for (int x = 0; x < 3; x++) Filter::weights(g[i][half] + x, 3, rows + x, 3);
+        for (int i = 0; i < LANES; i++)
+            for (int part = 0; part < VECTORS; part++) {
+                Row rows[N * 3], u[N * N];
+                for (int x = 0; x < 3; x++) Filter::weights(g[i][part] + x, 3, rows + x, 3);
                 for (int y = 0; y < N; y++) Filter::weights(rows + 3 * y, 1, u + N * y, 1);
                 for (int k = 0; k < N * N; k++)
-                    store(to + k * step + (p * depth + ci + i) * COLUMNS + half * 8, u[k]);
+                    std::memcpy(to + k * step + (p * depth + ci + i) * COLUMNS + part * LANES, &u[k], sizeof u[k]);
             }
     });
 }
 
 static void convolve_tiles(const Input& in, const float* weights, const Output& out, Team::Call& team) {
     const long threads = team.threads();
-    const long depth = in.padded(), panels = out.panels(), step = position_stride(depth, panels);
+    const long depth = up_to(LANES, in.channels), panels = out.panels();
+    const long step = position_stride(depth, panels);
     const long tiles_high = (out.height + M - 1) / M, tiles_wide = (out.width + M - 1) / M;
     const long high = (tiles_high + HIGH - 1) / HIGH, wide = (tiles_wide + WIDE - 1) / WIDE;
     const long blocks = in.batch * high * wide;
     // The panels are split where the weights overflow the shared cache, or where there are too few blocks for all.
     const long heavy = (N * N * step * 4 >> 24) + 1, idle = blocks >= 2 * threads ? 1 : 2 * threads / blocks;
     const long groups = std::min(std::max(heavy, idle), panels);
-    const long most = HIGH * WIDE, columns = ((panels + groups - 1) / groups) * COLUMNS;
+    const long most = HIGH * WIDE, columns = (panels + groups - 1) / groups * COLUMNS;
     const long in_step = most * depth + 16, out_step = most * columns + 16;
     const long patch_wide = WIDE * M + 2, patch_high = HIGH * M + 2;
     struct alignas(64) Own {
-        Floats patch, inputs, outputs;
+        Room<float> patch, inputs, outputs;
     };
     std::vector<Own> own(threads);
     team.loop(groups * blocks, [&](long item, long thread) {
@@ -244,16 +167,21 @@ static void convolve_tiles(const Input& in, const float* weights, const Output& 
         const long top = block / wide % high * HIGH, left = block % wide * WIDE;  // in tiles
         const long rows = std::min(HIGH, tiles_high - top), across = std::min(WIDE, tiles_wide - left);
         for (long y = 0; y < rows * M + 2; y++)
-            for (long x = 0; x < across * M + 2; x++)
-                read_pixel(patch + (y * patch_wide + x) * depth, in, image, top * M + y - 1, left * M + x - 1);
+            for (long x = 0; x < across * M + 2; x++) {
+                float* to = patch + (y * patch_wide + x) * depth;
+                read_pixel(in, image, top * M + y - 1, left * M + x - 1, depth,
+                           [&](long c, Lanes v) { std::memcpy(to + c, &v, sizeof v); });
+            }
         for (long t = 0; t < rows * across; t++) {
             const float* from = patch + (t / across * M * patch_wide + t % across * M) * depth;
-            for (long c = 0; c < depth; c += 8) {
-                m8 half[N * N];
-                const m8* d = (const m8*)(from + c);
-                m8* v = (m8*)(inputs + t * depth + c);
-                for (int x = 0; x < N; x++) Filter::input(d + x * depth / 8, patch_wide * depth / 8, half + x, N);
-                for (int y = 0; y < N; y++) Filter::input(half + N * y, 1, v + N * y * in_step / 8, in_step / 8);
+            for (long c = 0; c < depth; c += LANES) {
+                Row half[N * N];
+                const Row* d = (const Row*)(from + c);
+                Row* v = (Row*)(inputs + t * depth + c);
+                for (int x = 0; x < N; x++)
+                    Filter::input(d + x * depth / LANES, patch_wide * depth / LANES, half + x, N);
+                for (int y = 0; y < N; y++)
+                    Filter::input(half + N * y, 1, v + N * y * in_step / LANES, in_step / LANES);
             }
         }
         for (int i = 0; i < N * N; i++)
@@ -262,10 +190,11 @@ static void convolve_tiles(const Input& in, const float* weights, const Output& 
         for (long t = 0; t < rows * across; t++) {
             const long y0 = (top + t / across) * M, x0 = (left + t % across) * M;
             const long end = std::min(count * COLUMNS, out.channels - first_panel * COLUMNS);
-            for (long c = 0; c < end; c += 8) {
-                m8 half[M * N], y[M * M];
-                const m8* m = (const m8*)(outputs + t * columns + c);
-                for (int x = 0; x < N; x++) Filter::output(m + x * out_step / 8, N * out_step / 8, half + x, N);
+            for (long c = 0; c < end; c += LANES) {
+                Row half[M * N], y[M * M];
+                const Row* m = (const Row*)(outputs + t * columns + c);
+                for (int x = 0; x < N; x++)
+                    Filter::output(m + x * out_step / LANES, N * out_step / LANES, half + x, N);
                 for (int i = 0; i < M; i++) Filter::output(half + N * i, 1, y + M * i, 1);
                 for (long i = 0; i < M && y0 + i < out.height; i++)
                     for (long j = 0; j < M && x0 + j < out.width; j++)
@@ -278,21 +207,18 @@ static void convolve_tiles(const Input& in, const float* weights, const Output& 
 
 // ---- any other window: patches are gathered into the rows of one matrix product
 
-struct Window {
-    long side, stride, before;  // `before`: zeros above and left of the picture; below and right as many as it takes
-};
-
 // weights (out, in, side, side) with strides -> (panel, side * side * in, 16)
 static void pack_weights(const float* weights, const long* stride, long side, long in, long out, float* to,
                          Team::Call& team) {
-    const long depth = (in + 7) / 8 * 8, panels = (out + COLUMNS - 1) / COLUMNS, all = side * side * depth;
-    team.loop(panels, [&](long p, long) {
-        for (long column = 0; column < COLUMNS; column++)
-            for (long k = 0; k < side * side; k++) {
-                const long co = p * COLUMNS + column;
-                const float* from = weights + co * stride[0] + k / side * stride[2] + k % side * stride[3];
-                for (long ci = 0; ci < depth; ci++)
-                    to[(p * all + k * depth + ci) * COLUMNS + column] = co < out && ci < in ? from[ci * stride[1]] : 0;
+    const long depth = up_to(LANES, in), panels = (out + COLUMNS - 1) / COLUMNS, positions = side * side;
+    team.loop(panels * positions, [&](long item, long) {
+        const long p = item / positions, k = item % positions;
+        for (long ci = 0; ci < depth; ci += LANES)
+            for (int part = 0; part < VECTORS; part++) {
+                Lanes rows[LANES];
+                read_weights(weights, stride, side, k, p * COLUMNS + part * LANES, out, ci, in, rows);
+                for (long i = 0; i < LANES; i++)
+                    std::memcpy(to + (item * depth + ci + i) * COLUMNS + part * LANES, &rows[i], sizeof rows[i]);
             }
     });
 }
@@ -300,13 +226,14 @@ static void pack_weights(const float* weights, const long* stride, long side, lo
 static void convolve_windows(const Input& in, const Window& window, const float* weights, const Output& out,
                              Team::Call& team) {
     const long threads = team.threads();
-    const long depth = in.padded(), area = window.side * window.side, all = area * depth, panels = out.panels();
+    const long depth = up_to(LANES, in.channels), area = window.side * window.side, all = area * depth;
+    const long panels = out.panels();
     const long pixels = in.batch * out.height * out.width, blocks = (pixels + PIXELS - 1) / PIXELS;
     const long idle = blocks >= 2 * threads ? 1 : 2 * threads / blocks;
     const long groups = std::min(std::max((panels + MOST_PANELS - 1) / MOST_PANELS, idle), panels);
     const long columns = (panels + groups - 1) / groups * COLUMNS;
     struct alignas(64) Own {
-        Floats inputs, outputs;
+        Room<float> inputs, outputs;
     };
     std::vector<Own> own(threads);
     team.loop(groups * blocks, [&](long item, long thread) {
@@ -320,14 +247,17 @@ static void convolve_windows(const Input& in, const Window& window, const float*
             const long image = (first + r) / (out.height * out.width), at = (first + r) % (out.height * out.width);
             const long y = at / out.width * window.stride - window.before;
             const long x = at % out.width * window.stride - window.before;
-            for (long k = 0; k < area; k++)
-                read_pixel(inputs + r * all + k * depth, in, image, y + k / window.side, x + k % window.side);
+            for (long k = 0; k < area; k++) {
+                float* to = inputs + r * all + k * depth;
+                read_pixel(in, image, y + k / window.side, x + k % window.side, depth,
+                           [&](long c, Lanes v) { std::memcpy(to + c, &v, sizeof v); });
+            }
         }
         matrix_product(inputs, all, weights + first_panel * all * COLUMNS, all, count, rows, outputs, columns);
         const long end = std::min(count * COLUMNS, out.channels - first_panel * COLUMNS);
         for (long r = 0; r < rows; r++)
-            for (long c = 0; c < end; c += 8)
-                write_part(out, first + r, first_panel * COLUMNS + c, load(outputs + r * columns + c));
+            for (long c = 0; c < end; c += LANES)
+                write_part(out, first + r, first_panel * COLUMNS + c, read<Lanes>(outputs + r * columns + c));
     });
 }
 
@@ -335,20 +265,23 @@ static void convolve_windows(const Input& in, const Window& window, const float*
 
 // Sums and sums of squares of each channel of one chunk of pixels.
 static void chunk_moments(const float* x, long pixels, long channels, double* sums, double* squares) {
-    for (long c = 0; c < channels; c += 8) {
-        d8 sum = {0}, square = {0};
-        for (long i = 0; i < pixels;) {
-            f8 few = all(0.0f), few_squares = all(0.0f);
-            for (const long end = std::min(i + FEW, pixels); i < end; i++) {
-                const f8 v = load_part(x + i * channels + c, channels - c);
+    std::fill(sums, sums + channels, 0.0);
+    std::fill(squares, squares + channels, 0.0);
+    const auto add = [](double* to, const float* few, long count) {
+        for (long i = 0; i < count; i++) to[i] += few[i];
+    };
+    for (long first = 0; first < pixels; first += FEW)
+        for (long c = 0; c < channels; c += LANES) {
+            const long count = std::min<long>(LANES, channels - c);
+            Row few = {}, few_squares = {};
+            for (long i = first; i < std::min(first + FEW, pixels); i++) {
+                const Lanes v = load_part<Lanes>(x + i * channels + c, count);
                 few += v;
                 few_squares += v * v;
             }
-            sum += __builtin_convertvector(few, d8);
-            square += __builtin_convertvector(few_squares, d8);
+            add(sums + c, (const float*)&few, count);
+            add(squares + c, (const float*)&few_squares, count);
         }
-        for (long i = 0; i < std::min(8L, channels - c); i++) sums[c + i] = sum[i], squares[c + i] = square[i];
-    }
 }
 
 // GroupNorm as a factor and a summand for each channel of each image: scale and shift (batch, channels).
@@ -389,18 +322,32 @@ static void group_norm(const float* x, long batch, long pixels, long channels, c
 
 extern "C" {
 
-// Floats that the packed weights take.
-long packed_size(int winograd, long side, long in, long out) {
-    const long depth = (in + 7) / 8 * 8, panels = (out + COLUMNS - 1) / COLUMNS;
-    return winograd ? N * N * position_stride(depth, panels) : panels * side * side * depth * COLUMNS;
+// Whether `split` does something: see conv_amx.h.
+int splits() {
+#ifdef IN_TILES
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+// Bytes that the packed weights take.
+long packed_size(int winograd, long side, long in, long out, int split) {
+#ifdef IN_TILES
+    if (split) return Split::packed_size(side, in, out);
+#endif
+    const long depth = up_to(LANES, in), panels = (out + COLUMNS - 1) / COLUMNS;
+    return (winograd ? N * N * position_stride(depth, panels) : panels * side * side * depth * COLUMNS) * sizeof(float);
 }
 
 // y = residual + convolution(silu(norm(x))) + bias; what is null or 0 is left out. `packed`: room for the weights.
-// winograd: for windows of 3, stride 1 and zeros all around only.
+// winograd: for windows of 3, stride 1 and zeros all around only. split: products keep 16 bits, and are faster.
 void convolution(int winograd, const float* x, long batch, long height, long width, long in, const float* norm_weight,
                  const float* norm_bias, long groups, double eps, int silu, int upsample, const float* weights,
-                 const long* weight_stride, long side, long stride, long before, float* packed, const float* bias,
-                 const float* residual, float* y, long out_height, long out_width, long out, int threads) {
+                 const long* weight_stride, long side, long stride, long before, void* packed, const float* bias,
+                 const float* residual, float* y, long out_height, long out_width, long out, int split, int threads) {
+    in_huge_pages(y, batch * out_height * out_width * out * sizeof(float));
+    in_huge_pages(packed, packed_size(winograd, side, in, out, split));
     Team::Call team(threads);
     std::vector<float> scaling(groups ? 2 * batch * in : 0);
     float *scale = nullptr, *shift = nullptr;
@@ -410,12 +357,19 @@ void convolution(int winograd, const float* x, long batch, long height, long wid
     }
     const Input input{x, scale, shift, batch, height, width, in, silu, upsample};
     const Output output{y, bias, residual, out_height, out_width, out};
+    const Window window{side, stride, before};
+#ifdef IN_TILES
+    if (split) {
+        Split::pack(weights, weight_stride, window, in, out, (uint16_t*)packed, team);
+        return Split::convolve(input, window, (const uint16_t*)packed, output, team);
+    }
+#endif
     if (winograd) {
-        transform_weights(weights, weight_stride, in, out, packed, team);
-        convolve_tiles(input, packed, output, team);
+        transform_weights(weights, weight_stride, in, out, (float*)packed, team);
+        convolve_tiles(input, (const float*)packed, output, team);
     } else {
-        pack_weights(weights, weight_stride, side, in, out, packed, team);
-        convolve_windows(input, Window{side, stride, before}, packed, output, team);
+        pack_weights(weights, weight_stride, side, in, out, (float*)packed, team);
+        convolve_windows(input, window, (const float*)packed, output, team);
     }
 }
 

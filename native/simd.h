@@ -38,7 +38,7 @@ static inline f8 multiply_add(f8 a, f8 b, f8 c) {
 static inline f8 load(const float* p) { return read<f8>(p); }
 static inline void store(float* p, f8 x) { std::memcpy(p, &x, sizeof x); }
 static inline f8 all(float x) { return f8{x, x, x, x, x, x, x, x}; }
-static inline f8 select(i8 mask, f8 yes, f8 no) { return (f8)(((i8)yes & mask) | ((i8)no & ~mask)); }
+template <class V> static inline V select(typename Bits<V>::Signed mask, V yes, V no) { return mask ? yes : no; }
 
 static inline float sum(f8 x) {
     return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7]));
@@ -56,6 +56,12 @@ template <class X> static inline f4 PICK(X x, X y, int a, int b, int c, int d) {
 #endif
 
 static inline f4 halves(f8 x) { return PICK(x, x, 0, 1, 2, 3) + PICK(x, x, 4, 5, 6, 7); }
+
+static inline void transpose(f8 (&r)[8]) {
+    f8 t[8];
+    for (int i = 0; i < 8; i++) t[i] = f8{r[0][i], r[1][i], r[2][i], r[3][i], r[4][i], r[5][i], r[6][i], r[7][i]};
+    std::memcpy(r, t, sizeof t);
+}
 
 // `sum` of four vectors at once, with the additions in the same order.
 static inline f4 sums(f8 a, f8 b, f8 c, f8 d) {
@@ -87,6 +93,35 @@ static inline f16 multiply_add(f16 a, f16 b, f16 c) { return (f16)_mm512_fmadd_p
 static inline f16 held(f16 x) {
     asm("" : "+v"(x));
     return x;
+}
+
+static inline void transpose(__m512i (&r)[16]) {  // of 16 x 16 words
+    __m512i t[16];
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    for (int i = 0; i < 4; i++) {
+        const __m512i a = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88), b = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+        const __m512i c = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+        const __m512i d = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+        t[i] = _mm512_shuffle_i32x4(a, c, 0x88), t[i + 4] = _mm512_shuffle_i32x4(b, d, 0x88);
+        t[i + 8] = _mm512_shuffle_i32x4(a, c, 0xdd), t[i + 12] = _mm512_shuffle_i32x4(b, d, 0xdd);
+    }
+    for (int i = 0; i < 16; i++) r[i] = t[i];
+}
+
+static inline void transpose(f16 (&r)[16]) {
+    __m512i words[16];
+    for (int i = 0; i < 16; i++) words[i] = (__m512i)r[i];
+    transpose(words);
+    for (int i = 0; i < 16; i++) r[i] = (f16)words[i];
 }
 
 // `sum` of each half of four vectors at once, with the additions in the same order.
@@ -144,21 +179,23 @@ static inline float largest(f8 x) {
 }
 
 // e^x to two units in the last place; 0 below -87, e^88 above 88.
-static inline f8 exponential(f8 x) {
-    const i8 tiny = x < all(-87.0f);
-    x = select(x > all(88.0f), all(88.0f), select(tiny, all(-87.0f), x));
-    const f8 shifter = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-    const f8 n = (x * all(1.44269504088896341f) + shifter) - shifter;
-    const f8 r = (x - n * all(0.693359375f)) + n * all(2.12194440e-4f);  // |r| <= ln(2) / 2
-    f8 y = all(1.9875691500e-4f);  // minimax coefficients of Cephes' expf
-    y = y * r + all(1.3981999507e-3f);
-    y = y * r + all(8.3334519073e-3f);
-    y = y * r + all(4.1665795894e-2f);
-    y = y * r + all(1.6666665459e-1f);
-    y = y * r + all(5.0000001201e-1f);
-    y = y * r * r + r + all(1.0f);
-    const i8 scale = (__builtin_convertvector(n, i8) + 127) << 23;
-    return select(tiny, all(0.0f), y * (f8)scale);
+template <class V> static inline V exponential(V x) {
+    typedef typename Bits<V>::Signed Signed;
+    const V none = {}, least = none - 87.0f, most = none + 88.0f;
+    const Signed tiny = x < least;
+    x = select(x > most, most, select(tiny, least, x));
+    const V shifter = none + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+    const V n = (x * 1.44269504088896341f + shifter) - shifter;
+    const V r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // |r| <= ln(2) / 2
+    V y = none + 1.9875691500e-4f;  // minimax coefficients of Cephes' expf
+    y = y * r + 1.3981999507e-3f;
+    y = y * r + 8.3334519073e-3f;
+    y = y * r + 4.1665795894e-2f;
+    y = y * r + 1.6666665459e-1f;
+    y = y * r + 5.0000001201e-1f;
+    y = y * r * r + r + 1.0f;
+    const Signed scale = (__builtin_convertvector(n, Signed) + 127) << 23;
+    return select(tiny, none, y * (V)scale);
 }
 
 // ln x for normal x > 0, to two units in the last place.

@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 from autoregressive.sample.masks import Canvas, as_mask, chosen, dilated, stretched, windows
-from autoregressive.sample.pipeline import Pipeline
+from autoregressive.sample.pipeline import Pipeline, pixel_dtype
 from autoregressive.sample.seams import GREY, filled, pasted, psnr_where
 from dataset.augmentation import center_crop, covering
 from tokenizer.build import decode_images, encode_images
@@ -77,7 +77,8 @@ def edit_steps(pipeline: Pipeline, image: np.ndarray, mask: np.ndarray | None = 
     codes = yield from draw_windows(pipeline.gpt.config.grid, layout.whole(np.where(drawn, -1, known), beyond=-1),
                                     layout.whole(cells), conditions, seed=seed, indices=indices)
     device = next(pipeline.gpt.parameters()).device
-    decoded = images.to_uint8(decode_images(pipeline.tokenizer, codes.flatten(1).to(device), layout.cells))
+    decoded = images.to_uint8(decode_images(pipeline.tokenizer, codes.flatten(1).to(device), layout.cells,
+                                            dtype=pixel_dtype(pipeline.gpt)))
     decoded = decoded[(slice(None), *layout.result)]  # (B, H, W, 3)
 
     drawn = layout.whole(drawn)

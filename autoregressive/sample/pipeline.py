@@ -35,6 +35,7 @@ from tokenizer.build import (
     other_tokenizer,
     runs_on_kernels,
 )
+from tokenizer.tokenizer_image import convolution
 from utils import cli, dist, images
 from utils.checkpoints import containers
 from utils.files import exists
@@ -118,7 +119,7 @@ class Pipeline:
 
     def to_pixels(self, codes: Tensor, *, size: tuple[int, int] | None = None) -> np.ndarray:
         """Codes (B, h*w) → uint8 (B, H, W, 3), resized to `size`."""
-        pixels = decode_images(self.tokenizer, codes, self.gpt.config.grid)
+        pixels = decode_images(self.tokenizer, codes, self.gpt.config.grid, dtype=pixel_dtype(self.gpt))
         if size not in (None, self.image_size):
             pixels = F.interpolate(pixels, size=size, mode="bicubic")
         return images.to_uint8(pixels)
@@ -260,6 +261,14 @@ def sampling_dtype(flags: SampleFlags, device: torch.device) -> torch.dtype:
     return dist.compute_dtype(flags.precision, device)
 
 
+def pixel_dtype(gpt: CodeModel) -> torch.dtype:
+    """What `decode_images` decodes the model's codes in: bfloat16, as the model, where pictures don't suffer from it;
+    else fp32, as LlamaGen does."""
+    weight = next(gpt.parameters())
+    low = weight.dtype == torch.bfloat16 and weight.is_cpu and convolution.can_keep_16_bits()
+    return torch.bfloat16 if low else torch.float32
+
+
 def engine_name(gpt: CodeModel, tokenizer: ImageTokenizer) -> str:
     """What computes codes and pixels here: other engines round differently, which changes some images a little."""
     kernels = fitting_kernels(gpt)[1]
@@ -269,7 +278,9 @@ def engine_name(gpt: CodeModel, tokenizer: ImageTokenizer) -> str:
         rounding = {list(UNITS).index("bf16dot") + 1: " with inputs in bfloat16",
                     list(UNITS).index("amx") + 1: " with inputs in bfloat16, by AMX"}
         codes = "C++ kernels" + rounding.get(kernels.units(), "")
-    pixels = "C++ kernels" if runs_on_kernels(tokenizer) else torch_engine(tokenizer)
+    pixels = torch_engine(tokenizer)
+    if runs_on_kernels(tokenizer):
+        pixels = "C++ kernels" + (" by AMX" if pixel_dtype(gpt) == torch.bfloat16 else "")
     return f"{codes} for codes and {pixels} for pixels on {next(gpt.parameters()).device.type}"
 
 

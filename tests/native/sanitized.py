@@ -18,12 +18,15 @@ UNITS = list(build.UNITS)[:build.units()] or ["1"]
 BEST = UNITS[-1:]
 torch.set_num_threads(2)
 torch.manual_seed(0)
-build.prepare(("conv",), ("sample",), *(("decode", f"WEIGHTS={i}") for i in WEIGHTS.values()))
+build.prepare(("sample",), *(("decode", f"WEIGHTS={i}") for i in WEIGHTS.values()))
 
 tokenizer = VQModel(VQConfig(encoder_ch_mult=(1, 2), decoder_ch_mult=(1, 2), ch=12, z_channels=40, codebook_size=300,
                              num_res_blocks=1)).eval().requires_grad_(False)
-assert runs_on_kernels(tokenizer)
-decode_images(tokenizer, encode_images(tokenizer, torch.rand(3, 3, 22, 18)), (11, 9))
+for unit in UNITS:
+    os.environ["LLAMAGEN_NATIVE"] = unit
+    assert runs_on_kernels(tokenizer)
+    for dtype in (torch.float32, torch.bfloat16):
+        decode_images(tokenizer, encode_images(tokenizer, torch.rand(3, 3, 22, 18)), (11, 9), dtype=dtype)
 
 for kind in WEIGHTS:
     for unit in UNITS if kind == torch.bfloat16 else BEST:

@@ -58,6 +58,21 @@ def test_a_convolution_is_its_definition(channels, out, size):
     torch.testing.assert_close(convolve(layer, x, upsample=True).double(), exact, atol=1e-5, rtol=0)
 
 
+@pytest.mark.skipif(not convolution.can_keep_16_bits(), reason="no AMX")
+@pytest.mark.parametrize(("channels", "out", "size", "side", "options"), [
+    (40, 35, (70, 50), 3, {"padding": 1}), (33, 16, (9, 17), 3, {"padding": 1}), (64, 70, (37, 66), 3, {"stride": 2}),
+    (300, 48, (6, 5), 3, {"padding": 1}), (20, 33, (35, 40), 1, {}), (24, 8, (12, 40), 5, {"padding": 2})], ids=str)
+def test_split_numbers_keep_16_bits(channels, out, size, side, options):
+    layer, x = conv(channels, out, side, **options), torch.randn(2, channels, *size)
+    padded = F.pad(x, (0, 1, 0, 1)) if "stride" in options else x
+    exact = F.conv2d(padded.double(), layer.weight.double(), layer.bias.double(), **options)
+    terms = F.conv2d(padded.double().abs(), layer.weight.double().abs(), **options)  # the sum of what is added up
+    with convolution.keeping_16_bits(True):
+        found = convolve(layer, x)
+    assert 2.0**-24 < ((found.double() - exact).abs() / terms).max() < 2.0**-16
+    assert not torch.equal(convolve(layer, x), found)
+
+
 @needs_kernels
 def test_other_windows_are_their_definition():
     x = torch.randn(2, 13, 10, 14)
@@ -142,21 +157,22 @@ def test_a_hook_anywhere_in_the_tokenizer_is_heeded(model):
     assert runs_on_kernels(model) and not runs_on_kernels(changed)
 
 
-def outcome(model: VQModel, pixels: Tensor) -> tuple[Tensor, Tensor]:
+def outcome(model: VQModel, pixels: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
     codes = encode_images(model, pixels)
-    return codes, decode_images(model, codes, (pixels.shape[2] // 2, pixels.shape[3] // 2))
+    return codes, decode_images(model, codes, (pixels.shape[2] // 2, pixels.shape[3] // 2), dtype=dtype)
 
 
 @needs_kernels
-def test_bits_depend_neither_on_the_batch_nor_on_threads(model):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bits_depend_neither_on_the_batch_nor_on_threads(model, dtype):
     pixels = torch.rand(9, 3, 22, 14) * 2 - 1
-    codes, pictures = outcome(model, pixels)
+    codes, pictures = outcome(model, pixels, dtype)
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             for size in (1, 4, 9) if threads > 1 else range(1, 10):
-                parts = [outcome(model, part) for part in pixels.split(size)]
+                parts = [outcome(model, part, dtype) for part in pixels.split(size)]
                 assert torch.equal(torch.cat([part[0] for part in parts]), codes), (threads, size)
                 assert torch.equal(torch.cat([part[1] for part in parts]), pictures), (threads, size)
     finally:

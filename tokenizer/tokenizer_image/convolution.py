@@ -2,11 +2,14 @@
 
 In fp32 on a CPU, when nothing is trained, native/conv.cpp does all of it in one pass: Winograd's convolution
 (arXiv 1509.09308) with GroupNorm, SiLU, upsampling and the residual folded in, several times as fast as PyTorch's
-kernels. Its results depend neither on the batch nor on the number of threads. Everywhere else the layers themselves
-run, one after the other.
+kernels. Its results depend neither on the batch nor on the number of threads. Where 16 bits of a
+number are enough, CPUs with AMX are faster still. Everywhere else the layers themselves run, one after the other.
 """
+import contextlib
 import ctypes
 import functools
+from collections.abc import Iterator
+from contextvars import ContextVar
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +38,19 @@ class PointwiseConv(nn.Conv2d):
 
 
 KNOWN = nn.Conv2d, PointwiseConv, nn.GroupNorm, nn.Dropout, nn.Embedding  # a subclass may compute something else
+
+
+KEEPS_16_BITS = ContextVar("keeps_16_bits", default=False)
+
+
+@contextlib.contextmanager
+def keeping_16_bits(wanted: bool) -> Iterator[None]:
+    """Within, kernels that can multiply faster by it keep 16 bits of a number, not all 24: those for AMX."""
+    before = KEEPS_16_BITS.set(wanted)
+    try:
+        yield
+    finally:
+        KEEPS_16_BITS.reset(before)
 
 
 def convolve(layer: nn.Conv2d, x: Tensor, *, norm: nn.GroupNorm | None = None, dropout: nn.Module | None = None,
@@ -113,15 +129,23 @@ def run_kernel(x: Tensor, weight: Tensor, bias: Tensor | None, *, stride: int = 
     if y.numel() == 0:
         return y.permute(0, 3, 1, 2)
     library = kernels()
-    packed = x.new_empty(library.packed_size(winograd, side, channels, out))
+    split = KEEPS_16_BITS.get()
+    packed = x.new_empty(library.packed_size(winograd, side, channels, out, split), dtype=torch.uint8)
     x, residual = pixel_rows(x), None if residual is None else pixel_rows(residual)
     normed = (None, None, 0, 0.0) if norm is None else (
         pointer(norm.weight), pointer(norm.bias), norm.num_groups, norm.eps)
     strides = (ctypes.c_long * 4)(*weight.stride())
     library.convolution(
         winograd, pointer(x), *x.shape, *normed, silu, upsample, weight.data_ptr(), strides, side, stride, before,
-        pointer(packed), pointer(bias), pointer(residual), pointer(y), height, width, out, torch.get_num_threads())
+        pointer(packed), pointer(bias), pointer(residual), pointer(y), height, width, out, split,
+        torch.get_num_threads())
     return y.permute(0, 3, 1, 2)
+
+
+def can_keep_16_bits() -> bool:
+    """Whether `keeping_16_bits` changes anything here."""
+    library = kernels()
+    return library is not None and bool(library.splits())
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -145,9 +169,9 @@ def declared(library: ctypes.CDLL) -> ctypes.CDLL:
     """The library with its functions' types; freed memory stays with the process, as each layer needs as much again."""
     keep_freed_memory()
     integer, size, address = ctypes.c_int, ctypes.c_long, ctypes.c_void_p
-    library.packed_size.argtypes, library.packed_size.restype = (integer, size, size, size), size
+    library.packed_size.argtypes, library.packed_size.restype = (integer, size, size, size, integer), size
     library.convolution.argtypes = (
         integer, address, *[size] * 4, address, address, size, ctypes.c_double, integer, integer, address, address,
-        *[size] * 3, *[address] * 4, *[size] * 3, integer)
+        *[size] * 3, *[address] * 4, *[size] * 3, integer, integer)
     library.convolution.restype = None
     return library
