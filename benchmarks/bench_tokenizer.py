@@ -3,9 +3,10 @@
     python3 benchmarks/bench_tokenizer.py                                        # all cases: about half an hour
     python3 benchmarks/bench_tokenizer.py --tokenizer-cases VQ-16:256:1 --tokenizer-results ""   # print only
 
-Both sides run in turns in one process, with the same weights, in fp32:
-  plain   NCHW, codebook normalised in every call, x * sigmoid(x), attention by two batched products
-  ours    what sampling and code extraction run: `decode_images`, `encode_images`
+The sides run in turns in one process, with the same weights, in fp32:
+  plain       NCHW, codebook normalised in every call, x * sigmoid(x), attention by two batched products
+  ours        what sampling and code extraction run: `decode_images`, `encode_images`
+  ours-bf16   where kernels keep 16 bits for models in bf16 (AMX): `decode_images` so
 Peak memory is that of a process of its own for each side. What the weights are does not matter for speed; they are the
 first ones of training. Rows go to benchmarks/results/tokenizer.md.
 """
@@ -29,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.bench_train import product_speed
 from benchmarks.machine import cpu_name
 from tokenizer.build import decode_images, encode_images
+from tokenizer.tokenizer_image import convolution
 from tokenizer.tokenizer_image.layers import AttnBlock, Decoder, Encoder, ResnetBlock, to_channels_last
 from tokenizer.tokenizer_image.vq_model import VQ_models, VQModel
 from utils import cli, images
@@ -38,7 +40,8 @@ CPU = torch.device("cpu")
 HEADER = """# Tokenizer
 
 `python3 benchmarks/bench_tokenizer.py`: "plain" is the tokenizer written as LlamaGen's, "ours" what sampling and code
-extraction run; the same weights, fp32, in turns in one process; medians (fastest in brackets). GFLOP/s count the
+extraction run, "ours-bf16" what sampling with a bf16 model runs on CPUs with AMX (16 bits of numbers are kept); the
+same weights, fp32, in turns in one process; medians (fastest in brackets). GFLOP/s count the
 convolutions as defined, whoever computes them how; "of peak" compares that with the best matrix product measured in the
 same run, "done" only what is really multiplied (Winograd's 3x3 convolutions: a quarter). Memory is that of a process of
 its own, weights included. "apart": largest difference between the two sides' pictures in [-1, 1], their PSNR in dB over
@@ -59,7 +62,8 @@ class BenchTokenizerFlags:
     tokenizer_rounds: int = flag(3, "timed calls of each side, after one that is not")
     tokenizer_threads: int = flag(os.cpu_count() or 1, "threads")
     tokenizer_side: str | None = flag(None, "print the peak memory of one side (for the benchmark itself)",
-                                      choices=("plain decode", "plain encode", "ours decode", "ours encode"))
+                                      choices=("plain decode", "plain encode", "ours decode", "ours encode",
+                                               "ours-bf16 decode"))
     tokenizer_results: str = flag(str(Path(__file__).parent / "results" / "tokenizer.md"), "file for the rows, or \"\"")
     bfloat16_deviation: bool = flag(False, "also print how far decoding in bf16 is from fp32 (slow)")
 
@@ -155,7 +159,10 @@ def sides_of(case: str, what: str) -> tuple[dict[str, Callable[[], Tensor]], Pla
     model, codes, pixels, grid = build_case(case)
     plain = PlainTokenizer(model)
     if what == "decode":
-        return {"plain": lambda: plain.decode(codes, grid), "ours": lambda: decode_images(model, codes, grid)}, plain
+        calls = {"plain": lambda: plain.decode(codes, grid), "ours": lambda: decode_images(model, codes, grid)}
+        if convolution.can_keep_16_bits():
+            calls["ours-bf16"] = lambda: decode_images(model, codes, grid, dtype=torch.bfloat16)
+        return calls, plain
     return {"plain": lambda: plain.encode(pixels), "ours": lambda: encode_images(model, pixels)}, plain
 
 
@@ -183,7 +190,7 @@ def deviation(found: Tensor, expected: Tensor) -> str:
 
 
 def case_rows(config: BenchTokenizerFlags, case: str, what: str) -> list[str]:
-    """The table's two rows for one case."""
+    """The table's rows for one case."""
     calls, counter = sides_of(case, what)
     results = {side: call() for side, call in calls.items()}  # not timed: first calls are slower
     flops, reduced = counter.flops, counter.reduced
@@ -194,18 +201,18 @@ def case_rows(config: BenchTokenizerFlags, case: str, what: str) -> list[str]:
             calls[side]()
             seconds[side].append(time.perf_counter() - start)
     peak = product_speed(CPU, torch.float32)
-    apart = deviation(results["ours"], results["plain"])
     name, size, count = case.split(":")
     median = {side: statistics.median(values) for side, values in seconds.items()}
     lines = []
     for side, values in seconds.items():
-        done = reduced if side == "ours" else flops
+        done = {"plain": flops, "ours": reduced}.get(side)  # the third multiplies numbers of another type
         row = [name, what, f"{size} x {count}", f"{cpu_name()}, {config.tokenizer_threads}",
                f"torch {torch.__version__}", str(len(values)), side, f"{median[side]:.2f} ({min(values):.2f})",
                f"{int(count) / median[side]:.2f}", f"{median['plain'] / median[side]:.2f}×",
                f"{flops / median[side] / 1e9:.0f}", f"{flops / median[side] / peak:.0%}",
-               f"{done / median[side] / peak:.0%}",
-               f"{memory_in_fresh_process(config, case, f'{side} {what}'):.2f}", apart if side == "ours" else ""]
+               f"{done / median[side] / peak:.0%}" if done else "",
+               f"{memory_in_fresh_process(config, case, f'{side} {what}'):.2f}",
+               deviation(results[side], results["plain"]) if side != "plain" else ""]
         lines.append(f"| {' | '.join(row)} |\n")
     return lines
 

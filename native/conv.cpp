@@ -13,7 +13,7 @@
 
 #include "pixels.h"
 #include "team.h"
-#ifdef IN_TILES
+#ifdef TILES
 #include "conv_amx.h"
 #endif
 
@@ -324,7 +324,7 @@ extern "C" {
 
 // Whether `split` does something: see conv_amx.h.
 int splits() {
-#ifdef IN_TILES
+#ifdef TILES
     return 1;
 #else
     return 0;
@@ -333,7 +333,7 @@ int splits() {
 
 // Bytes that the packed weights take.
 long packed_size(int winograd, long side, long in, long out, int split) {
-#ifdef IN_TILES
+#ifdef TILES
     if (split) return Split::packed_size(side, in, out);
 #endif
     const long depth = up_to(LANES, in), panels = (out + COLUMNS - 1) / COLUMNS;
@@ -358,7 +358,7 @@ void convolution(int winograd, const float* x, long batch, long height, long wid
     const Input input{x, scale, shift, batch, height, width, in, silu, upsample};
     const Output output{y, bias, residual, out_height, out_width, out};
     const Window window{side, stride, before};
-#ifdef IN_TILES
+#ifdef TILES
     if (split) {
         Split::pack(weights, weight_stride, window, in, out, (uint16_t*)packed, team);
         return Split::convolve(input, window, (const uint16_t*)packed, output, team);

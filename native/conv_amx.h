@@ -14,11 +14,11 @@
 #include "team.h"
 
 struct Split {
-    static const long PARTS = 2;
-    static const long INPUTS = 32, TILE = 16 * INPUTS;  // channels that an instruction multiplies; numbers of a tile
-    static const long WIDE = 32, MOST = 32;             // outputs of a block: in a row, and rows
-    static const long ROOM = 1 << 20;           // bytes of the second-level cache that a block's inputs may take
-    static const long PIXELS = 32, PANELS = 2;  // computed at once: four tiles of sums
+    static constexpr long PARTS = 2;
+    static constexpr long INPUTS = 32, TILE = 16 * INPUTS;  // channels that an instruction multiplies; numbers of a tile
+    static constexpr long WIDE = 32, MOST = 32;             // outputs of a block: in a row, and rows
+    static constexpr long ROOM = 1 << 20;           // bytes of the second-level cache that a block's inputs may take
+    static constexpr long PIXELS = 32, PANELS = 2;  // computed at once: four tiles of sums
 
     static long packed_size(long side, long in, long out) {  // bytes
         return up_to(COLUMNS, out) * up_to(INPUTS, in) * side * side * PARTS * sizeof(uint16_t);

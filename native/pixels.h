@@ -8,18 +8,6 @@
 
 #include "simd.h"
 
-#if defined(__AMX_BF16__) && defined(__AVX512BF16__) && UNITS >= 4
-#define IN_TILES
-#endif
-#ifdef SIXTEEN_LANES
-typedef f16 Lanes;
-static inline f16 everywhere(float x) { return (f16)_mm512_set1_ps(x); }
-#else
-typedef f8 Lanes;
-static inline f8 everywhere(float x) { return all(x); }
-#endif
-typedef float Row __attribute__((vector_size(sizeof(Lanes)), aligned(4), may_alias));  // in memory, at any address
-static const int LANES = sizeof(Lanes) / sizeof(float);
 static const int COLUMNS = 16;  // of a panel of weights: that many output channels are computed side by side
 
 static const long AHEAD = 64;   // inputs: weights are fetched so far before they are needed
@@ -65,14 +53,6 @@ template <class Number> static void make(Room<Number>& room, long count) {  // f
     in_huge_pages(room.get(), bytes);
 }
 
-template <class V> static inline V load_part(const float* p, long n) {
-    constexpr long lanes = sizeof(V) / sizeof(float);
-    if (n >= lanes) return read<V>(p);
-    float full[lanes] = {0};
-    for (long i = 0; i < n; i++) full[i] = p[i];
-    return read<V>(full);
-}
-
 static inline Lanes load_strided(const float* p, long stride, long n) {
     if (stride == 1) return load_part<Lanes>(p, n);
     float full[LANES] = {0};
@@ -94,7 +74,7 @@ static inline void read_weights(const float* weights, const long* stride, long s
 
 // x / (1 + e^-x)
 static inline Lanes silu(Lanes x) {
-#ifdef IN_TILES  // which round differently anyway: a reciprocal takes a third of a division's time
+#ifdef TILES  // which round differently anyway: a reciprocal takes a third of a division's time
     const __m512 one = _mm512_set1_ps(1.0f), y = _mm512_add_ps(one, (__m512)exponential(-x));
     __m512 inverse = _mm512_rcp14_ps(y);
     inverse = _mm512_fmadd_ps(inverse, _mm512_fnmadd_ps(y, inverse, one), inverse);

@@ -32,8 +32,7 @@ static inline uint16_t to_bfloat16(float x) {  // to nearest, ties to even
 // so that these vectors are multiplied with the right inputs. V is f8, or f16 for two rows of w side by side.
 template <int Type> struct Weight;
 
-#if defined(__AMX_BF16__) && defined(__AVX512BF16__) && UNITS >= 4
-#define TILES
+#ifdef TILES
 #include "amx.h"
 #endif
 #if defined(__AVX512BF16__) && UNITS >= 3

@@ -4,6 +4,9 @@ enum Units { AVX2 = 1, AVX512 = 2, BF16DOT = 3, AMX = 4 };  // sets of instructi
 #ifndef UNITS
 #define UNITS 4  // the last that may be used
 #endif
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__) && UNITS >= 4
+#define TILES
+#endif
 #include <cstdint>
 #include <cstring>
 #ifdef __AVX2__
@@ -136,6 +139,25 @@ static inline f8 sums(f16 a, f16 b, f16 c, f16 d) {
                              _mm512_castps512_ps256(_mm512_permutexvar_ps(odd, abcd)));
 }
 #endif
+
+// As many as a register holds, for what is computed number by number.
+#ifdef SIXTEEN_LANES
+typedef f16 Lanes;
+static inline f16 everywhere(float x) { return (f16)_mm512_set1_ps(x); }
+#else
+typedef f8 Lanes;
+static inline f8 everywhere(float x) { return all(x); }
+#endif
+typedef float Row __attribute__((vector_size(sizeof(Lanes)), aligned(4), may_alias));  // in memory, at any address
+static const int LANES = sizeof(Lanes) / sizeof(float);
+
+template <class V> static inline V load_part(const float* p, long n) {
+    constexpr long lanes = sizeof(V) / sizeof(float);
+    if (n >= lanes) return read<V>(p);
+    float full[lanes] = {0};
+    for (long i = 0; i < n; i++) full[i] = p[i];
+    return read<V>(full);
+}
 
 // 32 bytes at `p`, and for two halves 32 at `other` too.
 template <class X> static inline X read_halves(const char* p, const char* other) {

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from autoregressive.models import lean_kernels
+
 ROWS = 1024  # tokens whose intermediates exist at once
 
 
@@ -35,9 +37,32 @@ def normed_swiglu(x: Tensor, norm: Tensor, eps: float, w1: Tensor, w3: Tensor, w
     return _NormedSwiGLU.apply(x, norm, w1, w3, w2, eps, _compute_type(x))
 
 
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+    """Causal attention of q over k and v (B, T, heads, K) → (B, T, heads K), with a fast backward; None where there is
+    none: in other types than bfloat16, and on all but CPUs with AMX."""
+    if (torch.is_grad_enabled() and q.requires_grad and not torch.compiler.is_compiling()
+            and lean_kernels.ready_for_attention(q, k, v)):
+        return _Attention.apply(q, k, v)
+    return None
+
+
+class _Attention(torch.autograd.Function):
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        parts = (part.transpose(1, 2) for part in (q, k, v))
+        out = F.scaled_dot_product_attention(*parts, is_causal=True).transpose(1, 2).flatten(2).contiguous()
+        ctx.save_for_backward(q, k, v, out)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return lean_kernels.attention_backward(*ctx.saved_tensors, grad.contiguous())
+
+
 class Dropout(nn.Dropout):
-    """Dropout that on a CPU keeps the random state and no mask, and draws 16 bits per element: the rate is rounded
-    to a multiple of 1/65536, and the scale fits the rounded rate."""
+    """Dropout that on a CPU keeps what the mask is made of and no mask, and draws 16 bits per element: the rate is
+    rounded to a multiple of 1/65536, and the scale fits the rounded rate."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x with a share p of its elements zero and the rest scaled up, in training only."""
@@ -50,11 +75,17 @@ class _Dropped(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, dropped: int) -> Tensor:
-        ctx.state, ctx.dropped = torch.get_rng_state(), dropped
+        ctx.dropped, ctx.key, ctx.state = dropped, None, None
+        if lean_kernels.ready(x):
+            ctx.key = int(torch.empty((), dtype=torch.int64, device="cpu").random_(-2**63, None))
+            return lean_kernels.drop(x, dropped, ctx.key)
+        ctx.state = torch.get_rng_state()
         return _drop(x, dropped, torch.default_generator)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        if ctx.key is not None:
+            return lean_kernels.drop(grad.contiguous(), ctx.dropped, ctx.key), None
         return _drop(grad, ctx.dropped, torch.Generator().set_state(ctx.state)), None
 
 
@@ -113,11 +144,8 @@ class _NormedSwiGLU(torch.autograd.Function):
         sums = [torch.empty_like(weight) for weight in (first, third, second)]
         for part in _parts(all_a):
             a, b, g = all_a[part], all_b[part], grad[part].to(dtype)
-            gate = F.silu(a)
-            _add_product(sums[2], g.t(), gate * b, part)
-            g = g @ second  # the gradient of silu(a) * b
-            grad_b = gate.mul_(g)
-            grad_a = torch.ops.aten.silu_backward(g.mul_(b), a)
+            gated, grad_a, grad_b = _swiglu_backward(a, b, g @ second)
+            _add_product(sums[2], g.t(), gated, part)
             normed = _norm(rows[part], rms[part], norm, dtype)
             _add_product(sums[0], grad_a.t(), normed, part)
             _add_product(sums[1], grad_b.t(), normed, part)
@@ -164,21 +192,38 @@ def _inverse_rms(rows: Tensor, eps: float) -> Tensor:
 
 def _norm(x: Tensor, rms: Tensor, norm: Tensor, dtype: torch.dtype) -> Tensor:
     """x * rms in fp32, cast back, then scaled; in the type of the matrix product that follows."""
+    if dtype in lean_kernels.TYPES and lean_kernels.ready(x, rms, norm, wide=(x,)):
+        return lean_kernels.norm(x, rms, norm, dtype)
     return ((x * rms).type_as(x) * norm).to(dtype)
 
 
 def _norm_backward(grad: Tensor, x: Tensor, rms: Tensor, norm: Tensor, grad_x: Tensor, grad_norm: Tensor) -> None:
     """From `grad` (N, D) by what `_norm` gave, which is used up: fill grad_x (N, D), add to grad_norm (D,) fp32."""
+    if lean_kernels.ready(grad, wide=(x, rms, norm, grad_x, grad_norm)):
+        return lean_kernels.norm_backward(grad, x, rms, norm, grad_x, grad_norm)
     grad, unit = grad.float(), x * rms
     product = grad * unit
     grad_norm += product.sum(0)
     mean = (product @ norm.float() / x.shape[-1])[:, None]
     grad_x.copy_(grad.mul_(norm).addcmul_(unit, mean, value=-1).mul_(rms))
+    return None
+
+
+def _swiglu_backward(a: Tensor, b: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """From `grad` by y = silu(a) * b, which is used up: y, the gradients by a and by b."""
+    if lean_kernels.ready(a, b, grad):
+        return lean_kernels.swiglu_backward(a, b, grad)
+    gate = F.silu(a)
+    y, grad_b = gate * b, gate.mul_(grad)
+    return y, torch.ops.aten.silu_backward(grad.mul_(b), a), grad_b
 
 
 def _rotate_(x: Tensor, rope: Tensor, *, transposed: bool = False) -> None:
     """`apply_rope` in place on x (B, T, H, K): a pair is a complex number, (cos, sin) another. `transposed` multiplies
     by the transposed matrices, for the backward (not the inverse: the prefix's matrices are zero and have none)."""
+    if x.is_cpu and x.dtype in lean_kernels.TYPES and x.stride()[2:] == (x.shape[3], 1) and lean_kernels.ready(
+            rope, wide=(rope,)):
+        return lean_kernels.rotate_(x, rope if rope.ndim == 4 else rope[None], transposed=transposed)
     table = torch.view_as_complex(rope).unsqueeze(-2)  # (T, 1, K/2) or (B, T, 1, K/2)
     table = table.conj().resolve_conj() if transposed else table
     if x.dtype == torch.float32:
@@ -186,3 +231,4 @@ def _rotate_(x: Tensor, rope: Tensor, *, transposed: bool = False) -> None:
     else:
         pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
         x.copy_(torch.view_as_real(pairs.mul_(table)).flatten(-2))
+    return None

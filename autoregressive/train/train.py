@@ -40,6 +40,7 @@ from dataset.codes import control_pictures
 from dataset.control import check_column
 from dataset.loader import StepSampler, loader
 from evaluations.c2i.monitor import Monitor
+from native.build import prepare
 from tokenizer.build import load_tokenizer, other_tokenizer
 from utils import cli, dist
 from utils.checkpoints import containers
@@ -121,6 +122,8 @@ def main(flags: GPTTrainFlags) -> None:
     process = dist.setup(timeout=flags.dist_timeout)
     flags.resume, flags.gpt_resume = flags.gpt_resume or flags.resume, None
     check_flags(flags, world_size=process.world_size)
+    if process.device.type == "cpu":
+        prepare(("train",))
     flags.check(process.world_size)
     for name in ("token_noise", "class_dropout", "token_dropout_p", "drop_path_rate"):
         if not 0 <= getattr(flags, name) <= 1 or (name.endswith(("_p", "_rate")) and getattr(flags, name) == 1):

@@ -4,7 +4,7 @@ import sys
 
 import torch
 
-from autoregressive.models import quantized
+from autoregressive.models import lean_kernels, quantized
 from autoregressive.models.engines import engine_for
 from autoregressive.models.generate import generate
 from autoregressive.models.native_engine import WEIGHTS, NativeEngine
@@ -36,4 +36,12 @@ for kind in WEIGHTS:
         assert type(engine_for(model)) is NativeEngine
         for images, way in ((1, {}), (9, {"top_p": 0.9}), (40, {"top_k": 7}), (2, {"decode": "jacobi", "window": 5})):
             generate(model, torch.arange(images) % 3, 16, cfg_scale=2.0, **way)
+for unit in UNITS:
+    os.environ["LLAMAGEN_NATIVE"] = unit
+    for dtype in (torch.float32, torch.bfloat16):
+        model = tiny(grid=(6, 7), dim=128, n_head=4).train()
+        assert lean_kernels.kernels() is not None
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+            codes = torch.randint(model.config.vocab_size, (3, 42))
+            model(codes[:, :-1], torch.arange(3), targets=codes)[1].backward()
 print("done")
