@@ -92,7 +92,7 @@ class Attention(nn.Module):
 def attended(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, dropout: float) -> Tensor:
     """Attention of q (B, T, H, K) over k and v (B, T, KV heads, K) → (B, T, H K). mask (B or 1, 1, T, T), or None:
     causal."""
-    if mask is None and dropout == 0 and (out := lean.attention(q, k, v)) is not None:
+    if mask is None and dropout == 0 and (out := lean.causal_attention(q, k, v)) is not None:
         return out
     q, k, v = (part.transpose(1, 2) for part in (q, k, v))  # (B, heads, T, K)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,

@@ -37,16 +37,16 @@ def normed_swiglu(x: Tensor, norm: Tensor, eps: float, w1: Tensor, w3: Tensor, w
     return _NormedSwiGLU.apply(x, norm, w1, w3, w2, eps, _compute_type(x))
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor | None:
     """Causal attention of q over k and v (B, T, heads, K) → (B, T, heads K), with a fast backward; None where there is
     none: in other types than bfloat16, and on all but CPUs with AMX."""
     if (torch.is_grad_enabled() and q.requires_grad and not torch.compiler.is_compiling()
             and lean_kernels.ready_for_attention(q, k, v)):
-        return _Attention.apply(q, k, v)
+        return _CausalAttention.apply(q, k, v)
     return None
 
 
-class _Attention(torch.autograd.Function):
+class _CausalAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

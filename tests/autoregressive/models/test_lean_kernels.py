@@ -6,7 +6,7 @@ from torch import Tensor
 
 from autoregressive.models import lean, lean_kernels
 
-pytestmark = pytest.mark.skipif(lean_kernels.kernels() is None, reason="no C++ compiler")
+pytestmark = pytest.mark.skipif(lean_kernels.training_kernels() is None, reason="no C++ compiler")
 HALF = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 SIZES = pytest.mark.parametrize(("rows", "dim"), [(1, 1), (3, 40), (130, 77), (65, 768)])
 
@@ -93,7 +93,7 @@ def test_gradients_of_attention(tokens, heads, width):
     q, k, v = (part.detach().requires_grad_() for part in packed.split(heads, dim=2))
     if not lean_kernels.ready_for_attention(q, k, v):
         pytest.skip("no AMX")
-    out, grad = lean.attention(q, k, v), torch.randn(3, tokens, heads * width).bfloat16()
+    out, grad = lean.causal_attention(q, k, v), torch.randn(3, tokens, heads * width).bfloat16()
     found = torch.autograd.grad(out, (q, k, v), grad)
     wide = [part.detach().double().requires_grad_() for part in (q, k, v)]
     exact = F.scaled_dot_product_attention(*(part.transpose(1, 2) for part in wide), is_causal=True)
@@ -116,7 +116,7 @@ def test_threads_change_no_bit():
         found = [grad_x, grad_weight, lean_kernels.norm(x, rms, weight, torch.bfloat16), lean_kernels.drop(x, 900, 1),
                  *lean_kernels.swiglu_backward(a, b, grad.clone())]
         q, k, v = (part.detach().requires_grad_() for part in packed.split(3, dim=2))
-        if (out := lean.attention(q, k, v)) is not None:
+        if (out := lean.causal_attention(q, k, v)) is not None:
             found += torch.autograd.grad(out, (q, k, v), grad_out)
         return found
 
