@@ -76,7 +76,7 @@ class _Dropped(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, dropped: int) -> Tensor:
         ctx.dropped, ctx.key, ctx.state = dropped, None, None
-        if lean_kernels.ready(x):
+        if lean_kernels.applicable(x):
             ctx.key = int(torch.empty((), dtype=torch.int64, device="cpu").random_(-2**63, None))
             return lean_kernels.drop(x, dropped, ctx.key)
         ctx.state = torch.get_rng_state()
@@ -192,14 +192,14 @@ def _inverse_rms(rows: Tensor, eps: float) -> Tensor:
 
 def _norm(x: Tensor, rms: Tensor, norm: Tensor, dtype: torch.dtype) -> Tensor:
     """x * rms in fp32, cast back, then scaled; in the type of the matrix product that follows."""
-    if dtype in lean_kernels.TYPES and lean_kernels.ready(x, rms, norm, wide=(x,)):
+    if dtype in lean_kernels.TYPES and lean_kernels.applicable(x, rms, norm, wide=(x,)):
         return lean_kernels.norm(x, rms, norm, dtype)
     return ((x * rms).type_as(x) * norm).to(dtype)
 
 
 def _norm_backward(grad: Tensor, x: Tensor, rms: Tensor, norm: Tensor, grad_x: Tensor, grad_norm: Tensor) -> None:
     """From `grad` (N, D) by what `_norm` gave, which is used up: fill grad_x (N, D), add to grad_norm (D,) fp32."""
-    if lean_kernels.ready(grad, wide=(x, rms, norm, grad_x, grad_norm)):
+    if lean_kernels.applicable(grad, wide=(x, rms, norm, grad_x, grad_norm)):
         return lean_kernels.norm_backward(grad, x, rms, norm, grad_x, grad_norm)
     grad, unit = grad.float(), x * rms
     product = grad * unit
@@ -211,7 +211,7 @@ def _norm_backward(grad: Tensor, x: Tensor, rms: Tensor, norm: Tensor, grad_x: T
 
 def _swiglu_backward(a: Tensor, b: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """From `grad` by y = silu(a) * b, which is used up: y, the gradients by a and by b."""
-    if lean_kernels.ready(a, b, grad):
+    if lean_kernels.applicable(a, b, grad):
         return lean_kernels.swiglu_backward(a, b, grad)
     gate = F.silu(a)
     y, grad_b = gate * b, gate.mul_(grad)
@@ -221,7 +221,7 @@ def _swiglu_backward(a: Tensor, b: Tensor, grad: Tensor) -> tuple[Tensor, Tensor
 def _rotate_(x: Tensor, rope: Tensor, *, transposed: bool = False) -> None:
     """`apply_rope` in place on x (B, T, H, K): a pair is a complex number, (cos, sin) another. `transposed` multiplies
     by the transposed matrices, for the backward (not the inverse: the prefix's matrices are zero and have none)."""
-    if x.is_cpu and x.dtype in lean_kernels.TYPES and x.stride()[2:] == (x.shape[3], 1) and lean_kernels.ready(
+    if x.is_cpu and x.dtype in lean_kernels.TYPES and x.stride()[2:] == (x.shape[3], 1) and lean_kernels.applicable(
             rope, wide=(rope,)):
         return lean_kernels.rotate_(x, rope if rope.ndim == 4 else rope[None], transposed=transposed)
     table = torch.view_as_complex(rope).unsqueeze(-2)  # (T, 1, K/2) or (B, T, 1, K/2)

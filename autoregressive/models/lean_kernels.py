@@ -1,6 +1,6 @@
 """What native/train.cpp computes for `lean`: parts of the backward, and of the forward, that are no matrix products.
 
-Each function is for CPU tensors in fp32 or bfloat16 whose memory is contiguous; `ready` says whether it may be called.
+Each function is for CPU tensors in fp32 or bfloat16 whose memory is contiguous; `applicable` says whether it may be called.
 """
 import ctypes
 import functools
@@ -14,7 +14,7 @@ from native.build import pointer
 TYPES = torch.float32, torch.bfloat16
 
 
-def ready(*tensors: Tensor, wide: tuple[Tensor, ...] = ()) -> bool:
+def applicable(*tensors: Tensor, wide: tuple[Tensor, ...] = ()) -> bool:
     """Whether there are kernels for these tensors of one type, and for `wide` ones, which must be fp32."""
     return (all(t.is_cpu and t.is_contiguous() and t.dtype == tensors[0].dtype and t.dtype in TYPES for t in tensors)
             and all(t.is_cpu and t.is_contiguous() and t.dtype == torch.float32 for t in wide)

@@ -17,7 +17,7 @@ from native.build import cpu
 from utils.files import remembered
 
 WINDOWS = (2, 4, 8, 16, 32)
-GAIN = 0.44  # a window of w drafts decides about w ** GAIN codes: 1.8 of 4, 2.5 of 8, 3.3 of 16 (a trained GPT-S)
+GAIN = 0.4  # a window of w drafts decides about w ** GAIN codes: 1.7 of 4, 2.3 of 8, 3 of 16 (a trained GPT-B)
 WORTH = 1.1  # times as fast as single codes: less is not worth it
 DEAR = 8.0  # times as long as a step of one token: larger windows cannot pay
 REPEATS = 4
