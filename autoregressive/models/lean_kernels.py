@@ -1,6 +1,6 @@
 """What native/train.cpp computes for `lean`: parts of the backward, and of the forward, that are no matrix products.
 
-Each function is for CPU tensors in fp32 or bfloat16 whose memory is contiguous; `applicable` says whether it may be called.
+Each function is for CPU tensors in fp32 or bfloat16 whose memory is contiguous; `applicable` says whether it may run.
 """
 import ctypes
 import functools
