@@ -46,7 +46,7 @@ HEADER = """# bf16 against fp32 on a CPU
 fastest in brackets) in fp32 and in bf16, in turns in one process after one step of each that is not timed, and how many
 times as fast bf16 is by the medians. "train" is a training step of ours, "adversarial" a tokenizer's with the PatchGAN
 (neither has a perceptual loss), "decode" and "encode" a tokenizer's halves, "sample" a GPT's codes with guidance;
-"kernels": our C++ ones or PyTorch's. For the tokenizer ours are fp32 only: its bf16 is PyTorch's in every row.
+"kernels": our C++ ones or PyTorch's. The tokenizer's bf16 is PyTorch's, but for AMX: there ours keep 16 bits.
 
 | what | model | size x batch | device, threads | versions | steps | kernels | fp32 s | bf16 s | bf16 is faster |
 |---|---|---|---|---|---|---|---|---|---|
