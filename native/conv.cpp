@@ -169,7 +169,7 @@ static void convolve_tiles(const Input& in, const float* weights, const Output& 
         for (long y = 0; y < rows * M + 2; y++)
             for (long x = 0; x < across * M + 2; x++) {
                 float* to = patch + (y * patch_wide + x) * depth;
-                read_pixel(in, image, top * M + y - 1, left * M + x - 1, depth,
+                read_pixel(in, image, top * M + y - 1, left * M + x - 1, depth, silu,
                            [&](long c, Lanes v) { std::memcpy(to + c, &v, sizeof v); });
             }
         for (long t = 0; t < rows * across; t++) {
@@ -249,7 +249,7 @@ static void convolve_windows(const Input& in, const Window& window, const float*
             const long x = at % out.width * window.stride - window.before;
             for (long k = 0; k < area; k++) {
                 float* to = inputs + r * all + k * depth;
-                read_pixel(in, image, y + k / window.side, x + k % window.side, depth,
+                read_pixel(in, image, y + k / window.side, x + k % window.side, depth, silu,
                            [&](long c, Lanes v) { std::memcpy(to + c, &v, sizeof v); });
             }
         }

@@ -20,6 +20,13 @@ struct Split {
     static constexpr long ROOM = 1 << 20;           // bytes of the second-level cache that a block's inputs may take
     static constexpr long PIXELS = 32, PANELS = 2;  // computed at once: four tiles of sums
 
+    static inline Lanes silu(Lanes x) {  // by a reciprocal, which takes a third of a division's time and keeps 23 bits
+        const __m512 one = _mm512_set1_ps(1.0f), y = _mm512_add_ps(one, (__m512)exponential(-x));
+        __m512 inverse = _mm512_rcp14_ps(y);
+        inverse = _mm512_fmadd_ps(inverse, _mm512_fnmadd_ps(y, inverse, one), inverse);
+        return (Lanes)_mm512_mul_ps((__m512)x, inverse);
+    }
+
     static long packed_size(long side, long in, long out) {  // bytes
         return up_to(COLUMNS, out) * up_to(INPUTS, in) * side * side * PARTS * sizeof(uint16_t);
     }
@@ -133,7 +140,7 @@ struct Split {
                     const long y = top * window.stride - window.before + row;
                     const long x = left * window.stride - window.before + column;
                     uint16_t* to = patch + (row * patch_wide + column) * pixel;
-                    read_pixel(in, image, y, x, depth, [&](long c, Lanes v) {
+                    read_pixel(in, image, y, x, depth, silu, [&](long c, Lanes v) {
                         __m512 rest = (__m512)v;
                         for (int part = 0; part < PARTS; part++) {
                             const __m256i now = rounded(rest);

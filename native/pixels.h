@@ -72,22 +72,13 @@ static inline void read_weights(const float* weights, const long* stride, long s
     transpose(rows);
 }
 
-// x / (1 + e^-x)
-static inline Lanes silu(Lanes x) {
-#ifdef TILES  // which round differently anyway: a reciprocal takes a third of a division's time
-    const __m512 one = _mm512_set1_ps(1.0f), y = _mm512_add_ps(one, (__m512)exponential(-x));
-    __m512 inverse = _mm512_rcp14_ps(y);
-    inverse = _mm512_fmadd_ps(inverse, _mm512_fnmadd_ps(y, inverse, one), inverse);
-    return (Lanes)_mm512_mul_ps((__m512)x, inverse);
-#else
-    return x / (everywhere(1.0f) + exponential(-x));
-#endif
-}
+static inline Lanes silu(Lanes x) { return x / (everywhere(1.0f) + exponential(-x)); }
 
 // put(c, LANES channels from c) for one pixel of an input, up to `depth`: zeros past the last channel and outside of
-// the picture.
-template <class Put>
-static inline void read_pixel(const Input& in, long image, long y, long x, long depth, const Put& put) {
+// the picture. activate: SiLU, where the input wants it.
+template <class Activate, class Put>
+static inline void read_pixel(const Input& in, long image, long y, long x, long depth, const Activate& activate,
+                              const Put& put) {
     if (y < 0 || x < 0 || y >= in.height << in.upsample || x >= in.width << in.upsample) {
         for (long c = 0; c < depth; c += LANES) put(c, Lanes{});
         return;
@@ -99,7 +90,7 @@ static inline void read_pixel(const Input& in, long image, long y, long x, long 
         const long n = in.channels - c;
         Lanes v = load_part<Lanes>(from + c, n);
         if (in.scale) v = v * load_part<Lanes>(scale + c, n) + load_part<Lanes>(shift + c, n);
-        if (in.silu) v = silu(v);
+        if (in.silu) v = activate(v);
         put(c, v);
     }
 }

@@ -179,6 +179,14 @@ def test_bits_depend_neither_on_the_batch_nor_on_threads(model, dtype):
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("unit", list(build.UNITS)[:build.units()])
+def test_fp32_pictures_have_the_same_bits_on_all_units(model, unit, monkeypatch):
+    pixels = torch.rand(2, 3, 22, 14) * 2 - 1
+    expected = outcome(model, pixels)
+    monkeypatch.setenv("LLAMAGEN_NATIVE", unit)
+    assert all(torch.equal(*both) for both in zip(outcome(model, pixels), expected, strict=True))
+
+
 @needs_kernels
 def test_one_image_costs_one_image(model, monkeypatch):
     seen = []
