@@ -4,6 +4,7 @@
 // Pieces of work have a fixed size, and sums of pieces are added in their order: results depend on no number of threads.
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <atomic>
 #include <memory>
 #include <vector>
@@ -170,7 +171,7 @@ static void rotate(Number* x, long batch_stride, long token_stride, const float*
                 const long n = head_dim - i;
                 const Lanes v = get(at + head + i, n);
                 const Lanes straight = held(v * get(cosine + i, n)), across = held(swapped(v) * get(sine + i, n));
-                put(at + head + i, straight + across, n);  // each product is rounded, as in PyTorch
+                put(at + head + i, straight + across, n);  // on x86 each product is rounded, as in PyTorch
             }
     });
 }

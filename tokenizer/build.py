@@ -113,7 +113,8 @@ def decode_images(tokenizer: ImageTokenizer, codes: Tensor, grid: tuple[int, int
     GPUs, and slow on most CPUs.
     """
     low = dtype != torch.float32
-    free = runs_on_kernels(tokenizer) and (not low or convolution.can_keep_16_bits())
+    with torch.autocast(codes.device.type, enabled=False):  # whatever the caller's is
+        free = runs_on_kernels(tokenizer) and (not low or convolution.can_keep_16_bits())
     with (convolution.keeping_16_bits(low),
           torch.autocast(codes.device.type, dtype=dtype, enabled=low and not free)):
         images = in_chunks(lambda chunk: tokenizer.decode_code(chunk, grid).float().cpu(), codes,

@@ -5,13 +5,14 @@ what is cheap (the normed input, silu(a) * b, dropout's mask), and the rotation 
 done twice. Plain operations run instead where nothing has to be kept (decoding), under torch.compile, which makes such
 choices itself, and for layers that something else wraps, such as LoRA's.
 
-In fp32 the forward's numbers are those of the plain operations, bit for bit. They differ in the last bit for head sizes
-that are no multiple of 16 (the pairs that do not fill a vector are rotated with fused multiply-adds) and for more than
-`ROWS` tokens on a CPU (a product of another size may use another kernel).
+In fp32 the forward's numbers are those of the plain operations, bit for bit. They may differ in the last bit for head
+sizes that are no multiple of 16 (PyTorch rotates pairs that do not fill a vector with fused multiply-adds) and for more
+than `ROWS` tokens on a CPU (a product of another size may use another kernel).
 """
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from autoregressive.models import lean_kernels
 
@@ -56,6 +57,7 @@ class _CausalAttention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return lean_kernels.attention_backward(*ctx.saved_tensors, grad.contiguous())
 
@@ -67,26 +69,27 @@ class Dropout(nn.Dropout):
     def forward(self, x: Tensor) -> Tensor:
         """x with a share p of its elements zero and the rest scaled up, in training only."""
         if self.training and 0 < self.p < 1 and x.device.type == "cpu" and not torch.compiler.is_compiling():
-            return _Dropped.apply(x, round(self.p * 2**16))
+            return _Dropped.apply(x, round(self.p * 2**16), None)
         return super().forward(x)
 
 
 class _Dropped(torch.autograd.Function):
 
     @staticmethod
-    def forward(ctx, x: Tensor, dropped: int) -> Tensor:
-        ctx.dropped, ctx.key, ctx.state = dropped, None, None
-        if lean_kernels.applicable(x):
+    def forward(ctx, x: Tensor, dropped: int, key: int | None) -> Tensor:
+        ctx.dropped, ctx.key, ctx.state = dropped, key, None
+        if key is None and lean_kernels.applicable(x):
             ctx.key = int(torch.empty((), dtype=torch.int64, device="cpu").random_(-2**63, None))
+        if ctx.key is not None:
             return lean_kernels.drop(x, dropped, ctx.key)
         ctx.state = torch.get_rng_state()
         return _drop(x, dropped, torch.default_generator)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
         if ctx.key is not None:
-            return lean_kernels.drop(grad.contiguous(), ctx.dropped, ctx.key), None
-        return _drop(grad, ctx.dropped, torch.Generator().set_state(ctx.state)), None
+            return _Dropped.apply(grad.contiguous(), ctx.dropped, ctx.key), None, None
+        return _drop(grad, ctx.dropped, torch.Generator().set_state(ctx.state)), None, None
 
 
 class _NormedQKV(torch.autograd.Function):
@@ -106,6 +109,7 @@ class _NormedQKV(torch.autograd.Function):
         return qkv.split((heads[0], heads[1], heads[1]), dim=2)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, rms, norm, wqkv, rope = ctx.saved_tensors
         grad = torch.cat(grads, dim=2)  # (B, T, heads, K)
@@ -136,6 +140,7 @@ class _NormedSwiGLU(torch.autograd.Function):
         return out.view(x.shape)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, rms, norm, w1, w3, w2, all_a, all_b = ctx.saved_tensors
         dtype = all_a.dtype
@@ -192,14 +197,15 @@ def _inverse_rms(rows: Tensor, eps: float) -> Tensor:
 
 def _norm(x: Tensor, rms: Tensor, norm: Tensor, dtype: torch.dtype) -> Tensor:
     """x * rms in fp32, cast back, then scaled; in the type of the matrix product that follows."""
-    if dtype in lean_kernels.TYPES and lean_kernels.applicable(x, rms, norm, wide=(x,)):
+    if (dtype in lean_kernels.TYPES and norm.shape == x.shape[1:] and rms.shape == (len(x), 1)
+            and lean_kernels.applicable(x, rms, norm, wide=(x,))):
         return lean_kernels.norm(x, rms, norm, dtype)
     return ((x * rms).type_as(x) * norm).to(dtype)
 
 
 def _norm_backward(grad: Tensor, x: Tensor, rms: Tensor, norm: Tensor, grad_x: Tensor, grad_norm: Tensor) -> None:
     """From `grad` (N, D) by what `_norm` gave, which is used up: fill grad_x (N, D), add to grad_norm (D,) fp32."""
-    if lean_kernels.applicable(grad, wide=(x, rms, norm, grad_x, grad_norm)):
+    if grad.shape == x.shape and lean_kernels.applicable(grad, wide=(x, rms, norm, grad_x, grad_norm)):
         return lean_kernels.norm_backward(grad, x, rms, norm, grad_x, grad_norm)
     grad, unit = grad.float(), x * rms
     product = grad * unit
@@ -221,8 +227,9 @@ def _swiglu_backward(a: Tensor, b: Tensor, grad: Tensor) -> tuple[Tensor, Tensor
 def _rotate_(x: Tensor, rope: Tensor, *, transposed: bool = False) -> None:
     """`apply_rope` in place on x (B, T, H, K): a pair is a complex number, (cos, sin) another. `transposed` multiplies
     by the transposed matrices, for the backward (not the inverse: the prefix's matrices are zero and have none)."""
-    if x.is_cpu and x.dtype in lean_kernels.TYPES and x.stride()[2:] == (x.shape[3], 1) and lean_kernels.applicable(
-            rope, wide=(rope,)):
+    fits = rope.shape[-3:] == (x.shape[1], x.shape[3] // 2, 2) and (rope.ndim == 3 or len(rope) in (1, len(x)))
+    if (fits and lean_kernels.owns_memory(x) and x.dtype in lean_kernels.TYPES and x.stride()[2:] == (x.shape[3], 1)
+            and lean_kernels.applicable(rope, wide=(rope,))):
         return lean_kernels.rotate_(x, rope if rope.ndim == 4 else rope[None], transposed=transposed)
     table = torch.view_as_complex(rope).unsqueeze(-2)  # (T, 1, K/2) or (B, T, 1, K/2)
     table = table.conj().resolve_conj() if transposed else table

@@ -6,7 +6,7 @@ import ctypes
 import functools
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from native import build
 from native.build import pointer
@@ -16,9 +16,15 @@ TYPES = torch.float32, torch.bfloat16
 
 def applicable(*tensors: Tensor, wide: tuple[Tensor, ...] = ()) -> bool:
     """Whether there are kernels for these tensors of one type, and for `wide` ones, which must be fp32."""
-    return (all(t.is_cpu and t.is_contiguous() and t.dtype == tensors[0].dtype and t.dtype in TYPES for t in tensors)
-            and all(t.is_cpu and t.is_contiguous() and t.dtype == torch.float32 for t in wide)
+    dtype = tensors[0].dtype
+    return (dtype in TYPES and all(owns_memory(t) and t.is_contiguous() and t.dtype == dtype for t in tensors)
+            and all(owns_memory(t) and t.is_contiguous() and t.dtype == torch.float32 for t in wide)
             and training_kernels() is not None)
+
+
+def owns_memory(x: Tensor) -> bool:
+    """Whether a tensor has memory of its own on the CPU: none of those that stand for others (DTensor, FakeTensor)."""
+    return type(x) in (Tensor, nn.Parameter) and x.is_cpu
 
 
 def norm(x: Tensor, rms: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -46,6 +52,8 @@ def swiglu_backward(a: Tensor, b: Tensor, grad: Tensor) -> tuple[Tensor, Tensor,
 
 def drop(x: Tensor, dropped: int, key: int) -> Tensor:
     """x with dropped / 65536 of its elements zero, chosen by `key` (64 bits), the others scaled to the same mean."""
+    if not owns_memory(x):
+        raise TypeError(f"dropout's kernel cannot go on with a {type(x).__name__}: set LLAMAGEN_NATIVE=0")
     out = torch.empty_like(x)
     training_kernels().drop(pointer(x), pointer(out), x.dtype == torch.bfloat16, x.numel(), key, dropped,
                             torch.get_num_threads())
@@ -65,7 +73,8 @@ def rotate_(x: Tensor, table: Tensor, *, transposed: bool) -> None:
 def ready_for_attention(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether `attention_backward` knows attention of q over k and v, all (B, T, heads, K)."""
     return (q.shape == k.shape == v.shape and q.shape[3] % 32 == 0
-            and all(t.is_cpu and t.dtype == torch.bfloat16 and t.stride()[2:] == (t.shape[3], 1) for t in (q, k, v))
+            and all(owns_memory(t) and t.dtype == torch.bfloat16 and t.stride()[2:] == (t.shape[3], 1)
+                    for t in (q, k, v))
             and (library := training_kernels()) is not None and bool(library.has_attention()))
 
 

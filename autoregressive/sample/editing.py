@@ -78,7 +78,7 @@ def edit_steps(pipeline: Pipeline, image: np.ndarray, mask: np.ndarray | None = 
                                     layout.whole(cells), conditions, seed=seed, indices=indices)
     device = next(pipeline.gpt.parameters()).device
     decoded = images.to_uint8(decode_images(pipeline.tokenizer, codes.flatten(1).to(device), layout.cells,
-                                            dtype=pixel_dtype(pipeline.gpt)))
+                                            dtype=pixel_dtype(pipeline.gpt, pipeline.tokenizer)))
     decoded = decoded[(slice(None), *layout.result)]  # (B, H, W, 3)
 
     drawn = layout.whole(drawn)

@@ -119,7 +119,7 @@ class Pipeline:
 
     def to_pixels(self, codes: Tensor, *, size: tuple[int, int] | None = None) -> np.ndarray:
         """Codes (B, h*w) → uint8 (B, H, W, 3), resized to `size`."""
-        pixels = decode_images(self.tokenizer, codes, self.gpt.config.grid, dtype=pixel_dtype(self.gpt))
+        pixels = decode_images(self.tokenizer, codes, self.gpt.config.grid, dtype=pixel_dtype(self.gpt, self.tokenizer))
         if size not in (None, self.image_size):
             pixels = F.interpolate(pixels, size=size, mode="bicubic")
         return images.to_uint8(pixels)
@@ -261,12 +261,12 @@ def sampling_dtype(flags: SampleFlags, device: torch.device) -> torch.dtype:
     return dist.compute_dtype(flags.precision, device)
 
 
-def pixel_dtype(gpt: CodeModel) -> torch.dtype:
+def pixel_dtype(gpt: CodeModel, tokenizer: ImageTokenizer) -> torch.dtype:
     """What `decode_images` decodes the model's codes in: bfloat16, as the model, where pictures don't suffer from it;
     else fp32, as LlamaGen does."""
     weight = next(gpt.parameters())
-    low = weight.dtype == torch.bfloat16 and weight.is_cpu and convolution.can_keep_16_bits()
-    return torch.bfloat16 if low else torch.float32
+    low = weight.dtype == torch.bfloat16 and weight.is_cpu
+    return torch.bfloat16 if low and convolution.can_keep_16_bits() and runs_on_kernels(tokenizer) else torch.float32
 
 
 def engine_name(gpt: CodeModel, tokenizer: ImageTokenizer) -> str:
@@ -280,7 +280,7 @@ def engine_name(gpt: CodeModel, tokenizer: ImageTokenizer) -> str:
         codes = "C++ kernels" + rounding.get(kernels.units(), "")
     pixels = torch_engine(tokenizer)
     if runs_on_kernels(tokenizer):
-        pixels = "C++ kernels" + (" by AMX" if pixel_dtype(gpt) == torch.bfloat16 else "")
+        pixels = "C++ kernels" + (" by AMX" if pixel_dtype(gpt, tokenizer) == torch.bfloat16 else "")
     return f"{codes} for codes and {pixels} for pixels on {next(gpt.parameters()).device.type}"
 
 

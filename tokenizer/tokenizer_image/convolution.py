@@ -2,8 +2,8 @@
 
 In fp32 on a CPU, when nothing is trained, native/conv.cpp does all of it in one pass: Winograd's convolution
 (arXiv 1509.09308) with GroupNorm, SiLU, upsampling and the residual folded in, several times as fast as PyTorch's
-kernels. Its results depend neither on the batch nor on the number of threads. Where 16 bits of a
-number are enough, CPUs with AMX are faster still. Everywhere else the layers themselves run, one after the other.
+kernels. Its results depend neither on the batch nor on the number of threads. Where 16 bits of a number are enough,
+CPUs with AMX are faster still. Everywhere else the layers themselves run, one after the other.
 """
 import contextlib
 import ctypes
@@ -40,6 +40,7 @@ class PointwiseConv(nn.Conv2d):
 KNOWN = nn.Conv2d, PointwiseConv, nn.GroupNorm, nn.Dropout, nn.Embedding  # a subclass may compute something else
 
 
+# what `keeping_16_bits` sets, for the thread that calls it
 KEEPS_16_BITS = ContextVar("keeps_16_bits", default=False)
 
 

@@ -3,10 +3,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autoregressive.models import lean, lean_kernels
+from tests.autoregressive.models.test_gpt import V, tiny
 
-pytestmark = pytest.mark.skipif(lean_kernels.training_kernels() is None, reason="no C++ compiler")
+pytestmark = pytest.mark.skipif(lean_kernels.training_kernels() is None, reason="no kernels here")
 HALF = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 SIZES = pytest.mark.parametrize(("rows", "dim"), [(1, 1), (3, 40), (130, 77), (65, 768)])
 
@@ -127,3 +129,35 @@ def test_threads_change_no_bit():
             assert all(torch.equal(one, other) for one, other in zip(everything(), wanted, strict=True))
     finally:
         torch.set_num_threads(before)
+
+
+def test_shapes_that_do_not_fit_are_refused_as_ever():
+    model = tiny(grid=(3, 3)).train()
+    with pytest.raises(RuntimeError):  # more codes than the model has places
+        model(torch.randint(V, (2, 40)), torch.arange(2), targets=torch.randint(V, (2, 41)))
+    x, weight, table = torch.randn(2, 8, 64, requires_grad=True), torch.randn(192, 64), torch.randn(8, 8, 2)
+    rotated = lean.normed_qkv(x, torch.ones(64), 1e-5, weight, table, (4, 4))
+    assert all(part.isfinite().all() for part in rotated)
+    ones = torch.ones(64)
+    for norm, other in ((ones[:32], table), (ones, table[:4]), (ones, table.expand(3, 8, 8, 2))):
+        with pytest.raises(RuntimeError):
+            lean.normed_qkv(x, norm, 1e-5, weight, other, (4, 4))
+
+
+def test_second_derivatives_are_right_or_refused():
+    x = torch.randn(3, 5, requires_grad=True)
+    slope = torch.autograd.grad(lean.Dropout(0.5)(x * x).sum(), x, create_graph=True)[0]
+    second = torch.autograd.grad(slope.sum(), x)[0]
+    assert torch.equal(second == 0, slope == 0) and set(second.unique().tolist()) <= {0.0, 4.0}
+    x, norm, weights = torch.randn(1, 4, 16, requires_grad=True), torch.ones(16), torch.randn(3, 16, 16)
+    first = torch.autograd.grad(lean.normed_swiglu(x, norm, 1e-5, *weights).square().sum(), x, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        torch.autograd.grad(first.sum(), x)
+
+
+def test_tensors_without_memory_of_their_own_go_to_pytorch():
+    with FakeTensorMode():
+        x = torch.randn(4, 8)
+        assert not lean_kernels.applicable(x) and not lean_kernels.owns_memory(x)
+    with pytest.raises(TypeError, match="LLAMAGEN_NATIVE"):
+        lean_kernels.drop(x, 5, 1)

@@ -12,9 +12,12 @@ import torch
 from autoregressive.sample import pipeline as pipelines
 from autoregressive.sample import sample_ddp
 from autoregressive.sample.options import SampleFlags
-from autoregressive.sample.pipeline import load_pipeline
+from autoregressive.sample.pipeline import engine_name, load_pipeline, pixel_dtype
 from native import build
+from tests.autoregressive.models.test_gpt import tiny
 from tests.conftest import ROOT
+from tokenizer.tokenizer_image.convolution import can_keep_16_bits
+from tokenizer.tokenizer_image.vq_model import VQ_models
 from utils import cli
 from utils.checkpoints import containers
 
@@ -93,6 +96,18 @@ def sample(flags, tmp_path, capsys):
         return said.err.strip() if problem else said.out, json.loads(found[0].read_text()) if found else None
 
     return run
+
+
+@pytest.mark.skipif(not can_keep_16_bits(), reason="no AMX")
+def test_pictures_keep_16_bits_beside_bf16_models_on_kernels_alone():
+    gpt, tokenizer = tiny(), VQ_models["VQ-4-S"]().eval().requires_grad_(False)
+    assert pixel_dtype(gpt, tokenizer) == torch.float32
+    assert engine_name(gpt, tokenizer).endswith("C++ kernels for pixels on cpu")
+    assert pixel_dtype(gpt.bfloat16(), tokenizer) == torch.bfloat16
+    assert engine_name(gpt, tokenizer).endswith("C++ kernels by AMX for pixels on cpu")
+    tokenizer.decoder.conv_in.register_forward_hook(lambda *_: None)  # PyTorch decodes, whose bfloat16 shows
+    assert pixel_dtype(gpt, tokenizer) == torch.float32
+    assert engine_name(gpt, tokenizer).endswith("PyTorch for pixels on cpu")
 
 
 def test_engines_are_recorded_and_not_mixed(native, sample, tmp_path, monkeypatch):
