@@ -22,15 +22,13 @@ struct Head {  // of one image; numbers from one token to the next
 class AttentionGradients {
    public:
     AttentionGradients(long tokens, long width)
-        : T(tokens), K(width), P((tokens + BLOCK - 1) / BLOCK * BLOCK), room(9 * P * K + 4 * BLOCK * P, 0),
-          floats(P * BLOCK + 2 * BLOCK * BLOCK + 2 * P + P * K) {
+        : T(tokens), K(width), P((tokens + BLOCK - 1) / BLOCK * BLOCK), W(P + 32),
+          room(6 * P * K + (K + 3 * BLOCK) * W), floats(P * BLOCK + 2 * BLOCK * BLOCK + 2 * P + W * K) {
         uint16_t* at = aligned(room);
-        for (uint16_t** part : {&keys, &values, &keys_across, &queries_turned, &grads_turned, &queries_paired,
-                                &grads_paired})
+        for (uint16_t** part : {&keys, &values, &queries_turned, &grads_turned, &queries_paired, &grads_paired})
             *part = at, at += P * K;
-        weights = at, at += BLOCK * P;
-        slopes = at, at += BLOCK * P;
-        slopes_paired = at;
+        for (uint16_t** part : {&weights, &slopes, &slopes_paired}) *part = at, at += BLOCK * W;
+        keys_across = at;
         float* next = aligned(floats);
         scores = next, next += P * BLOCK;
         block = next, next += BLOCK * BLOCK;
@@ -48,7 +46,7 @@ class AttentionGradients {
         amx::in_memory(keys);
         amx::configure(16, 16, 32);
         for (long i = 0; i < P; i += BLOCK) normalise(i, scale);
-        std::fill(grad_q, grad_q + P * K, 0.0f);
+        std::fill(grad_q, grad_q + W * K, 0.0f);
         for (long j = 0; j < P; j += BLOCK) {
             for (long i = j; i < P; i += BLOCK) weigh(i, j, scale);
             for (long first = 0; first < K; first += BLOCK) {
@@ -59,23 +57,24 @@ class AttentionGradients {
         }
         _tile_release();
         for (long t = 0; t < T; t++)
-            for (long i = 0; i < K; i++) to_bfloat(grad_q[i * P + t] * scale, head.grad_q + t * head.stride + i);
+            for (long i = 0; i < K; i++) to_bfloat(grad_q[i * W + t] * scale, head.grad_q + t * head.stride + i);
     }
 
    private:
     static constexpr long BLOCK = 32, TILE = 512;  // tokens; numbers of a tile
     const long T, K, P;  // tokens, numbers of each, tokens filled up with zeros to whole blocks
+    const long W;        // from one row of tokens to the next: a power of two would share cache sets
     std::vector<uint16_t> room;
     std::vector<float> floats;
     uint16_t *keys, *values;                  // (P, K)
-    uint16_t* keys_across;                    // (K, P)
+    uint16_t* keys_across;                    // (K, W)
     uint16_t *queries_turned, *grads_turned;  // (K / 32, P / 16, pair of numbers, token, number): see amx.h
     uint16_t *queries_paired, *grads_paired;  // (P / 32, K / 16, pair of tokens, number, token)
-    uint16_t *weights, *slopes;               // (BLOCK keys, P): the softmax, and the gradient of the scores
-    uint16_t* slopes_paired;                  // (BLOCK / 2 pairs of keys, P, key)
+    uint16_t *weights, *slopes;               // (BLOCK keys, W): the softmax, and the gradient of the scores
+    uint16_t* slopes_paired;                  // (BLOCK / 2 pairs of keys, W, key)
     float *scores, *block, *slope;            // (P or BLOCK keys, BLOCK queries)
     float *log_sum, *delta;                   // (P,) of each query: of the softmax; output times its gradient
-    float* grad_q;                            // (K, P)
+    float* grad_q;                            // (K, W)
 
     template <class Number> static Number* aligned(std::vector<Number>& room) {
         room.resize(room.size() + 64 / sizeof(Number));
@@ -132,8 +131,8 @@ class AttentionGradients {
                 amx::transpose(tile, 64);
                 for (long i = 0; i < 16; i++) {  // numbers 2 i and 2 i + 1 of sixteen tokens
                     const __m512i both = _mm512_loadu_si512(tile + i * 32);
-                    _mm256_storeu_si256((__m256i*)(keys_across + (s + 2 * i) * P + g), _mm512_cvtepi32_epi16(both));
-                    _mm256_storeu_si256((__m256i*)(keys_across + (s + 2 * i + 1) * P + g),
+                    _mm256_storeu_si256((__m256i*)(keys_across + (s + 2 * i) * W + g), _mm512_cvtepi32_epi16(both));
+                    _mm256_storeu_si256((__m256i*)(keys_across + (s + 2 * i + 1) * W + g),
                                         _mm512_cvtepi32_epi16(_mm512_srli_epi32(both, 16)));
                 }
             }
@@ -204,19 +203,19 @@ class AttentionGradients {
                 const f16 weight = (f16)_mm512_maskz_mov_ps(sees, (__m512)exponential(x));
                 const f16 grad = weight * ((f16)_mm512_loadu_ps(slope + key * BLOCK + half) - less);
                 const __m256i rounded = (__m256i)_mm512_cvtneps_pbh((__m512)grad);
-                _mm256_storeu_si256((__m256i*)(weights + key * P + i + half),
+                _mm256_storeu_si256((__m256i*)(weights + key * W + i + half),
                                     (__m256i)_mm512_cvtneps_pbh((__m512)weight));
-                _mm256_storeu_si256((__m256i*)(slopes + key * P + i + half), rounded);
+                _mm256_storeu_si256((__m256i*)(slopes + key * W + i + half), rounded);
                 const __m512i now = _mm512_cvtepu16_epi32(rounded);
                 if (key % 2)
-                    _mm512_storeu_si512(slopes_paired + (key / 2 * P + i + half) * 2,
+                    _mm512_storeu_si512(slopes_paired + (key / 2 * W + i + half) * 2,
                                         _mm512_or_si512(even, _mm512_slli_epi32(now, 16)));
                 even = now;
             }
         }
     }
 
-    // Of 32 keys from j, 32 numbers from `first`: factor * rows (BLOCK, P) times `paired`, over the queries from j on.
+    // Of 32 keys from j, 32 numbers from `first`: factor * rows (BLOCK, W) times `paired`, over the queries from j on.
     void collect(const uint16_t* rows, const uint16_t* paired, long j, long first, uint16_t* to, long stride,
                  float factor) {
         amx::in_memory(rows);
@@ -226,8 +225,8 @@ class AttentionGradients {
         _tile_zero(3);
         for (long i = j; i < P; i += BLOCK) {
             const uint16_t* b = paired + (i / 32 * (K / 16) + first / 16) * TILE;
-            _tile_loadd(4, rows + i, P * 2);
-            _tile_loadd(5, rows + 16 * P + i, P * 2);
+            _tile_loadd(4, rows + i, W * 2);
+            _tile_loadd(5, rows + 16 * W + i, W * 2);
             _tile_loadd(6, b, 64);
             _tile_loadd(7, b + TILE, 64);
             add_products();
@@ -244,17 +243,17 @@ class AttentionGradients {
     // grad_q += 32 numbers from `first` of 32 keys from j, times the slopes of all queries that see them.
     void add_to_queries(long j, long first) {
         amx::in_memory(slopes_paired);
-        _tile_loadd(4, keys_across + first * P + j, P * 2);
-        _tile_loadd(5, keys_across + (first + 16) * P + j, P * 2);
+        _tile_loadd(4, keys_across + first * W + j, W * 2);
+        _tile_loadd(5, keys_across + (first + 16) * W + j, W * 2);
         for (long i = j; i < P; i += 16) {
-            float* sums = grad_q + first * P + i;
-            _tile_loadd(0, sums, P * 4);
-            _tile_loadd(1, sums + 16 * P, P * 4);
-            _tile_loadd(6, slopes_paired + i * 2, P * 4);
+            float* sums = grad_q + first * W + i;
+            _tile_loadd(0, sums, W * 4);
+            _tile_loadd(1, sums + 16 * W, W * 4);
+            _tile_loadd(6, slopes_paired + i * 2, W * 4);
             _tile_dpbf16ps(0, 4, 6);
             _tile_dpbf16ps(1, 5, 6);
-            _tile_stored(0, sums, P * 4);
-            _tile_stored(1, sums + 16 * P, P * 4);
+            _tile_stored(0, sums, W * 4);
+            _tile_stored(1, sums + 16 * W, W * 4);
         }
         amx::in_memory(grad_q);
     }
