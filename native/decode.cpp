@@ -82,11 +82,12 @@ static inline void load16(const uint16_t* p, f8& low, f8& high) {
 static inline void put(float* p, int64_t i, float x) { p[i] = x; }
 static inline void put(uint16_t* p, int64_t i, float x) { p[(i & ~15) | (i & 7) << 1 | (i >> 3 & 1)] = to_bfloat16(x); }
 
-static void rms_norm(const float* x, const float* weight, int64_t D, float eps, In* out) {
+// Row i of `out`, whose rows are `spaced`.
+static void rms_norm(const float* x, const float* weight, int64_t D, float eps, In* out, int64_t ldx, int64_t i) {
     f8 squares = all(0.0f);
     for (int64_t i = 0; i < D; i += 8) squares += load(x + i) * load(x + i);
     const float scale = 1.0f / std::sqrt(sum(squares) / D + eps);
-    for (int64_t i = 0; i < D; i++) put_input<WEIGHTS>(out, i, x[i] * scale * weight[i]);
+    put_inputs<WEIGHTS>(out, ldx, i, 0, D, [&](int64_t k) { return x[k] * scale * weight[k]; });
 }
 
 static inline void silu(float* x, int64_t n) {
@@ -193,7 +194,7 @@ struct Work {
 // normed row i = norm of row of(i) of x.
 template <class Of> static void norm_rows(const Work& w, const float* x, const float* weight, int64_t n, const Of& of) {
     const int64_t D = w.m.dim;
-    w.team.loop(n, [&](int64_t i, int64_t) { rms_norm(x + of(i) * D, weight, D, w.m.eps, w.normed + i * spaced(D)); },
+    w.team.loop(n, [&](int64_t i, int64_t) { rms_norm(x + of(i) * D, weight, D, w.m.eps, w.normed, spaced(D), i); },
                 few(D));
 }
 
@@ -206,7 +207,7 @@ static void norm_rows(const Work& w, const float* x, const float* weight, int64_
 template <class Part>
 static void in_parts(const Work& w, In* x, int64_t ldx, int64_t n, int64_t N, int64_t K, const Part& part) {
     constexpr int64_t TOGETHER = ROUND<WEIGHTS>, LEAST = 96;  // rows: with fewer in a part reading w takes long
-    if (TOGETHER > 1)
+    if (IN_TILES<WEIGHTS>)
         w.team.loop((n + TOGETHER - 1) / TOGETHER,
                     [&](int64_t i, int64_t) { arrange<WEIGHTS>(x + i * TOGETHER * ldx, ldx, K); },
                     few(TOGETHER * K / 8));
@@ -276,8 +277,8 @@ static void attend_head(const Work& w, const Attention& a, const Tokens& t, int6
         (together > 1 ? attend<QUERIES> : attend<1>)(turned, keys, values, sees, K, m.capacity, scores, attended);
         for (int64_t q = 0; q < together; q++) {
             const int64_t i = first + (ask + q) / group, h = g * group + (ask + q) % group;
-            In* to = w.attended + i * spaced(m.heads * K);
-            for (int64_t k = 0; k < K; k++) put_input<WEIGHTS>(to, h * K + k, attended[q * P + k]);
+            put_inputs<WEIGHTS>(w.attended, spaced(m.heads * K), i, h * K, K,
+                                [&](int64_t k) { return attended[q * P + k - h * K]; });
         }
     }
 }
@@ -313,7 +314,10 @@ static void feed_forward(const Work& w, const FeedForward& f, int64_t n, float* 
             gate[i * COLUMNS + j - begin] = y; });
         for (int64_t i = 0; i < rows; i++) silu(gate + i * COLUMNS, end - begin);
         product<WEIGHTS>(from, spaced(D), rows, f.up, begin, end, D, [&](int64_t i, int64_t j, float y) {
-            put_input<WEIGHTS>(into + i * apart, j, gate[i * COLUMNS + j - begin] * y); });
+            gate[i * COLUMNS + j - begin] *= y; });
+        for (int64_t i = 0; i < rows; i++)
+            put_inputs<WEIGHTS>(into, apart, i, begin, end - begin,
+                                [&](int64_t k) { return gate[i * COLUMNS + k - begin]; });
     });
     project(w, w.hidden, apart, n, f.down, D, F, [&](int64_t i, int64_t j, float y) { x[i * D + j] += y; });
 }

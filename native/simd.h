@@ -7,6 +7,7 @@ enum Units { AVX2 = 1, AVX512 = 2, BF16DOT = 3, AMX = 4 };  // sets of instructi
 #if defined(__AMX_BF16__) && defined(__AVX512BF16__) && UNITS >= 4
 #define TILES
 #endif
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #ifdef __AVX2__
@@ -66,13 +67,14 @@ static inline void transpose(f8 (&r)[8]) {
     std::memcpy(r, t, sizeof t);
 }
 
-// `sum` of four vectors at once, with the additions in the same order.
-static inline f4 sums(f8 a, f8 b, f8 c, f8 d) {
-    const f4 ha = halves(a), hb = halves(b), hc = halves(c), hd = halves(d);
-    const f4 ab = PICK(ha, hb, 0, 4, 1, 5) + PICK(ha, hb, 2, 6, 3, 7);
-    const f4 cd = PICK(hc, hd, 0, 4, 1, 5) + PICK(hc, hd, 2, 6, 3, 7);
+// (x0 + x2) + (x1 + x3) of four vectors at once.
+static inline f4 sums(f4 a, f4 b, f4 c, f4 d) {
+    const f4 ab = PICK(a, b, 0, 4, 1, 5) + PICK(a, b, 2, 6, 3, 7), cd = PICK(c, d, 0, 4, 1, 5) + PICK(c, d, 2, 6, 3, 7);
     return PICK(ab, cd, 0, 1, 4, 5) + PICK(ab, cd, 2, 3, 6, 7);
 }
+
+// `sum` of four vectors at once, with the additions in the same order.
+static inline f4 sums(f8 a, f8 b, f8 c, f8 d) { return sums(halves(a), halves(b), halves(c), halves(d)); }
 
 // Keeps a loaded vector in a register; compilers tend to load it again for each use.
 static inline f8 held(f8 x) {
@@ -192,6 +194,27 @@ template <int COUNT, class V> static inline void add_up(const V* x, float* out) 
         std::memcpy(out + i * HALVES<V>, &four, sizeof four);
     }
     for (int i = FOURS * HALVES<V>; i < COUNT * HALVES<V>; i++) out[i] = sum(load((const float*)x + 8 * i));
+}
+
+// out[r][n]: the r-th four lanes of the n-th vector, added up as `sums` adds them.
+template <int COUNT> static inline void add_up_rows(const Lanes* x, float* out) {
+    for (int n = 0; n < COUNT; n += 4) {
+        const int last = COUNT - 1, b = std::min(n + 1, last), c = std::min(n + 2, last), d = std::min(n + 3, last);
+        f4 row[LANES / 4];
+#ifdef SIXTEEN_LANES
+        const __m512 A = (__m512)x[n], B = (__m512)x[b], C = (__m512)x[c], D = (__m512)x[d];
+        const __m512 ab = _mm512_unpacklo_ps(A, B) + _mm512_unpackhi_ps(A, B);
+        const __m512 cd = _mm512_unpacklo_ps(C, D) + _mm512_unpackhi_ps(C, D);
+        const __m512 abcd = _mm512_shuffle_ps(ab, cd, 0x44) + _mm512_shuffle_ps(ab, cd, 0xee);
+        std::memcpy(row, &abcd, sizeof row);
+#else
+        f4 part[4][LANES / 4];
+        for (int i = 0; i < 4; i++) std::memcpy(part[i], &x[std::min(n + i, last)], sizeof *part);
+        for (int r = 0; r < LANES / 4; r++) row[r] = sums(part[0][r], part[1][r], part[2][r], part[3][r]);
+#endif
+        for (int r = 0; r < LANES / 4; r++)
+            std::memcpy(out + r * COUNT + n, &row[r], sizeof(float) * std::min(4, COUNT - n));
+    }
 }
 
 static inline float largest(f8 x) {
