@@ -145,6 +145,7 @@ def measured_sides(case: ARPGCase, device: torch.device, *, repeats: int) -> dic
 
 
 def main(config: RowFlags) -> None:
+    dist.ask_for_huge_pages()
     with busy_processes(config.load):
         measure_arpg(config, dist.setup(config.device).device)
 

@@ -285,6 +285,7 @@ def measure_codes(config: BenchSampleFlags, device: torch.device) -> None:
 
 
 def main(config: BenchSampleFlags) -> None:
+    dist.ask_for_huge_pages()
     device = dist.setup(config.device).device
     if config.memory_of:
         case, = chosen_cases(config.only)

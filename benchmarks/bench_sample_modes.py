@@ -158,6 +158,7 @@ def logit_error(exact: Tensor, changed: Tensor) -> tuple[float, float, float]:
 
 
 def main(config: BenchModesFlags) -> None:
+    dist.ask_for_huge_pages()
     device = dist.setup(config.device).device
     with busy_processes(config.load):
         {"jacobi": measure_jacobi, "quantized": measure_quantized, "overhead": measure_overhead,

@@ -133,6 +133,7 @@ class Pipeline:
 
 def load_pipeline(flags: SampleFlags, *, device: torch.device) -> Pipeline:
     """Load both models. Raises for all that is wrong with them or the settings, before any sampling."""
+    dist.ask_for_huge_pages()
     check_sampling(temperature=flags.temperature, top_k=flags.top_k, top_p=flags.top_p)
     if flags.gpt_type != type(flags).gpt_type:
         raise ValueError(f"--gpt-type {flags.gpt_type}: this command takes {WORDS[type(flags).gpt_type]}; models of "
