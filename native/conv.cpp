@@ -111,21 +111,36 @@ struct Filter {
     }
 };
 
-// Floats from one position's transformed weights to the next. Not a power of two: those would share cache sets.
-static long position_stride(long depth, long panels) { return panels * depth * COLUMNS + 16; }
+// A convolution by tiles: blocks of HIGH x WIDE tiles, whose numbers lie position by position of a tile.
+struct Tiles {
+    const Input& in;
+    const Output& out;
+    const float* weights;  // (out, in, 3, 3)
+    const long* stride;
+    const long depth = up_to(LANES, in.channels), panels = out.panels();
+    const long tiles_high = (out.height + M - 1) / M, tiles_wide = (out.width + M - 1) / M;
+    const long high = (tiles_high + HIGH - 1) / HIGH, wide = (tiles_wide + WIDE - 1) / WIDE, blocks = in.batch * high * wide;
+    static constexpr long MOST = HIGH * WIDE, PATCH_HIGH = HIGH * M + 2, PATCH_WIDE = WIDE * M + 2;
 
-// weights (out, in, 3, 3) with strides -> (position, panel, in, 16)
-static void transform_weights(const float* weights, const long* stride, long in, long out, float* to,
-                              Team::Call& team) {
-    const long depth = up_to(LANES, in), panels = (out + COLUMNS - 1) / COLUMNS;
-    const long step = position_stride(depth, panels);
-    team.loop(panels * depth / LANES, [&](long item, long) {
-        const long p = item / (depth / LANES), ci = item % (depth / LANES) * LANES;
+    struct Block {
+        long image, top, left, rows, across;  // in tiles
+    };
+    Block block(long i) const {
+        const long top = i / wide % high * HIGH, left = i % wide * WIDE;
+        return {i / (high * wide), top, left, std::min(HIGH, tiles_high - top), std::min(WIDE, tiles_wide - left)};
+    }
+
+    // Numbers from one position to the next. Not a power of two: those would share cache sets.
+    static long step(long numbers) { return numbers + 16; }
+    long bytes_of_weights() const { return N * N * step(panels * depth * COLUMNS) * sizeof(float); }
+
+    // Weights of the panel, from input channel ci -> (position, in, 16), the positions `apart`
+    void transform_weights(long panel, long ci, float* to, long apart) const {
         Row g[LANES][VECTORS][9];  // (input channel, part of the panel, weight of the window)
         for (int part = 0; part < VECTORS; part++)
             for (int k = 0; k < 9; k++) {
                 Lanes rows[LANES];
-                read_weights(weights, stride, 3, k, p * COLUMNS + part * LANES, out, ci, in, rows);
+                read_weights(weights, stride, 3, k, panel * COLUMNS + part * LANES, out.channels, ci, in.channels, rows);
                 for (int i = 0; i < LANES; i++) g[i][part][k] = rows[i];
             }
         for (int i = 0; i < LANES; i++)
@@ -134,76 +149,113 @@ static void transform_weights(const float* weights, const long* stride, long in,
                 for (int x = 0; x < 3; x++) Filter::weights(g[i][part] + x, 3, rows + x, 3);
                 for (int y = 0; y < N; y++) Filter::weights(rows + 3 * y, 1, u + N * y, 1);
                 for (int k = 0; k < N * N; k++)
-                    std::memcpy(to + k * step + (p * depth + ci + i) * COLUMNS + part * LANES, &u[k], sizeof u[k]);
+                    std::memcpy(to + k * apart + (ci + i) * COLUMNS + part * LANES, &u[k], sizeof u[k]);
             }
-    });
-}
+    }
 
-static void convolve_tiles(const Input& in, const float* weights, const Output& out, Team::Call& team) {
-    const long threads = team.threads();
-    const long depth = up_to(LANES, in.channels), panels = out.panels();
-    const long step = position_stride(depth, panels);
-    const long tiles_high = (out.height + M - 1) / M, tiles_wide = (out.width + M - 1) / M;
-    const long high = (tiles_high + HIGH - 1) / HIGH, wide = (tiles_wide + WIDE - 1) / WIDE;
-    const long blocks = in.batch * high * wide;
-    // The panels are split where the weights overflow the shared cache, or where there are too few blocks for all.
-    const long heavy = (N * N * step * 4 >> 24) + 1, idle = blocks >= 2 * threads ? 1 : 2 * threads / blocks;
-    const long groups = std::min(std::max(heavy, idle), panels);
-    const long most = HIGH * WIDE, columns = (panels + groups - 1) / groups * COLUMNS;
-    const long in_step = most * depth + 16, out_step = most * columns + 16;
-    const long patch_wide = WIDE * M + 2, patch_high = HIGH * M + 2;
-    struct alignas(64) Own {
-        Room<float> patch, inputs, outputs;
-    };
-    std::vector<Own> own(threads);
-    team.loop(groups * blocks, [&](long item, long thread) {
-        Own& mine = own[thread];
-        make(mine.patch, patch_high * patch_wide * depth);
-        make(mine.inputs, N * N * in_step);
-        make(mine.outputs, N * N * out_step);
-        float *patch = mine.patch.get(), *inputs = mine.inputs.get(), *outputs = mine.outputs.get();
-        const long group = item / blocks, block = item % blocks, image = block / (high * wide);
-        const long first_panel = panels * group / groups, count = panels * (group + 1) / groups - first_panel;
-        const long top = block / wide % high * HIGH, left = block % wide * WIDE;  // in tiles
-        const long rows = std::min(HIGH, tiles_high - top), across = std::min(WIDE, tiles_wide - left);
-        for (long y = 0; y < rows * M + 2; y++)
-            for (long x = 0; x < across * M + 2; x++) {
-                float* to = patch + (y * patch_wide + x) * depth;
-                read_pixel(in, image, top * M + y - 1, left * M + x - 1, depth, silu,
-                           [&](long c, Lanes v) { std::memcpy(to + c, &v, sizeof v); });
+    // The block's part of the picture -> (position, tile, in), the positions `apart`; `patch` is room for it.
+    void transform_inputs(const Block& b, float* patch, float* to, long apart) const {
+        for (long y = 0; y < b.rows * M + 2; y++)
+            for (long x = 0; x < b.across * M + 2; x++) {
+                float* pixel = patch + (y * PATCH_WIDE + x) * depth;
+                prefetch(in, b.image, b.top * M + y, b.left * M + x - 1);  // the next row
+                read_pixel(in, b.image, b.top * M + y - 1, b.left * M + x - 1, depth, silu,
+                           [&](long c, Lanes v) { std::memcpy(pixel + c, &v, sizeof v); });
             }
-        for (long t = 0; t < rows * across; t++) {
-            const float* from = patch + (t / across * M * patch_wide + t % across * M) * depth;
+        for (long t = 0; t < b.rows * b.across; t++) {
+            const float* from = patch + (t / b.across * M * PATCH_WIDE + t % b.across * M) * depth;
             for (long c = 0; c < depth; c += LANES) {
                 Row half[N * N];
                 const Row* d = (const Row*)(from + c);
-                Row* v = (Row*)(inputs + t * depth + c);
+                Row* v = (Row*)(to + t * depth + c);
                 for (int x = 0; x < N; x++)
-                    Filter::input(d + x * depth / LANES, patch_wide * depth / LANES, half + x, N);
-                for (int y = 0; y < N; y++)
-                    Filter::input(half + N * y, 1, v + N * y * in_step / LANES, in_step / LANES);
+                    Filter::input(d + x * depth / LANES, PATCH_WIDE * depth / LANES, half + x, N);
+                for (int y = 0; y < N; y++) Filter::input(half + N * y, 1, v + N * y * apart / LANES, apart / LANES);
             }
         }
+    }
+
+    // `count` panels of the block's outputs: products of all positions into `sums`, then back from tiles to pixels.
+    void multiply(const Block& b, const float* inputs, long inputs_apart, const float* transformed, long weights_apart,
+                  long first_panel, long count, float* sums) const {
+        const long columns = count * COLUMNS, apart = step(MOST * columns), tiles = b.rows * b.across;
         for (int i = 0; i < N * N; i++)
-            matrix_product(inputs + i * in_step, depth, weights + i * step + first_panel * depth * COLUMNS, depth,
-                           count, rows * across, outputs + i * out_step, columns);
-        for (long t = 0; t < rows * across; t++) {
-            const long y0 = (top + t / across) * M, x0 = (left + t % across) * M;
-            const long end = std::min(count * COLUMNS, out.channels - first_panel * COLUMNS);
-            for (long c = 0; c < end; c += LANES) {
+            matrix_product(inputs + i * inputs_apart, depth, transformed + i * weights_apart, depth, count, tiles,
+                           sums + i * apart, columns);
+        for (long t = 0; t < tiles; t++) {
+            const long y0 = (b.top + t / b.across) * M, x0 = (b.left + t % b.across) * M;
+            const long end = std::min(columns, out.channels - first_panel * COLUMNS);
+            const long first = (b.image * out.height + y0) * out.width + x0;  // pixel
+            for (long c = 0; c < end; c += LANES) {  // meanwhile the next tile's outputs are fetched
+                for (long i = 0; i < M; i++)
+                    for (long j = 0; j < M; j++) prefetch(out, first + i * out.width + M + j, first_panel * COLUMNS + c);
                 Row half[M * N], y[M * M];
-                const Row* m = (const Row*)(outputs + t * columns + c);
-                for (int x = 0; x < N; x++)
-                    Filter::output(m + x * out_step / LANES, N * out_step / LANES, half + x, N);
+                const Row* m = (const Row*)(sums + t * columns + c);
+                for (int x = 0; x < N; x++) Filter::output(m + x * apart / LANES, N * apart / LANES, half + x, N);
                 for (int i = 0; i < M; i++) Filter::output(half + N * i, 1, y + M * i, 1);
                 for (long i = 0; i < M && y0 + i < out.height; i++)
                     for (long j = 0; j < M && x0 + j < out.width; j++)
-                        write_part(out, (image * out.height + y0 + i) * out.width + x0 + j,
-                                   first_panel * COLUMNS + c, y[M * i + j]);
+                        write_part(out, first + i * out.width + j, first_panel * COLUMNS + c, y[M * i + j]);
             }
         }
-    });
-}
+    }
+
+    struct alignas(64) Own {  // of a thread
+        Room<float> patch, inputs, weights, sums;
+    };
+
+    // Many tiles: all weights are transformed first, into `packed`; then each block is on its own.
+    void block_by_block(float* packed, Team::Call& team) const {
+        const long threads = team.threads(), apart = step(panels * depth * COLUMNS);
+        team.loop(panels * depth / LANES, [&](long item, long) {
+            const long panel = item / (depth / LANES);
+            transform_weights(panel, item % (depth / LANES) * LANES, packed + panel * depth * COLUMNS, apart);
+        });
+        // The panels are split where the weights overflow the shared cache, or where there are too few blocks for all.
+        const long heavy = (bytes_of_weights() >> 24) + 1, idle = blocks >= 2 * threads ? 1 : 2 * threads / blocks;
+        const long groups = std::min(std::max(heavy, idle), panels), most = (panels + groups - 1) / groups;
+        const long inputs_apart = step(MOST * depth);
+        std::vector<Own> own(threads);
+        team.loop(groups * blocks, [&](long item, long thread) {
+            Own& mine = own[thread];
+            make(mine.patch, PATCH_HIGH * PATCH_WIDE * depth);
+            make(mine.inputs, N * N * inputs_apart);
+            make(mine.sums, N * N * step(MOST * most * COLUMNS));
+            const long group = item / blocks, first = panels * group / groups;
+            const Block b = block(item % blocks);
+            transform_inputs(b, mine.patch.get(), mine.inputs.get(), inputs_apart);
+            multiply(b, mine.inputs.get(), inputs_apart, packed + first * depth * COLUMNS, apart, first,
+                     panels * (group + 1) / groups - first, mine.sums.get());
+        });
+    }
+
+    // Few tiles, such as those of wide layers at low resolution: all inputs are transformed first, for they are less than
+    // the transformed weights, which are four times as much as the weights. Those never leave the cache.
+    long bytes_of_inputs() const { return N * N * step(blocks * MOST * depth) * sizeof(float); }
+    void panel_by_panel(Team::Call& team) const {
+        const long threads = team.threads(), inputs_apart = step(blocks * MOST * depth);
+        const long most = panels < 2 * threads * PANELS ? 1 : PANELS, apart = step(most * depth * COLUMNS);
+        Room<float> inputs;
+        make(inputs, N * N * inputs_apart);
+        std::vector<Own> own(threads);
+        team.loop(blocks, [&](long i, long thread) {
+            make(own[thread].patch, PATCH_HIGH * PATCH_WIDE * depth);
+            transform_inputs(block(i), own[thread].patch.get(), inputs.get() + i * MOST * depth, inputs_apart);
+        });
+        team.loop((panels + most - 1) / most, [&](long item, long thread) {
+            Own& mine = own[thread];
+            make(mine.weights, N * N * apart);
+            make(mine.sums, N * N * step(MOST * most * COLUMNS));
+            const long first = item * most, count = std::min(most, panels - first);
+            for (long p = 0; p < count; p++)
+                for (long ci = 0; ci < depth; ci += LANES)
+                    transform_weights(first + p, ci, mine.weights.get() + p * depth * COLUMNS, apart);
+            for (long i = 0; i < blocks; i++)
+                multiply(block(i), inputs.get() + i * MOST * depth, inputs_apart, mine.weights.get(), apart, first, count,
+                         mine.sums.get());
+        });
+    }
+};
 
 // ---- any other window: patches are gathered into the rows of one matrix product
 
@@ -273,11 +325,12 @@ static void chunk_moments(const float* x, long pixels, long channels, double* su
     for (long first = 0; first < pixels; first += FEW)
         for (long c = 0; c < channels; c += LANES) {
             const long count = std::min<long>(LANES, channels - c);
-            Row few = {}, few_squares = {};
+            Lanes few = {}, few_squares = {};
             for (long i = first; i < std::min(first + FEW, pixels); i++) {
+                __builtin_prefetch(x + (i + 2 * FEW) * channels + c);  // norms take half the time by it
                 const Lanes v = load_part<Lanes>(x + i * channels + c, count);
                 few += v;
-                few_squares += v * v;
+                few_squares = multiply_add(v, v, few_squares);
             }
             add(sums + c, (const float*)&few, count);
             add(squares + c, (const float*)&few_squares, count);
@@ -337,7 +390,8 @@ long packed_size(int winograd, long side, long in, long out, int split) {
     if (split) return Split::packed_size(side, in, out);
 #endif
     const long depth = up_to(LANES, in), panels = (out + COLUMNS - 1) / COLUMNS;
-    return (winograd ? N * N * position_stride(depth, panels) : panels * side * side * depth * COLUMNS) * sizeof(float);
+    return (winograd ? N * N * Tiles::step(panels * depth * COLUMNS) : panels * side * side * depth * COLUMNS) *
+           sizeof(float);
 }
 
 // y = residual + convolution(silu(norm(x))) + bias; what is null or 0 is left out. `packed`: room for the weights.
@@ -365,8 +419,9 @@ void convolution(int winograd, const float* x, long batch, long height, long wid
     }
 #endif
     if (winograd) {
-        transform_weights(weights, weight_stride, in, out, (float*)packed, team);
-        convolve_tiles(input, (const float*)packed, output, team);
+        const Tiles tiles{input, output, weights, weight_stride};
+        if (tiles.bytes_of_inputs() <= tiles.bytes_of_weights()) tiles.panel_by_panel(team);
+        else tiles.block_by_block((float*)packed, team);
     } else {
         pack_weights(weights, weight_stride, side, in, out, (float*)packed, team);
         convolve_windows(input, window, (const float*)packed, output, team);

@@ -105,13 +105,6 @@ struct Split {
         if constexpr (GROUPS > 1 && SIDES > 1) _tile_stored(3, sums + 16 * PANELS * COLUMNS + COLUMNS, PANELS * 64);
     }
 
-    static inline void prefetch(const Output& out, long pixel, long c) {
-        for (long line = 0; line < PANELS * COLUMNS; line += 16) {
-            if (out.residual) _mm_prefetch(out.residual + pixel * out.channels + c + line, _MM_HINT_T0);
-            __builtin_prefetch(out.values + pixel * out.channels + c + line, 1);
-        }
-    }
-
     static void convolve(const Input& in, const Window& window, const uint16_t* weights, const Output& out,
                          Team::Call& team) {
         const long threads = team.threads(), depth = up_to(INPUTS, in.channels), panels = out.panels();
@@ -166,7 +159,9 @@ struct Split {
                         return x < out.width ? (image * out.height + y) * out.width + x : -1;
                     };
                     for (long i = 0; i < (two ? PIXELS : 16); i++)  // while the product runs
-                        if (const long at = pixel_of(i); at >= 0) prefetch(out, at, pair * PANELS * COLUMNS);
+                        if (const long at = pixel_of(i); at >= 0)
+                            for (long c = 0; c < PANELS * COLUMNS; c += 16)
+                                prefetch(out, at, pair * PANELS * COLUMNS + c);
                     (two ? both ? product<2, 2> : product<2, 1> : both ? product<1, 2> : product<1, 1>)(
                         corner(tile), two ? corner(tile + 1) : nullptr, w, each, depth, window, pixel,
                         patch_wide * pixel, sums);

@@ -95,6 +95,18 @@ static inline void read_pixel(const Input& in, long image, long y, long x, long 
     }
 }
 
+// What read_pixel and write_part will touch; pixels may lie outside of the picture.
+static inline void prefetch(const Input& in, long image, long y, long x) {
+    const float* from = in.values + ((image * in.height + (y >> in.upsample)) * in.width + (x >> in.upsample)) *
+                        in.channels;
+    for (long c = 0; c < in.channels; c += 16) __builtin_prefetch(from + c);
+}
+
+static inline void prefetch(const Output& out, long pixel, long c) {
+    if (out.residual) __builtin_prefetch(out.residual + pixel * out.channels + c);
+    __builtin_prefetch(out.values + pixel * out.channels + c, 1);
+}
+
 static inline void write_part(const Output& out, long pixel, long c, Lanes v) {
     const long n = out.channels - c, at = pixel * out.channels + c;
     if (out.bias) v += load_part<Lanes>(out.bias + c, n);

@@ -58,6 +58,17 @@ def test_a_convolution_is_its_definition(channels, out, size):
     torch.testing.assert_close(convolve(layer, x, upsample=True).double(), exact, atol=1e-5, rtol=0)
 
 
+@needs_kernels
+@pytest.mark.parametrize(("channels", "out", "size"), [(32, 32, (16, 16)), (48, 40, (17, 21)), (128, 64, (22, 14))])
+def test_few_tiles_and_many_give_the_same_bits(channels, out, size):
+    images = 2 + out // 24  # more tiles than are taken panel by panel
+    x = torch.randn(images, channels, *size).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(out, channels, 3, 3)
+    together = convolution.run_kernel(x, weight, None, before=1)
+    alone = [convolution.run_kernel(one[None], weight, None, before=1) for one in x]
+    assert torch.equal(together, torch.cat(alone))
+
+
 @pytest.mark.skipif(not convolution.can_keep_16_bits(), reason="no AMX")
 @pytest.mark.parametrize(("channels", "out", "size", "side", "options"), [
     (40, 35, (70, 50), 3, {"padding": 1}), (33, 16, (9, 17), 3, {"padding": 1}), (64, 70, (37, 66), 3, {"stride": 2}),
