@@ -1,10 +1,11 @@
 // Convolutions of the image tokenizer on channels-last fp32 activations, fused with the operations around them.
 //
 // 3x3 convolutions of stride 1 take Winograd's minimal filtering (Lavin & Gray, arXiv 1509.09308): F(4x4, 3x3) needs a
-// quarter of the products of the definition. A block of tiles goes through all steps in the cache: a patch of the input
+// quarter of the products of the definition. A block of tiles goes through these steps in the cache: a patch of the input
 // is read (nearest-neighbour upsampling, GroupNorm and SiLU applied on the way), transformed, multiplied position by
-// position with the transformed weights, transformed back, and bias and residual are added. Everything else (1x1,
-// stride 2) gathers its patches into the rows of one matrix product.
+// position with the transformed weights, transformed back, and bias and residual are added; where weights are more than
+// pictures, the inputs of all blocks are transformed first. Everything else (1x1, stride 2) gathers its patches into the
+// rows of one matrix product.
 //
 // Every output is one sum over the input channels in ascending order, whatever block, thread or batch it belongs to.
 // CPUs with AMX have another way where 16 bits of a number are enough: conv_amx.h.
@@ -134,8 +135,11 @@ struct Tiles {
     static long step(long numbers) { return numbers + 16; }
     long bytes_of_weights() const { return N * N * step(panels * depth * COLUMNS) * sizeof(float); }
 
+    // The two ways below give the same bits because they run the same instructions: these three are not inlined, else
+    // compilers might fuse products and sums here and not there.
+
     // Weights of the panel, from input channel ci -> (position, in, 16), the positions `apart`
-    void transform_weights(long panel, long ci, float* to, long apart) const {
+    __attribute__((noinline)) void transform_weights(long panel, long ci, float* to, long apart) const {
         Row g[LANES][VECTORS][9];  // (input channel, part of the panel, weight of the window)
         for (int part = 0; part < VECTORS; part++)
             for (int k = 0; k < 9; k++) {
@@ -154,7 +158,7 @@ struct Tiles {
     }
 
     // The block's part of the picture -> (position, tile, in), the positions `apart`; `patch` is room for it.
-    void transform_inputs(const Block& b, float* patch, float* to, long apart) const {
+    __attribute__((noinline)) void transform_inputs(const Block& b, float* patch, float* to, long apart) const {
         for (long y = 0; y < b.rows * M + 2; y++)
             for (long x = 0; x < b.across * M + 2; x++) {
                 float* pixel = patch + (y * PATCH_WIDE + x) * depth;
@@ -176,8 +180,9 @@ struct Tiles {
     }
 
     // `count` panels of the block's outputs: products of all positions into `sums`, then back from tiles to pixels.
-    void multiply(const Block& b, const float* inputs, long inputs_apart, const float* transformed, long weights_apart,
-                  long first_panel, long count, float* sums) const {
+    __attribute__((noinline)) void multiply(const Block& b, const float* inputs, long inputs_apart,
+                                            const float* transformed, long weights_apart, long first_panel, long count,
+                                            float* sums) const {
         const long columns = count * COLUMNS, apart = step(MOST * columns), tiles = b.rows * b.across;
         for (int i = 0; i < N * N; i++)
             matrix_product(inputs + i * inputs_apart, depth, transformed + i * weights_apart, depth, count, tiles,
@@ -229,18 +234,19 @@ struct Tiles {
         });
     }
 
-    // Few tiles, such as those of wide layers at low resolution: all inputs are transformed first, for they are less than
-    // the transformed weights, which are four times as much as the weights. Those never leave the cache.
-    long bytes_of_inputs() const { return N * N * step(blocks * MOST * depth) * sizeof(float); }
-    void panel_by_panel(Team::Call& team) const {
+    // Few tiles, such as those of wide layers at low resolution: all inputs are transformed first, into `packed`, for they
+    // are less than the transformed weights, which are four times as much as the weights. A panel's transformed weights
+    // are used up before the next panel's are made.
+    bool few(long threads) const {
+        return N * N * step(blocks * MOST * depth) * (long)sizeof(float) <= bytes_of_weights() && panels >= 2 * threads;
+    }
+    void panel_by_panel(float* packed, Team::Call& team) const {
         const long threads = team.threads(), inputs_apart = step(blocks * MOST * depth);
         const long most = panels < 2 * threads * PANELS ? 1 : PANELS, apart = step(most * depth * COLUMNS);
-        Room<float> inputs;
-        make(inputs, N * N * inputs_apart);
         std::vector<Own> own(threads);
         team.loop(blocks, [&](long i, long thread) {
             make(own[thread].patch, PATCH_HIGH * PATCH_WIDE * depth);
-            transform_inputs(block(i), own[thread].patch.get(), inputs.get() + i * MOST * depth, inputs_apart);
+            transform_inputs(block(i), own[thread].patch.get(), packed + i * MOST * depth, inputs_apart);
         });
         team.loop((panels + most - 1) / most, [&](long item, long thread) {
             Own& mine = own[thread];
@@ -251,7 +257,7 @@ struct Tiles {
                 for (long ci = 0; ci < depth; ci += LANES)
                     transform_weights(first + p, ci, mine.weights.get() + p * depth * COLUMNS, apart);
             for (long i = 0; i < blocks; i++)
-                multiply(block(i), inputs.get() + i * MOST * depth, inputs_apart, mine.weights.get(), apart, first, count,
+                multiply(block(i), packed + i * MOST * depth, inputs_apart, mine.weights.get(), apart, first, count,
                          mine.sums.get());
         });
     }
@@ -420,7 +426,7 @@ void convolution(int winograd, const float* x, long batch, long height, long wid
 #endif
     if (winograd) {
         const Tiles tiles{input, output, weights, weight_stride};
-        if (tiles.bytes_of_inputs() <= tiles.bytes_of_weights()) tiles.panel_by_panel(team);
+        if (tiles.few(team.threads())) tiles.panel_by_panel((float*)packed, team);
         else tiles.block_by_block((float*)packed, team);
     } else {
         pack_weights(weights, weight_stride, side, in, out, (float*)packed, team);

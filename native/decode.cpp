@@ -82,12 +82,12 @@ static inline void load16(const uint16_t* p, f8& low, f8& high) {
 static inline void put(float* p, int64_t i, float x) { p[i] = x; }
 static inline void put(uint16_t* p, int64_t i, float x) { p[(i & ~15) | (i & 7) << 1 | (i >> 3 & 1)] = to_bfloat16(x); }
 
-// Row i of `out`, whose rows are `spaced`.
-static void rms_norm(const float* x, const float* weight, int64_t D, float eps, In* out, int64_t ldx, int64_t i) {
+// Into a row of `out`, whose rows lie ldx apart.
+static void rms_norm(const float* x, const float* weight, int64_t D, float eps, In* out, int64_t ldx, int64_t row) {
     f8 squares = all(0.0f);
     for (int64_t i = 0; i < D; i += 8) squares += load(x + i) * load(x + i);
     const float scale = 1.0f / std::sqrt(sum(squares) / D + eps);
-    put_inputs<WEIGHTS>(out, ldx, i, 0, D, [&](int64_t k) { return x[k] * scale * weight[k]; });
+    put_inputs<WEIGHTS>(out, ldx, row, 0, D, [&](int64_t k) { return x[k] * scale * weight[k]; });
 }
 
 static inline void silu(float* x, int64_t n) {

@@ -51,16 +51,13 @@ template <int Type> constexpr bool IN_TILES = Type == BFLOAT16;
 #else
 template <int Type> constexpr bool IN_TILES = false;
 #endif
-// Weights that are multiplied as they are: by `grain_tile`.
+// Weights that need no unpacking: `grain_tile` multiplies them as they are.
 template <int Type> constexpr bool IN_GRAINS = !IN_TILES<Type> && (Type == FLOAT || std::is_same_v<Input<Type>, uint16_t>);
 constexpr int64_t GRAIN = 16;  // bytes: so much of a row of x lies together in a register, between those of other rows
 template <int Type> constexpr int ROUND = IN_TILES<Type> ? 16 : IN_GRAINS<Type> ? LANES / 4 : 1;  // rows that lie together
 
 template <> struct Weight<FLOAT> {
-    static constexpr int PARTS = 1, BITS = 32;
-    template <class V> using Raw = V;
-    template <class V> static V part(V raw, int) { return raw; }
-    static int64_t place(int64_t i) { return i; }
+    static constexpr int BITS = 32;
 };
 
 template <> struct Weight<BFLOAT16> {  // elements 0 2 4 … 14, then 1 3 5 … 15
@@ -224,7 +221,7 @@ static inline void put_tile(const Input<Type>* x, int64_t ldx, int64_t m, int64_
 }
 
 // Rows m to m + count (at most M) times N columns of the result; pass number `turn` of `passes` over these columns. Each
-// pass prefetches its share of the weights of the next N columns. Rows are counted in ROUNDs here.
+// pass prefetches its share of the weights of the next N columns. m and count are numbers of ROUNDs, for grains.
 template <class V, int Type, int M, int N, class Put>
 static inline void pass(const Input<Type>* x, int64_t ldx, int64_t m, int64_t count, int64_t rows, const Linear& w,
                         int64_t n, int64_t K, int64_t turn, int64_t passes, const Put& put) {
@@ -236,8 +233,8 @@ static inline void pass(const Input<Type>* x, int64_t ldx, int64_t m, int64_t co
     if (passes == 1) return put_tile<V, Type, M, N, (N * LOAD + 32) / 64>(x, ldx, m, rows, w, n, K, ahead, 64, put);
     ahead += N * stride * turn / passes;
     const int64_t apart = (N * LOAD + passes - 1) / passes;
-    if (apart > 64)  // one line at a time would leave lines out
-        return put_tile<V, Type, M, N, 2>(x, ldx, m, rows, w, n, K, ahead, 64, put);
+    if (apart > 128) return put_tile<V, Type, M, N, 3>(x, ldx, m, rows, w, n, K, ahead, 64, put);
+    if (apart > 64) return put_tile<V, Type, M, N, 2>(x, ldx, m, rows, w, n, K, ahead, 64, put);
     put_tile<V, Type, M, N, 1>(x, ldx, m, rows, w, n, K, ahead, apart, put);
 }
 
@@ -256,7 +253,8 @@ static inline int64_t strips(const Input<Type>* x, int64_t ldx, int64_t rows, co
 }
 
 // Brings ROUND rows of x, written by put_inputs, into the order that `product` wants, where that is another one.
-template <int Type> static void arrange(Input<Type>* x, int64_t ldx, int64_t K) {
+template <int Type>
+static void arrange([[maybe_unused]] Input<Type>* x, [[maybe_unused]] int64_t ldx, [[maybe_unused]] int64_t K) {
 #ifdef TILES
     if constexpr (IN_TILES<Type>) amx::turn(x, ldx, K);
 #endif

@@ -48,6 +48,7 @@ def pytest_configure(config) -> None:
         threads = max(1, (os.cpu_count() or 1) // int(workers))
         os.environ["OMP_NUM_THREADS"] = str(threads)
         torch.set_num_threads(threads)
+    os.environ["THP_MEM_ALLOC_ENABLE"] = "0"  # as `dist.ask_for_huge_pages` would set it, from some test on
 
 
 def pytest_make_parametrize_id(val: object) -> str | None:

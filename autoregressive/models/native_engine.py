@@ -153,7 +153,7 @@ class NativeEngine:
         if need[0] > self.fits[0] or threads > self.fits[1]:
             self.fits = tuple(map(max, need, self.fits))
             size = self.kernels.scratch_size(ctypes.byref(self.described), *map(c_int64, self.fits))
-            self.scratch = torch.empty(size)
+            self.scratch = torch.zeros(size)  # rows that only fill a group up are computed too: no slow subnormals
         if len(self.logits) < asks:
             self.logits = torch.empty(asks, vocab + SIDE)  # not a power of two: rows would share cache sets
         fed, asked = (block.data_ptr() + 8 * block.shape[1] for block in (batch.fed, batch.asks))  # past the first row
@@ -176,7 +176,7 @@ class NativeEngine:
     def _first_query(self, start: Tensor) -> Tensor:
         """What the first layer of queries makes of their common start (D,), before the rotation: (H K,)."""
         found = torch.empty(self.described.heads * self.described.head_dim)
-        scratch = torch.empty(self.kernels.scratch_size(ctypes.byref(self.described), c_int64(1), c_int64(1)))
+        scratch = torch.zeros(self.kernels.scratch_size(ctypes.byref(self.described), c_int64(1), c_int64(1)))
         self.kernels.first_query(ctypes.byref(self.described), *map(pointer, (start.contiguous(), found, scratch)))
         return found
 

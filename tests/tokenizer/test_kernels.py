@@ -59,13 +59,18 @@ def test_a_convolution_is_its_definition(channels, out, size):
 
 
 @needs_kernels
-@pytest.mark.parametrize(("channels", "out", "size"), [(32, 32, (16, 16)), (48, 40, (17, 21)), (128, 64, (22, 14))])
+@pytest.mark.parametrize(("channels", "out", "size"), [(32, 32, (16, 16)), (20, 100, (9, 11)), (128, 64, (12, 7))])
 def test_few_tiles_and_many_give_the_same_bits(channels, out, size):
     images = 2 + out // 24  # more tiles than are taken panel by panel
     x = torch.randn(images, channels, *size).contiguous(memory_format=torch.channels_last)
     weight = torch.randn(out, channels, 3, 3)
     together = convolution.run_kernel(x, weight, None, before=1)
     alone = [convolution.run_kernel(one[None], weight, None, before=1) for one in x]
+    assert torch.equal(together, torch.cat(alone))
+    layer, norm = conv(channels, out, 3, padding=1), nn.GroupNorm(1, channels).eval().requires_grad_(False)
+    residual = torch.randn(images, out, *(2 * side for side in size)).contiguous(memory_format=torch.channels_last)
+    together = convolve(layer, x, norm=norm, upsample=True, residual=residual)
+    alone = [convolve(layer, x[i:i + 1], norm=norm, upsample=True, residual=residual[i:i + 1]) for i in range(images)]
     assert torch.equal(together, torch.cat(alone))
 
 
