@@ -192,7 +192,7 @@ class VLLMBackend:
         tokens, shown = [], 0
         prompt = prompt_for(pipeline, given, scale=job.cfg_scale)
         async for answer in model.engine.generate(prompt, sampling, f"{number}-{which}"):
-            tokens = answer.outputs[0].token_ids
+            tokens = list(answer.outputs[0].token_ids)  # vLLM lengthens its own list while the worker paints
             due = min(job.partials, len(tokens) * (job.partials + 1) // codes)
             if shown < due and len(tokens) < codes:
                 pixels = await self._in_worker(partial_picture, pipeline, tokens)

@@ -56,10 +56,10 @@ def test_the_backend(tmp_path, monkeypatch):
     monkeypatch.setattr(prompts, "load_text_encoder", None)
     install()
     models = served(tmp_path)
-    asyncio.run(_tried(models, tmp_path))
+    asyncio.run(_tried(models, tmp_path, monkeypatch))
 
 
-async def _tried(models, folder) -> None:
+async def _tried(models, folder, monkeypatch) -> None:
     backend = vllm_backend.VLLMBackend(models, slots=3, waiting=5)
     backend.most = 8  # MOST_IMAGES is more
     with pytest.raises(UnavailableError):
@@ -70,6 +70,7 @@ async def _tried(models, folder) -> None:
         assert not backend.cards[0].edits
         await _pictures(backend)
         await _partials(backend)
+        await _partials_of_a_list_that_grows(backend, monkeypatch)
         await _refusals(backend)
         await _cancelled(backend)
         from_server = [await complete(backend, job(condition=2, indices=(0,))),
@@ -107,6 +108,25 @@ async def _partials(backend) -> None:
         shown = int(own[-2].share * 4) * 4  # rows of pixels that are surely there
         assert (last[shown + 4:] == last[-1, -1]).all() and not (last[:shown] == last[-1, -1]).all()
     assert np.array_equal(own[-1].pixels, (await complete(backend, job(indices=(4,))))[0])
+
+
+async def _partials_of_a_list_that_grows(backend, monkeypatch) -> None:
+    model, paint = backend._served["classes"], vllm_backend.partial_picture
+    generate, lists = model.engine.generate, []
+
+    async def watched(*arguments):
+        async for answer in generate(*arguments):
+            lists.append(answer.outputs[0].token_ids)
+            yield answer
+
+    def painted(pipeline, tokens):
+        assert tokens is not lists[-1]
+        return paint(pipeline, tokens)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model.engine, "generate", watched)
+        patch.setattr(vllm_backend, "partial_picture", painted)
+        assert len(await drawn(backend, job(indices=(3,), partials=3))) > 1
 
 
 async def _refusals(backend) -> None:
